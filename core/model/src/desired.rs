@@ -1,0 +1,193 @@
+//! Rows of the store: what should exist, and in which version. Control is their only writer.
+//!
+//! Keys: `apps/<app>`, `releases/<app>/<number, 10 digits>`, `machines/<id>`, `tombstones/<id>`,
+//! `secrets/<app>/<NAME>`, `secrets_version/<app>`, `plans/<app>`, `hosts/<id>`,
+//! `certificates/<name>`, `addresses/<ipv4>`; control's own: `progress/<app>`, `events/<app>/<number>`,
+//! `secrets_sets/<app>/<version, 20 digits>`, `revoked/<token id>`.
+
+use crate::config::AppConfig;
+use crate::{AppName, Generation, HostId, ImageRef, MachineId, MachineSpec, OrgName, Region};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+/// An app: a namespace of machines with one current release.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AppRow {
+    pub name: AppName,
+    pub org: OrgName,
+    pub created_at_ms: u64,
+    /// The release that should run; 0 before the first deploy.
+    pub current_release: u32,
+    /// The newest release that reached every machine and stayed healthy; 0 = none.
+    pub last_good_release: u32,
+    /// Machines wanted in each process group; a missing group means one.
+    #[serde(default)]
+    pub scale: BTreeMap<String, u32>,
+    /// Its machines are being destroyed, then the app itself; nothing new is taken.
+    #[serde(default)]
+    pub destroying: bool,
+}
+
+/// One immutable app version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReleaseRow {
+    pub app: AppName,
+    pub number: u32,
+    pub image: ImageRef,
+    pub config: AppConfig,
+    pub secrets_version: u64,
+    /// The app's `scale` when it was made: a return to this release returns to it, too.
+    #[serde(default)]
+    pub scale: BTreeMap<String, u32>,
+    pub created_at_ms: u64,
+    pub status: ReleaseStatus,
+    /// Why it failed, or what it is for (`rollback to v3`, `secrets set`).
+    #[serde(default)]
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReleaseStatus {
+    /// Written, its plan is not finished.
+    Running,
+    Succeeded,
+    /// It failed and nothing could be or had to be returned to.
+    Failed,
+    /// It failed and the last good release runs again.
+    RolledBack,
+    /// A newer release took over before it was finished.
+    Superseded,
+}
+
+/// Existence and assignment of a machine, and the version that it should be in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineRow {
+    pub id: MachineId,
+    pub name: String,
+    pub host: HostId,
+    pub region: Region,
+    pub address: Ipv4Addr,
+    /// Of the transaction that assigned it to this host. Filled with the transaction's revision by
+    /// readers when `revision` is 0 (the revision is not known before the commit).
+    pub placement: Generation,
+    pub created_at_ms: u64,
+    pub spec: MachineSpec,
+}
+
+/// Written when a machine is destroyed; the only thing that lets a host destroy it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TombstoneRow {
+    pub machine: MachineId,
+    pub host: HostId,
+    pub app: AppName,
+    pub address: Ipv4Addr,
+    pub at_ms: u64,
+    #[serde(default)]
+    pub reason: TombstoneReason,
+}
+
+/// Why a machine is destroyed. A host obeys many tombstones of plans at once only after an operator has looked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TombstoneReason {
+    /// A plan replaces it, or its app needs fewer.
+    #[default]
+    Plan,
+    /// A person destroyed it, or its app.
+    Person,
+}
+
+/// One secret of an app, sealed to the master key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretRow {
+    pub app: AppName,
+    pub name: String,
+    /// Envelope made by [`crate::seal`], base64.
+    pub sealed: String,
+    /// First 16 hexadecimal digits of a keyed digest: tells equal from changed, reveals nothing.
+    pub digest: String,
+    pub version: u64,
+    pub created_at_ms: u64,
+    pub updated_at_ms: u64,
+}
+
+/// A server that machines can be placed on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostRow {
+    pub id: HostId,
+    pub region: Region,
+    /// Machines get their addresses from this block.
+    pub prefix: Ipv4Prefix,
+    /// X25519 public key, base64: secrets are sealed to it.
+    pub public_key: String,
+    pub cpus: u32,
+    pub memory_mb: u32,
+}
+
+/// A block of IPv4 addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ipv4Prefix {
+    pub network: Ipv4Addr,
+    pub length: u8,
+}
+
+impl Ipv4Prefix {
+    /// The `n`th address for a machine, `None` past the last. Network and broadcast are not given out, and the
+    /// end of the block is the builders'.
+    pub fn nth(&self, n: u32) -> Option<Ipv4Addr> {
+        let machines = self.usable() - self.builders();
+        (u64::from(n) < machines).then(|| self.usable_at(u64::from(n)))
+    }
+
+    /// The `n`th address for a builder machine, from the end of the block.
+    pub fn nth_builder(&self, n: u32) -> Option<Ipv4Addr> {
+        (u64::from(n) < self.builders()).then(|| self.usable_at(self.usable() - 1 - u64::from(n)))
+    }
+
+    fn usable(&self) -> u64 {
+        (1u64 << (32 - u32::from(self.length.min(32)))).saturating_sub(2)
+    }
+
+    /// One an organization that builds on the host at once; a small block keeps three quarters for machines.
+    fn builders(&self) -> u64 {
+        const MOST: u64 = 64;
+        (self.usable() / 4).min(MOST)
+    }
+
+    fn usable_at(&self, n: u64) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.network) + 1 + n as u32)
+    }
+}
+
+/// A served certificate; the key is sealed to the edge's host key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateRow {
+    /// Host names, wildcards allowed (`*.localhost`).
+    pub names: Vec<String>,
+    pub chain_pem: String,
+    /// PKCS#8 PEM, sealed by [`crate::seal`], base64.
+    pub sealed_key: String,
+    pub not_after_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_and_builders_never_get_the_same_address() {
+        for (length, machines, builders) in [(16, 65_470, 64), (24, 191, 63), (28, 11, 3), (30, 2, 0), (32, 0, 0)] {
+            let prefix = Ipv4Prefix { network: "10.201.0.0".parse().unwrap(), length };
+            let of_machines: Vec<_> = (0..).map_while(|n| prefix.nth(n)).collect();
+            let of_builders: Vec<_> = (0..).map_while(|n| prefix.nth_builder(n)).collect();
+            assert_eq!((of_machines.len(), of_builders.len()), (machines, builders), "/{length}");
+            assert!(of_builders.iter().all(|address| !of_machines.contains(address)), "/{length}");
+            assert!(!of_machines.contains(&prefix.network), "/{length}");
+        }
+        let prefix = Ipv4Prefix { network: "10.201.0.0".parse().unwrap(), length: 16 };
+        assert_eq!(prefix.nth(0), Some("10.201.0.1".parse().unwrap()));
+        assert_eq!(prefix.nth_builder(0), Some("10.201.255.254".parse().unwrap()));
+    }
+}

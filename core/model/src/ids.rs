@@ -1,0 +1,193 @@
+//! Ids and names, each validated once where it is parsed.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// A name or id that does not have the required shape.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{kind} {value:?} is not valid: {rule}")]
+pub struct InvalidName {
+    /// What was being parsed, for example `app name`.
+    pub kind: &'static str,
+    /// The refused text, cut to 80 characters.
+    pub value: String,
+    /// The rule that it breaks.
+    pub rule: &'static str,
+}
+
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $rule:literal, $valid:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(Box<str>);
+
+        impl $name {
+            /// The text of the id.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+        impl FromStr for $name {
+            type Err = InvalidName;
+            fn from_str(text: &str) -> Result<Self, InvalidName> {
+                let valid: fn(&str) -> bool = $valid;
+                if valid(text) {
+                    Ok(Self(text.into()))
+                } else {
+                    Err(InvalidName { kind: $kind, value: text.chars().take(80).collect(), rule: $rule })
+                }
+            }
+        }
+        impl TryFrom<String> for $name {
+            type Error = InvalidName;
+            fn try_from(text: String) -> Result<Self, InvalidName> {
+                text.parse()
+            }
+        }
+        impl From<$name> for String {
+            fn from(id: $name) -> String {
+                id.0.into()
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+    };
+}
+
+/// A DNS label: app names become host names, so they obey the same rule.
+fn is_label(text: &str, longest: usize) -> bool {
+    !text.is_empty()
+        && text.len() <= longest
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
+text_id!(
+    /// An app's name, unique on the platform; also its registry repository and its host name label.
+    AppName, "app name", "use 1 to 63 lower-case letters, digits and dashes, not beginning or ending with a dash",
+    |t| is_label(t, 63)
+);
+text_id!(
+    /// An organization: the unit of isolation between tenants.
+    OrgName, "organization name", "use 1 to 40 lower-case letters, digits and dashes, not beginning or ending with a dash",
+    |t| is_label(t, 40)
+);
+text_id!(
+    /// A server's id.
+    HostId, "host id", "use 1 to 40 lower-case letters, digits and dashes, not beginning or ending with a dash",
+    |t| is_label(t, 40)
+);
+text_id!(
+    /// A region's code, for example `fra` or `local`.
+    Region, "region", "use 1 to 16 lower-case letters, digits and dashes, not beginning or ending with a dash",
+    |t| is_label(t, 16)
+);
+text_id!(
+    /// A machine's id: 14 lower-case hexadecimal digits.
+    MachineId, "machine id", "a machine id is 14 lower-case hexadecimal digits",
+    |t| t.len() == 14 && t.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+);
+text_id!(
+    /// One immutable version of a machine's spec, 26 characters of Crockford base 32 (a ULID).
+    MachineVersion, "machine version", "a machine version is 26 characters of 0-9 and A-Z without I, L, O and U",
+    |t| t.len() == 26 && t.bytes().all(|b| CROCKFORD.contains(&b))
+);
+text_id!(
+    /// Chosen by the sender of a command, so that a repeat gets the first answer.
+    CommandId, "command id", "use 1 to 128 letters, digits and any of . _ : / -",
+    |t| (1..=128).contains(&t.len())
+        && t.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:/-".contains(&b))
+);
+
+const CROCKFORD: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
+
+impl MachineId {
+    /// An id from seven random bytes.
+    pub fn from_random(random: [u8; 7]) -> Self {
+        let text: String = random.iter().map(|b| format!("{b:02x}")).collect();
+        Self(text.into())
+    }
+
+    /// The name of the machine's network interface on the host: `dl` and the first 12 digits
+    /// (15 bytes is the kernel's limit).
+    pub fn interface_name(&self) -> String {
+        format!("dl{}", &self.0[..12])
+    }
+}
+
+impl MachineVersion {
+    /// A ULID from milliseconds since 1970 and ten random bytes.
+    pub fn new(now_ms: u64, random: [u8; 10]) -> Self {
+        let mut value = u128::from(now_ms & 0xffff_ffff_ffff) << 80;
+        for (i, byte) in random.iter().enumerate() {
+            value |= u128::from(*byte) << (72 - 8 * i);
+        }
+        let text: String =
+            (0..26).map(|i| char::from(CROCKFORD[((value >> (125 - 5 * i)) & 31) as usize])).collect();
+        Self(text.into())
+    }
+}
+
+/// (store incarnation, revision): later always wins, and a restored store begins a new incarnation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Generation {
+    pub incarnation: u64,
+    pub revision: u64,
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.incarnation, self.revision)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_dns_label_rule() {
+        for good in ["a", "web-1", "0x", &"a".repeat(63)] {
+            assert!(good.parse::<AppName>().is_ok(), "{good}");
+        }
+        for bad in ["", "-a", "a-", "A", "a.b", "a_b", "ä", &"a".repeat(64), "a/../b"] {
+            assert!(bad.parse::<AppName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn machine_versions_sort_by_time() {
+        let old = MachineVersion::new(1_700_000_000_000, [255; 10]);
+        let new = MachineVersion::new(1_700_000_000_001, [0; 10]);
+        assert!(old < new);
+        assert!(old.as_str().parse::<MachineVersion>().is_ok());
+    }
+
+    #[test]
+    fn interface_names_fit_the_kernel() {
+        let id = MachineId::from_random([0xab; 7]);
+        assert_eq!(id.as_str().len(), 14);
+        assert!(id.interface_name().len() <= 15);
+    }
+
+    #[test]
+    fn serde_refuses_what_parse_refuses() {
+        assert!(serde_json::from_str::<AppName>("\"Bad Name\"").is_err());
+    }
+}

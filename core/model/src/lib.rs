@@ -1,0 +1,25 @@
+//! The platform's nouns: ids, names, machine specs and states, app configuration, desired-state rows,
+//! capability tokens, and the sealing of secrets.
+//!
+//! Owns the vocabulary that every other crate speaks. Never does IO and never reads a clock or a
+//! random source: callers pass `now_ms` and random bytes. Tested by unit and property tests.
+//!
+//! ```
+//! use dunlin_model::AppName;
+//! assert!("hello-web".parse::<AppName>().is_ok());
+//! assert!("Hello".parse::<AppName>().is_err());
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod desired;
+pub mod ids;
+pub mod machine;
+pub mod seal;
+pub mod token;
+
+pub use ids::{AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region};
+pub use machine::{
+    Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, ExitInfo, Guest, ImageRef, MachineSpec, MachineState,
+    RestartPolicy, RestartWhen, Service, StopConfig,
+};

@@ -1,0 +1,254 @@
+//! What a machine is asked to be (its spec) and what it may be found in (its state).
+
+use crate::{AppName, MachineVersion, OrgName};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// One immutable version of a machine: everything a host needs to run it, except its secrets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    pub version: MachineVersion,
+    pub org: OrgName,
+    pub app: AppName,
+    /// `app` unless the app's configuration names `processes`.
+    pub process_group: String,
+    /// The release that made this version, 0 for a machine made by hand.
+    pub release: u32,
+    pub image: ImageRef,
+    /// Replaces the image's ENTRYPOINT when set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entrypoint: Option<Vec<String>>,
+    /// Replaces the image's CMD when set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<Vec<String>>,
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    pub guest: Guest,
+    #[serde(default)]
+    pub services: Vec<Service>,
+    #[serde(default)]
+    pub checks: Vec<Check>,
+    #[serde(default)]
+    pub restart: RestartPolicy,
+    #[serde(default)]
+    pub stop: StopConfig,
+    /// The version of the secrets that are in the environment: exactly this one, 0 = none.
+    #[serde(default)]
+    pub secrets_version: u64,
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// An image by content.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// Repository in the platform's registry: the app's name, or `library/...` for base images.
+    pub repository: String,
+    /// `sha256:` and 64 hexadecimal digits.
+    pub digest: String,
+    /// The tag that was resolved, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+}
+
+/// The size of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guest {
+    pub cpu_kind: CpuKind,
+    pub cpus: u32,
+    pub memory_mb: u32,
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self { cpu_kind: CpuKind::Shared, cpus: 1, memory_mb: 256 }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CpuKind {
+    Shared,
+    Performance,
+}
+
+/// A port of the machine that the edge serves over HTTP.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    pub internal_port: u16,
+    #[serde(default)]
+    pub force_https: bool,
+    /// A request may start a sleeping machine.
+    #[serde(default = "yes")]
+    pub autostart: bool,
+    /// The host may stop an idle machine.
+    #[serde(default)]
+    pub autostop: bool,
+    #[serde(default)]
+    pub min_machines_running: u32,
+    #[serde(default)]
+    pub concurrency: Concurrency,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Concurrency {
+    #[serde(rename = "type")]
+    pub kind: ConcurrencyKind,
+    /// Above it, other machines are preferred.
+    pub soft_limit: u32,
+    /// At it, nothing more is sent; `None` = no limit.
+    pub hard_limit: Option<u32>,
+}
+
+impl Default for Concurrency {
+    fn default() -> Self {
+        Self { kind: ConcurrencyKind::Connections, soft_limit: 20, hard_limit: None }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConcurrencyKind {
+    Connections,
+    Requests,
+}
+
+/// An active health check, made by the machine's host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    pub name: String,
+    pub port: u16,
+    #[serde(flatten)]
+    pub kind: CheckKind,
+    pub interval_ms: u64,
+    pub timeout_ms: u64,
+    /// Failures during this time after a start do not count.
+    pub grace_period_ms: u64,
+    /// Whether the edge and deploys wait for it (service checks), or it only informs.
+    pub gates_routing: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "type")]
+pub enum CheckKind {
+    Tcp,
+    /// 2xx passes; a redirect is a failure.
+    Http {
+        method: String,
+        path: String,
+        #[serde(default)]
+        headers: BTreeMap<String, String>,
+        /// Speak TLS to the machine.
+        #[serde(default)]
+        https: bool,
+        #[serde(default)]
+        tls_skip_verify: bool,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartPolicy {
+    pub policy: RestartWhen,
+    /// Tries in a row before the machine is failed (`on-failure` only).
+    pub max_retries: u32,
+}
+
+impl Default for RestartPolicy {
+    fn default() -> Self {
+        Self { policy: RestartWhen::OnFailure, max_retries: 10 }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartWhen {
+    No,
+    Always,
+    OnFailure,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopConfig {
+    /// Signal name with `SIG`; `None` = the image's STOPSIGNAL, then SIGINT as on Fly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<String>,
+    pub timeout_ms: u64,
+}
+
+impl Default for StopConfig {
+    fn default() -> Self {
+        Self { signal: None, timeout_ms: 5_000 }
+    }
+}
+
+/// Where a machine is in its life. The host that runs it is the only writer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineState {
+    /// Image is being fetched and unpacked.
+    Creating,
+    /// Prepared, never started in this version, or kept in the pool.
+    Created,
+    Starting,
+    Started,
+    Stopping,
+    Stopped,
+    Suspended,
+    /// It exited and waits for its next attempt.
+    Restarting,
+    /// Its version is being exchanged.
+    Updating,
+    /// The restart policy gave up, or it could not be created.
+    Failed,
+    Destroying,
+    Destroyed,
+}
+
+impl MachineState {
+    /// Whether a process of the machine may be alive.
+    pub fn is_running(self) -> bool {
+        matches!(self, Self::Starting | Self::Started | Self::Stopping)
+    }
+
+    /// Whether a request may wake it (with autostart).
+    pub fn is_asleep(self) -> bool {
+        matches!(self, Self::Created | Self::Stopped | Self::Suspended)
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Creating => "creating",
+            Self::Created => "created",
+            Self::Starting => "starting",
+            Self::Started => "started",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Suspended => "suspended",
+            Self::Restarting => "restarting",
+            Self::Updating => "updating",
+            Self::Failed => "failed",
+            Self::Destroying => "destroying",
+            Self::Destroyed => "destroyed",
+        }
+    }
+}
+
+/// How one attempt ended, as the kernel said it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitInfo {
+    pub attempt: u64,
+    pub exit_code: Option<i32>,
+    pub signal: Option<i32>,
+    #[serde(default)]
+    pub oom_killed: bool,
+    #[serde(default)]
+    pub requested_stop: bool,
+    pub at_ms: u64,
+    /// Why the process could not be started at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}

@@ -1,0 +1,132 @@
+//! The two kinds of facts.
+
+use dunlin_model::{
+    AppName, ExitInfo, Generation, HostId, MachineId, MachineSpec, MachineState, MachineVersion, OrgName, Region,
+};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+/// All config facts of one store revision.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ConfigState {
+    pub generation: Generation,
+    pub apps: BTreeMap<AppName, AppFact>,
+    pub machines: BTreeMap<MachineId, MachineAssignment>,
+    /// Only a tombstone lets a host destroy a machine; absence never does.
+    pub tombstones: BTreeMap<MachineId, HostId>,
+    /// Those of them that a person asked for, by the machine or by its app.
+    #[serde(default)]
+    pub asked_for: BTreeSet<MachineId>,
+    pub secrets: BTreeMap<AppName, Vec<SecretsFact>>,
+    pub certificates: Vec<CertificateFact>,
+    /// Ids of revoked tokens.
+    pub revoked_tokens: Vec<String>,
+}
+
+/// How requests find an app.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AppFact {
+    pub org: OrgName,
+    /// Host names that the edge serves for it, lower case, without port.
+    pub hostnames: Vec<String>,
+    pub current_release: u32,
+}
+
+/// A machine, its owner, and the version that it should be in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineAssignment {
+    pub id: MachineId,
+    pub name: String,
+    pub host: HostId,
+    pub region: Region,
+    pub address: Ipv4Addr,
+    /// Placement generation: a host obeys only what is not older than what it has.
+    pub placement: Generation,
+    pub created_at_ms: u64,
+    pub spec: MachineSpec,
+}
+
+/// An app's secrets in one version, sealed to one host. There is one for each version that may have to run, and a
+/// machine takes the one that its spec names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretsFact {
+    pub host: HostId,
+    pub version: u64,
+    /// JSON object name -> value, sealed with context `env/<app>/<version>`, base64.
+    pub sealed: String,
+}
+
+/// A certificate with its key sealed to the edges that need it (context `certificate/<first name>`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateFact {
+    pub names: Vec<String>,
+    pub chain_pem: String,
+    pub sealed_key: String,
+    pub not_after_ms: u64,
+}
+
+/// What a host says of one of its machines. `sequence` grows with every fact of this machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineFact {
+    pub id: MachineId,
+    pub host: HostId,
+    pub app: AppName,
+    pub sequence: u64,
+    pub placement: Generation,
+    pub state: MachineState,
+    /// The machine version that runs, or would run when started.
+    pub version: MachineVersion,
+    pub release: u32,
+    pub process_group: String,
+    pub attempt: u64,
+    pub address: Ipv4Addr,
+    pub cordoned: bool,
+    pub checks: Vec<CheckStatus>,
+    /// The last exit of this version, if any.
+    pub exit: Option<ExitInfo>,
+    /// Tries since it last ran well.
+    pub restarts: u32,
+    /// Why it cannot run, for people (`image not found`, `insufficient memory`).
+    pub problem: Option<String>,
+    pub updated_at_ms: u64,
+}
+
+impl MachineFact {
+    /// Started, and every check that gates routing passes.
+    pub fn is_healthy(&self) -> bool {
+        self.state == MachineState::Started
+            && self.checks.iter().all(|c| !c.gates_routing || c.status == CheckState::Passing)
+    }
+}
+
+/// The newest result of one check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckStatus {
+    pub name: String,
+    pub status: CheckState,
+    pub gates_routing: bool,
+    /// Why it has this status, in the host's words, bounded to 1 KiB. What the app itself answered stays on
+    /// its host: no tenant's text is in a fact.
+    pub output: String,
+    pub updated_at_ms: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckState {
+    Passing,
+    Warning,
+    Critical,
+}
+
+/// What a host says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HostFact {
+    pub id: HostId,
+    pub region: Region,
+    pub cpus: u32,
+    pub memory_mb: u32,
+    pub memory_reserved_mb: u32,
+    pub updated_at_ms: u64,
+}

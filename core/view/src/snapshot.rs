@@ -1,0 +1,125 @@
+//! The fold of facts into what a reader sees.
+
+use crate::{ConfigState, HostFact, MachineFact};
+use dunlin_model::{AppName, Generation, HostId, MachineId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// One immutable view: config facts of one revision, and the newest fact of each machine and host.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    pub config: Arc<ConfigState>,
+    /// When the config facts were received; `None` = never in this process (from disk, or nothing yet).
+    pub config_received_at_ms: Option<u64>,
+    pub machines: BTreeMap<MachineId, Arc<MachineFact>>,
+    pub hosts: BTreeMap<HostId, Arc<HostFact>>,
+}
+
+/// Why facts were not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error("config facts of generation {offered} are older than the {held} that this view holds")]
+    OlderConfig { offered: Generation, held: Generation },
+    #[error("a fact of machine {machine} with sequence {offered} is not newer than {held}")]
+    OlderFact { machine: MachineId, offered: u64, held: u64 },
+    #[error("host {host} may not speak for machine {machine}: it is assigned to {owner}")]
+    NotOwner { host: HostId, machine: MachineId, owner: HostId },
+}
+
+impl Snapshot {
+    /// The view with newer config facts.
+    pub fn with_config(&self, config: Arc<ConfigState>, now_ms: u64) -> Result<Self, Refused> {
+        if config.generation < self.config.generation {
+            return Err(Refused::OlderConfig { offered: config.generation, held: self.config.generation });
+        }
+        Ok(Self { config, config_received_at_ms: Some(now_ms), ..self.clone() })
+    }
+
+    /// The view with a newer fact of one machine.
+    pub fn with_machine(&self, fact: Arc<MachineFact>) -> Result<Self, Refused> {
+        if let Some(held) = self.machines.get(&fact.id)
+            && held.host == fact.host
+            && fact.sequence <= held.sequence
+        {
+            return Err(Refused::OlderFact { machine: fact.id.clone(), offered: fact.sequence, held: held.sequence });
+        }
+        if let Some(assignment) = self.config.machines.get(&fact.id)
+            && assignment.host != fact.host
+            && fact.placement <= assignment.placement
+        {
+            return Err(Refused::NotOwner {
+                host: fact.host.clone(),
+                machine: fact.id.clone(),
+                owner: assignment.host.clone(),
+            });
+        }
+        let mut next = self.clone();
+        next.machines.insert(fact.id.clone(), fact);
+        Ok(next)
+    }
+
+    /// The view without a machine that its host has destroyed.
+    pub fn without_machine(&self, id: &MachineId) -> Self {
+        let mut next = self.clone();
+        next.machines.remove(id);
+        next
+    }
+
+    pub fn with_host(&self, fact: Arc<HostFact>) -> Self {
+        let mut next = self.clone();
+        next.hosts.insert(fact.id.clone(), fact);
+        next
+    }
+
+    /// Facts of an app's machines, in the order of their ids.
+    pub fn machines_of<'a>(&'a self, app: &'a AppName) -> impl Iterator<Item = &'a Arc<MachineFact>> {
+        self.machines.values().filter(move |fact| fact.app == *app)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dunlin_model::{MachineState, MachineVersion};
+
+    fn fact(sequence: u64) -> Arc<MachineFact> {
+        Arc::new(MachineFact {
+            id: MachineId::from_random([1; 7]),
+            host: "h1".parse().unwrap(),
+            app: "web".parse().unwrap(),
+            sequence,
+            placement: Generation::default(),
+            state: MachineState::Started,
+            version: MachineVersion::new(1, [0; 10]),
+            release: 1,
+            process_group: "app".into(),
+            attempt: 1,
+            address: "10.201.0.1".parse().unwrap(),
+            cordoned: false,
+            checks: vec![],
+            exit: None,
+            restarts: 0,
+            problem: None,
+            updated_at_ms: 0,
+        })
+    }
+
+    #[test]
+    fn the_newest_fact_wins_whatever_the_order() {
+        let view = Snapshot::default().with_machine(fact(2)).unwrap();
+        assert!(matches!(view.with_machine(fact(1)), Err(Refused::OlderFact { .. })));
+        assert!(matches!(view.with_machine(fact(2)), Err(Refused::OlderFact { .. })));
+        assert_eq!(view.with_machine(fact(3)).unwrap().machines.values().next().unwrap().sequence, 3);
+    }
+
+    #[test]
+    fn older_config_is_refused() {
+        let at = |incarnation, revision| {
+            let generation = Generation { incarnation, revision };
+            Arc::new(ConfigState { generation, ..Default::default() })
+        };
+        let view = Snapshot::default().with_config(at(1, 5), 0).unwrap();
+        assert!(view.with_config(at(1, 4), 0).is_err());
+        assert!(view.with_config(at(2, 1), 0).is_ok(), "a later incarnation wins with any revision");
+    }
+}

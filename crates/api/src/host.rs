@@ -1,0 +1,218 @@
+//! The seam to the host that owns a machine's run state.
+
+use async_trait::async_trait;
+use dunlin_model::{
+    AppName, CommandId, Generation, Guest, HostId, MachineId, MachineState, MachineVersion, OrgName,
+};
+use dunlin_view::MachineFact;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use tokio::sync::mpsc;
+
+/// Commands to the owner of machines; in the process today, over mutual TLS in a fleet.
+#[async_trait]
+pub trait HostApi: Send + Sync {
+    fn host_id(&self) -> &HostId;
+
+    /// Sets capacity aside for a machine that will be assigned soon; expires by itself.
+    async fn reserve(&self, reserve: Reserve) -> Result<(), Refusal>;
+
+    /// Checks deadline, generation, lease, legal move and admission in this order; journals, answers,
+    /// acts. A repeated id gets the first answer.
+    async fn command(&self, command: Command) -> Result<CommandAnswer, Refusal>;
+
+    /// The owner's own word on a machine.
+    async fn machine(&self, id: &MachineId) -> Result<MachineFact, Refusal>;
+
+    /// Waits until one of the states is reached, or says that it cannot be reached any more.
+    async fn wait(&self, id: &MachineId, wait: WaitFor) -> Result<MachineFact, Refusal>;
+
+    async fn exec(&self, request: ExecRequest) -> Result<ExecSession, Refusal>;
+
+    async fn logs(&self, query: LogQuery) -> Result<LogStream, Refusal>;
+
+    /// Sockets on which the machine's processes listen.
+    async fn listen_sockets(&self, id: &MachineId) -> Result<Vec<ListenSocket>, Refusal>;
+
+    /// The start of what a machine last answered to a check, as it is: it stays on its host, no fact has it.
+    /// Empty: there was no answer.
+    async fn check_answer(&self, machine: &MachineId, check: &str) -> Result<String, Refusal>;
+
+    /// Starts a builder machine, a profile that no tenant can ask for.
+    async fn run_builder(&self, request: BuilderRequest) -> Result<BuilderRun, Refusal>;
+}
+
+/// A no, with its reason and what to do next.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum Refusal {
+    #[error("the command arrived after its deadline")]
+    TooLate,
+    #[error("machine {0} is not known on this host")]
+    NoSuchMachine(MachineId),
+    #[error("machine {machine} is owned by another host since generation {generation}")]
+    Moved { machine: MachineId, generation: Generation },
+    #[error("the command is older ({offered}) than what the machine has ({held})")]
+    OldGeneration { offered: Generation, held: Generation },
+    #[error("machine {machine} obeys plan {held}, and this is the command of an older one ({offered})")]
+    OldPlan { machine: MachineId, offered: Generation, held: Generation },
+    #[error("machine {machine} is in version {found}, not {expected}")]
+    VersionMismatch { machine: MachineId, expected: MachineVersion, found: MachineVersion },
+    #[error("machine {machine} is leased by {owner}")]
+    Leased { machine: MachineId, owner: String, expires_at_ms: u64 },
+    #[error("machine {machine} is {}, from which it cannot {verb}", state.as_str())]
+    IllegalMove { machine: MachineId, state: MachineState, verb: String },
+    #[error("host {host} has no room: {why}")]
+    InsufficientCapacity { host: HostId, why: String },
+    #[error("{0}")]
+    Invalid(String),
+    #[error("the deadline passed before the machine got there; it is {}", state.as_str())]
+    WaitTimeout { state: MachineState },
+    #[error("the machine cannot reach that state any more; it is {}", state.as_str())]
+    WaitHopeless { state: MachineState },
+    #[error("the disk is full: {0}")]
+    DiskFull(String),
+    #[error("{0}")]
+    Failed(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reserve {
+    pub machine: MachineId,
+    pub guest: Guest,
+    pub ttl_ms: u64,
+}
+
+/// Who caused a command; shown in events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    User,
+    Plan,
+    Proxy,
+    Host,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Command {
+    pub id: CommandId,
+    pub machine: MachineId,
+    pub deadline_ms: u64,
+    /// Placement generation that the sender knows; `None` for a person's command.
+    pub generation: Option<Generation>,
+    /// Of the plan that sends it: store incarnation and the plan's sequence. A machine that obeyed a later plan of its
+    /// app obeys none before it, so an executor that wakes up late does no harm.
+    pub plan: Option<Generation>,
+    pub expected_version: Option<MachineVersion>,
+    /// Lease nonce.
+    pub nonce: Option<String>,
+    pub source: Source,
+    pub kind: CommandKind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum CommandKind {
+    Start,
+    Stop { signal: Option<String>, timeout_ms: Option<u64> },
+    Restart { timeout_ms: Option<u64> },
+    Signal { signal: String },
+    Cordon,
+    Uncordon,
+}
+
+/// The acknowledgement: journalled, the act follows or has happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandAnswer {
+    pub previous_state: MachineState,
+    /// Sequence of the fact that first shows the command's effect, or later.
+    pub sequence: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WaitFor {
+    pub states: Vec<MachineState>,
+    pub version: Option<MachineVersion>,
+    pub timeout_ms: u64,
+}
+
+#[derive(Debug, Clone)]
+pub struct ExecRequest {
+    pub machine: MachineId,
+    pub command: Vec<String>,
+    pub env: Vec<(String, String)>,
+    pub stdin: bytes::Bytes,
+    pub timeout_ms: u64,
+}
+
+/// Output as it comes; the channel closes after `Exited`. Dropping the session kills the command.
+pub struct ExecSession {
+    pub output: mpsc::Receiver<ExecOutput>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecOutput {
+    Stdout(bytes::Bytes),
+    Stderr(bytes::Bytes),
+    /// Exit code, or 128 + signal.
+    Exited(i32),
+    /// The session could not run or be followed to its end.
+    Failed(String),
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct LogQuery {
+    pub app: Option<AppName>,
+    pub machine: Option<MachineId>,
+    pub since_ms: Option<u64>,
+    /// At most this many of the newest lines before following.
+    pub tail: Option<usize>,
+    pub follow: bool,
+}
+
+/// Lines in the order of their time, as well as several machines allow.
+pub struct LogStream {
+    pub lines: mpsc::Receiver<LogLine>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    pub at_ms: u64,
+    pub app: AppName,
+    pub machine: MachineId,
+    /// `stdout`, `stderr`, or `system` for what the platform says.
+    pub stream: String,
+    pub line: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenSocket {
+    pub protocol: String,
+    pub address: SocketAddr,
+}
+
+/// One run of a builder machine: the host's `/usr` read-only on a tmpfs root, the CA bundle and a
+/// resolv.conf, network with masquerade, the organization's cache volume at `/cache` (owned by the
+/// machine's root: the uid range is fixed for the organization), and this binary, bound read-only, at
+/// `/dunlin` (a copy in the data directory, so that an upgrade does not pull it away).
+#[derive(Debug, Clone)]
+pub struct BuilderRequest {
+    pub org: OrgName,
+    pub app: AppName,
+    /// Directory that holds `context.tar`, readable by all; bound read-only at `/context`.
+    pub context: PathBuf,
+    /// Unix socket of the registry; bound at `/run/registry.sock`.
+    pub registry_socket: PathBuf,
+    /// Run as root of the machine's user namespace.
+    pub command: Vec<String>,
+    /// In memory only: tokens and build secrets travel here.
+    pub env: Vec<(String, String)>,
+    /// Files that exist for this run only, in memory: (absolute path in the machine, content).
+    pub files: Vec<(String, Vec<u8>)>,
+    pub timeout_ms: u64,
+}
+
+/// A running builder; dropping it ends the machine.
+pub struct BuilderRun {
+    pub output: mpsc::Receiver<ExecOutput>,
+}

@@ -1,0 +1,19 @@
+//! What roles say to each other and to clients: the two seams [`HostApi`] and [`LastHop`], the wire
+//! types of the HTTP API, and its client.
+//!
+//! Roles never import each other; they meet here and in the view. The wire types are those of the
+//! Machines API where it has them. Tested by round trips and by the end-to-end suite.
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod error;
+pub mod host;
+pub mod last_hop;
+pub mod wire;
+
+pub use error::{ApiError, ErrorBody, ErrorCode};
+pub use host::{
+    BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecOutput, ExecRequest, ExecSession, HostApi,
+    ListenSocket, LogLine, LogQuery, LogStream, Refusal, Reserve, Source, WaitFor,
+};
+pub use last_hop::{Admission, AdmitRefusal, AdmitRequest, LastHop};

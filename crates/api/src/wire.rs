@@ -1,0 +1,236 @@
+//! JSON bodies of the HTTP API. Paths under `/v1`, those of the Machines API where it has them.
+//!
+//! Dunlin's own:
+//! - `GET /v1/version` -> [`VersionInfo`]
+//! - `POST /v1/apps/{app}/builds?dockerfile=&target=&no_cache=` body: tar of the context (gzip or plain),
+//!   header `dunlin-build-args: <base64 JSON object>`, `dunlin-build-secrets: <base64 JSON object>`;
+//!   answer: NDJSON of [`BuildEvent`], the last one `Done` or `Failed`.
+//! - `POST /v1/apps/{app}/releases` [`CreateRelease`] -> 201 [`Release`]
+//! - `GET /v1/apps/{app}/releases` -> `Vec<Release>`; `GET .../releases/{n}` -> [`Release`]
+//! - `GET /v1/apps/{app}/releases/{n}/events` -> NDJSON of [`DeployEvent`] until it has ended
+//! - `POST /v1/apps/{app}/rollback` `{version?: n}` -> 201 [`Release`]
+//! - `GET|POST /v1/apps/{app}/scale` map group -> count; POST answers 201 [`Release`] or 200 when nothing changes
+//! - `GET /v1/apps/{app}/logs?follow=&machine=&since_ms=&tail=` -> NDJSON of `LogLine`
+//! - `GET /v1/apps/{app}/status` -> [`AppStatus`]
+//! - `POST /v1/tokens` [`CreateToken`] -> [`CreatedToken`]
+
+use dunlin_model::config::AppConfig;
+use dunlin_model::desired::ReleaseStatus;
+use dunlin_model::token::Verb;
+use dunlin_model::{AppName, ExitInfo, MachineId, MachineSpec, MachineState, OrgName, Region};
+use dunlin_view::CheckStatus;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionInfo {
+    pub version: String,
+    pub commit: String,
+    pub host: String,
+    pub domain: String,
+    /// Ports of the edge.
+    pub http_port: u16,
+    pub https_port: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateApp {
+    #[serde(alias = "name")]
+    pub app_name: AppName,
+    #[serde(default)]
+    pub org_slug: Option<OrgName>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct App {
+    pub id: String,
+    pub name: AppName,
+    /// `pending` before the first release, then `deployed`.
+    pub status: String,
+    pub organization: Organization,
+    pub machine_count: usize,
+    pub current_release: u32,
+    pub hostname: String,
+    pub created_at: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Organization {
+    pub name: String,
+    pub slug: OrgName,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppList {
+    pub total_apps: usize,
+    pub apps: Vec<App>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CreateRelease {
+    /// `<app>@sha256:...`, `<app>:tag`, or the reference of an image elsewhere, which is then pulled.
+    pub image: String,
+    pub config: AppConfig,
+    #[serde(default)]
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Release {
+    pub app: AppName,
+    pub version: u32,
+    pub image: String,
+    pub status: ReleaseStatus,
+    pub reason: String,
+    pub created_at: u64,
+}
+
+/// One line of a build's output stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "type")]
+pub enum BuildEvent {
+    /// A line of the builder's output.
+    Output { line: String },
+    /// A step of ours began, for example `waiting for another build of this organization`.
+    Step { message: String },
+    Done { image: String, digest: String, size: u64 },
+    /// `step` is the Dockerfile's failing instruction when it is known.
+    Failed { error: String, step: Option<String>, hint: Option<String>, last_lines: Vec<String> },
+}
+
+/// One line of a deploy's event stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeployEvent {
+    pub at_ms: u64,
+    pub release: u32,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineId>,
+    /// Set on the last line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<ReleaseStatus>,
+    /// On failure: why, for people, with the machine's last lines.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub details: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rollback {
+    #[serde(default)]
+    pub version: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AppStatus {
+    pub app: App,
+    pub urls: Vec<String>,
+    pub release: Option<Release>,
+    pub machines: Vec<Machine>,
+}
+
+/// A machine as the Machines API shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    pub id: MachineId,
+    pub name: String,
+    pub state: MachineState,
+    pub region: Region,
+    pub instance_id: String,
+    pub private_ip: String,
+    pub image_ref: ImageRefWire,
+    pub config: MachineSpec,
+    pub checks: Vec<CheckStatus>,
+    /// `ok`, `unknown` or `unreachable`.
+    pub host_status: String,
+    /// When its host last spoke, milliseconds since 1970: the rest is not newer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_seen_at: Option<u64>,
+    pub cordoned: bool,
+    pub process_group: String,
+    pub release: u32,
+    pub restarts: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<ExitInfo>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    pub created_at: u64,
+    pub updated_at: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRefWire {
+    pub registry: String,
+    pub repository: String,
+    pub tag: Option<String>,
+    pub digest: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StopMachine {
+    #[serde(default)]
+    pub signal: Option<String>,
+    /// Seconds, as a number or a duration like `10s`.
+    #[serde(default)]
+    pub timeout: Option<serde_json::Value>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecBody {
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// One string, split like a shell would.
+    #[serde(default)]
+    pub cmd: Option<String>,
+    #[serde(default)]
+    pub stdin: Option<String>,
+    /// Seconds.
+    #[serde(default)]
+    pub timeout: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecAnswer {
+    pub exit_code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// `None` deletes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetSecrets {
+    pub values: BTreeMap<String, Option<String>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret {
+    pub name: String,
+    pub digest: String,
+    pub created_at: u64,
+    pub updated_at: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secrets {
+    pub secrets: Vec<Secret>,
+    #[serde(default)]
+    pub version: u64,
+    /// The release that brings them to the machines, when one was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateToken {
+    #[serde(default)]
+    pub apps: Option<Vec<AppName>>,
+    pub verbs: Vec<Verb>,
+    pub expires_in_s: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreatedToken {
+    pub id: String,
+    pub token: String,
+}
