@@ -1,0 +1,28 @@
+//! One machine's life on its host: an event and the time go in, effects come out.
+//!
+//! ```text
+//!            prepared            start               exit, stop asked
+//! creating ----------> created ---------> starting -> started -> stopping -> stopped
+//!     |                   ^                  ^            |                     |
+//!     | cannot be         | update of        | back-off   | exit, to be         | start
+//!     v prepared          | one asleep       |            v restarted           |
+//!   failed <------------------------------ restarting <---+     updating (stop, swap, start)
+//!
+//! any state, tombstone: destroying -> destroyed
+//! ```
+//!
+//! Owns the [`Record`] that the host journals, and the order of effects: [`Effect::Journal`] always
+//! comes before the acts that it allows, so a crash between two effects is recovered by
+//! [`Event::Recovered`], which says what is really alive. Never does anything itself. Tested by
+//! scenarios and by random histories with a crash after any effect.
+#![forbid(unsafe_code)]
+
+mod command;
+mod event;
+mod life;
+mod record;
+
+pub use command::{Asked, Checked, Deny, MAX_REMEMBERED, Order, Verb};
+pub use event::{Alive, Effect, Event};
+pub use life::{Machine, backoff_ms};
+pub use record::{Goal, Record, Stop};

@@ -1,0 +1,464 @@
+//! The state machine itself.
+
+use crate::command::{self, Asked, Checked, Deny, MAX_REMEMBERED, Order, Remembered, Verb};
+use crate::event::{Alive, Effect, Event};
+use crate::record::{Goal, Record, Stop};
+use dunlin_model::{ExitInfo, MachineId, MachineState, MachineVersion, RestartWhen};
+use dunlin_view::MachineAssignment;
+
+/// An attempt that ran this long ran well: its failure begins a new count.
+const RAN_WELL_MS: u64 = 60_000;
+/// More check results than this between two journal entries would take weeks.
+const SEQUENCE_GAP: u64 = 1 << 32;
+const FIRST_BACKOFF_MS: u64 = 500;
+const LONGEST_BACKOFF_MS: u64 = 60_000;
+
+/// A machine on its host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Machine {
+    record: Record,
+}
+
+/// Time before the `n`th restart in a row (from 1): doubling, bounded, and up to a quarter more by the
+/// seed, so that machines that failed together do not all come back together.
+pub fn backoff_ms(n: u32, seed: u64) -> u64 {
+    let base = (FIRST_BACKOFF_MS << n.saturating_sub(1).min(20)).min(LONGEST_BACKOFF_MS);
+    base + seed % (base / 4)
+}
+
+/// Differs between machines and attempts (FNV-1a), and is the same after a crash.
+fn seed(id: &MachineId, attempt: u64) -> u64 {
+    let bytes = id.as_str().bytes().chain(attempt.to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl Machine {
+    /// A machine that was just assigned to this host.
+    pub fn assigned(assignment: MachineAssignment, uid_base: u32, now_ms: u64) -> (Self, Vec<Effect>) {
+        let spec = Box::new(assignment.spec.clone());
+        let mut machine = Self { record: Record::new(assignment, uid_base, now_ms) };
+        let effects = machine.changed(now_ms, vec![Effect::Prepare(spec)]);
+        (machine, effects)
+    }
+
+    /// From the journal; the next event must be [`Event::Recovered`].
+    ///
+    /// Facts since the last entry may have had higher sequences (check results are not journalled), so
+    /// it goes on far above what it may have said.
+    pub fn from_record(mut record: Record) -> Self {
+        record.sequence += SEQUENCE_GAP;
+        Self { record }
+    }
+
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// A new fact is needed although the record's state is the same: a check's result changed. Not
+    /// journalled: sequences skip ahead after a restart, see [`Machine::from_record`].
+    pub fn touch(&mut self, now_ms: u64) {
+        self.record.sequence += 1;
+        self.record.updated_at_ms = now_ms;
+    }
+
+    /// The whole of it: what `event` means now.
+    pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Effect> {
+        if self.record.state == MachineState::Destroyed {
+            return match event {
+                Event::Ordered(order) => self.on_order(&order, now_ms), // nothing is legal any more
+                Event::Destroyed => vec![Effect::Forget],               // it could not be dropped the first time
+                _ => Vec::new(),
+            };
+        }
+        match event {
+            Event::Assigned(assignment) => self.on_assigned(*assignment, now_ms),
+            Event::Tombstone => self.on_tombstone(now_ms),
+            Event::Ordered(order) => self.on_order(&order, now_ms),
+            Event::Prepared { version, result, room } => self.on_prepared(&version, result, room, now_ms),
+            Event::Spawned { attempt, result } => self.on_spawned(attempt, result, now_ms),
+            Event::Exited(exit) => self.on_exited(exit, now_ms),
+            Event::Tick => self.on_tick(now_ms),
+            Event::Destroyed => self.on_destroyed(now_ms),
+            Event::Recovered(alive) => self.on_recovered(alive, now_ms),
+        }
+    }
+
+    /// Journal first, then the acts, then the fact.
+    fn changed(&mut self, now_ms: u64, acts: Vec<Effect>) -> Vec<Effect> {
+        self.record.sequence += 1;
+        self.record.updated_at_ms = now_ms;
+        let mut effects = vec![Effect::Journal];
+        effects.extend(acts);
+        effects.push(Effect::Publish);
+        effects
+    }
+
+    fn on_assigned(&mut self, assignment: MachineAssignment, now_ms: u64) -> Vec<Effect> {
+        let record = &mut self.record;
+        if assignment.placement < record.assignment.placement || record.state == MachineState::Destroying {
+            return Vec::new();
+        }
+        let new_version = assignment.spec.version != record.assignment.spec.version;
+        if !new_version && assignment.placement == record.assignment.placement {
+            return Vec::new();
+        }
+        record.assignment = assignment;
+        if !new_version {
+            return self.changed(now_ms, vec![]);
+        }
+        record.problem = None;
+        record.prepared = false;
+        let spec = Box::new(record.assignment.spec.clone());
+        self.changed(now_ms, vec![Effect::Prepare(spec)])
+    }
+
+    fn on_tombstone(&mut self, now_ms: u64) -> Vec<Effect> {
+        if self.record.state == MachineState::Destroying {
+            return Vec::new();
+        }
+        self.record.state = MachineState::Destroying;
+        self.record.goal = Goal::Vanish;
+        self.changed(now_ms, vec![Effect::Destroy])
+    }
+
+    fn on_order(&mut self, order: &Order, now_ms: u64) -> Vec<Effect> {
+        let id = order.id.clone();
+        let previous_state = self.record.state;
+        let sequence = self.record.sequence;
+        match command::check(&self.record, order, now_ms) {
+            Checked::Repeated(answer) => vec![Effect::Answer { id, answer }],
+            // A start that found no room is over for whoever sent it: room that comes later must not make it
+            // happen behind his back. A request's start is never sent twice, and there may be many.
+            Checked::Denied(deny @ Deny::NoRoom { .. }) if order.verb != Verb::Wake => {
+                let answer = Err(deny);
+                self.remember(Remembered { id: id.clone(), answer: answer.clone() });
+                vec![Effect::Journal, Effect::Answer { id, answer }]
+            }
+            // Other refusals change nothing and are not remembered: a plan sends the same command until it
+            // is right, for example until the host has seen the version that it expects.
+            Checked::Denied(deny) => vec![Effect::Answer { id, answer: Err(deny) }],
+            // Remembered as well, or a repeat that comes late would act.
+            Checked::AlreadySo => {
+                self.record.plan = self.record.plan.max(order.plan.unwrap_or_default());
+                let answer = Ok(Asked { previous_state, sequence });
+                self.remember(Remembered { id: id.clone(), answer: answer.clone() });
+                vec![Effect::Journal, Effect::Answer { id, answer }]
+            }
+            Checked::Allowed => {
+                self.record.plan = self.record.plan.max(order.plan.unwrap_or_default());
+                let answer = Ok(Asked { previous_state, sequence: sequence + 1 });
+                self.remember(Remembered { id: id.clone(), answer: answer.clone() });
+                let mut acts = vec![Effect::Answer { id, answer }];
+                acts.extend(self.obey(&order.verb, now_ms));
+                self.changed(now_ms, acts)
+            }
+        }
+    }
+
+    fn remember(&mut self, remembered: Remembered) {
+        if self.record.commands.len() == MAX_REMEMBERED {
+            self.record.commands.pop_front();
+        }
+        self.record.commands.push_back(remembered);
+    }
+
+    fn obey(&mut self, verb: &Verb, now_ms: u64) -> Vec<Effect> {
+        let record = &mut self.record;
+        match verb {
+            Verb::Start | Verb::Wake => {
+                record.restarts = 0;
+                self.start(now_ms)
+            }
+            Verb::Stop { signal, timeout_ms } => {
+                record.goal = Goal::Rest;
+                if record.state == MachineState::Restarting {
+                    record.state = MachineState::Stopped;
+                    record.restart_at_ms = None;
+                    return vec![];
+                }
+                record.state = MachineState::Stopping;
+                vec![self.stop(*signal, *timeout_ms, now_ms)]
+            }
+            Verb::Restart { timeout_ms } => {
+                record.goal = Goal::Again;
+                record.state = MachineState::Stopping;
+                vec![self.stop(None, *timeout_ms, now_ms)]
+            }
+            Verb::Signal { signal } => vec![Effect::Signal { signal: *signal }],
+            Verb::Cordon => {
+                record.cordoned = true;
+                vec![]
+            }
+            Verb::Uncordon => {
+                record.cordoned = false;
+                vec![]
+            }
+        }
+    }
+
+    fn start(&mut self, now_ms: u64) -> Vec<Effect> {
+        let record = &mut self.record;
+        // A machine that could not be prepared and is told to start: the spawn tries once more.
+        record.current.get_or_insert_with(|| record.assignment.spec.clone());
+        record.attempt += 1;
+        record.state = MachineState::Starting;
+        record.goal = Goal::Run;
+        record.started_at_ms = now_ms;
+        record.restart_at_ms = None;
+        record.stop = None;
+        record.problem = None;
+        vec![Effect::Spawn { attempt: record.attempt }]
+    }
+
+    /// Kept, so that it is told as it was asked for, however often the agent is killed before it tells. A second
+    /// one never gives more time.
+    fn stop(&mut self, signal: Option<i32>, timeout_ms: Option<u64>, now_ms: u64) -> Effect {
+        let timeout_ms = timeout_ms.unwrap_or(self.record.spec().stop.timeout_ms);
+        let until_ms = now_ms.saturating_add(timeout_ms);
+        let until_ms = self.record.stop.map_or(until_ms, |earlier| earlier.until_ms.min(until_ms));
+        self.record.stop = Some(Stop { signal, until_ms });
+        Effect::Stop { signal, timeout_ms: until_ms.saturating_sub(now_ms) }
+    }
+
+    fn on_prepared(
+        &mut self,
+        version: &MachineVersion,
+        result: Result<(), String>,
+        room: Result<(), String>,
+        now_ms: u64,
+    ) -> Vec<Effect> {
+        let superseded = *version != self.record.assignment.spec.version;
+        if superseded || self.record.is_current() || self.record.state == MachineState::Destroying {
+            return Vec::new();
+        }
+        let record = &mut self.record;
+        if let Err(why) = result {
+            record.problem = Some(why);
+            if record.current.is_none() {
+                record.state = MachineState::Failed;
+            }
+            return self.changed(now_ms, vec![]);
+        }
+        // Its next start would ask for room; one that goes on running never starts in between. What stops for
+        // good holds nothing then.
+        let goes_on = record.holds_resources() && record.goal != Goal::Rest;
+        if let Err(why) = room
+            && goes_on
+            && record.grows()
+        {
+            record.problem = Some(format!("it stays in version {}: {why}", record.version()));
+            return self.changed(now_ms, vec![]);
+        }
+        record.prepared = true;
+        record.problem = None;
+        use MachineState as S;
+        match record.state {
+            S::Starting | S::Started => {
+                record.state = S::Updating;
+                record.goal = Goal::Again;
+                let stop = self.stop(None, None, now_ms);
+                self.changed(now_ms, vec![stop])
+            }
+            // Its end brings the new version.
+            S::Stopping | S::Updating => self.changed(now_ms, vec![]),
+            S::Destroying | S::Destroyed => unreachable!("returned above"),
+            S::Restarting => {
+                self.swap();
+                let start = self.start(now_ms);
+                self.changed(now_ms, start)
+            }
+            S::Creating | S::Created | S::Failed => {
+                self.swap();
+                self.record.state = S::Created;
+                self.changed(now_ms, vec![])
+            }
+            S::Stopped | S::Suspended => {
+                self.swap();
+                self.record.state = S::Stopped;
+                self.changed(now_ms, vec![])
+            }
+        }
+    }
+
+    /// Takes up the version that it should be in: counts begin anew.
+    fn swap(&mut self) {
+        let record = &mut self.record;
+        record.current = Some(record.assignment.spec.clone());
+        record.exit = None;
+        record.restarts = 0;
+        record.problem = None;
+    }
+
+    fn on_spawned(&mut self, attempt: u64, result: Result<(), String>, now_ms: u64) -> Vec<Effect> {
+        if attempt != self.record.attempt {
+            return Vec::new();
+        }
+        match (result, self.record.state) {
+            (Ok(()), MachineState::Starting) => {
+                self.record.state = MachineState::Started;
+                self.changed(now_ms, vec![])
+            }
+            // Stopped or replaced while it started: the stop waits behind the spawn.
+            (Ok(()), _) => Vec::new(),
+            (Err(error), _) => self.on_exited(failed_attempt(attempt, error, now_ms), now_ms),
+        }
+    }
+
+    fn on_exited(&mut self, exit: ExitInfo, now_ms: u64) -> Vec<Effect> {
+        if exit.attempt != self.record.attempt || !self.record.may_live() {
+            return vec![Effect::Acknowledge { attempt: exit.attempt }]; // told twice, or of an earlier one
+        }
+        if self.record.goal == Goal::Vanish {
+            return Vec::new(); // being destroyed; that tells when it is done
+        }
+        let ran_ms = exit.at_ms.saturating_sub(self.record.started_at_ms);
+        let failed = exit.exit_code != Some(0);
+        let attempt = exit.attempt;
+        self.record.exit = Some(exit);
+        self.record.stop = None;
+        let mut acts = vec![Effect::CleanUp { attempt }];
+        match self.record.goal {
+            Goal::Again => {
+                self.take_new_version();
+                acts.extend(self.start(now_ms));
+            }
+            Goal::Rest | Goal::Vanish => {
+                self.take_new_version();
+                self.record.state = MachineState::Stopped;
+            }
+            Goal::Run => acts.extend(self.by_policy(failed, ran_ms, now_ms)),
+        }
+        self.changed(now_ms, acts)
+    }
+
+    /// A version that was prepared while the old one ran. One that is not prepared yet has to wait: it may
+    /// never be, and the old one is known to work.
+    fn take_new_version(&mut self) {
+        if !self.record.is_current() && self.record.prepared {
+            self.swap();
+        }
+    }
+
+    fn by_policy(&mut self, failed: bool, ran_ms: u64, now_ms: u64) -> Vec<Effect> {
+        let policy = self.record.spec().restart.clone();
+        let record = &mut self.record;
+        if ran_ms >= RAN_WELL_MS {
+            record.restarts = 0;
+        }
+        let again = match policy.policy {
+            RestartWhen::No => false,
+            RestartWhen::Always => true,
+            RestartWhen::OnFailure => failed,
+        };
+        if !again {
+            record.state = if failed { MachineState::Failed } else { MachineState::Stopped };
+            return vec![];
+        }
+        record.restarts += 1;
+        if policy.policy == RestartWhen::OnFailure && record.restarts > policy.max_retries {
+            record.state = MachineState::Failed;
+            record.problem = Some(format!("it failed {} times in a row; the restart policy gave up", record.restarts));
+            return vec![];
+        }
+        let ms = now_ms + backoff_ms(record.restarts, seed(&record.assignment.id, record.attempt));
+        record.state = MachineState::Restarting;
+        record.restart_at_ms = Some(ms);
+        vec![Effect::WakeAt { ms }]
+    }
+
+    fn on_tick(&mut self, now_ms: u64) -> Vec<Effect> {
+        match self.record.restart_at_ms {
+            Some(at) if self.record.state == MachineState::Restarting && now_ms >= at => {
+                let start = self.start(now_ms);
+                self.changed(now_ms, start)
+            }
+            Some(at) if self.record.state == MachineState::Restarting => vec![Effect::WakeAt { ms: at }],
+            _ => Vec::new(),
+        }
+    }
+
+    fn on_destroyed(&mut self, now_ms: u64) -> Vec<Effect> {
+        if self.record.state != MachineState::Destroying {
+            return Vec::new();
+        }
+        self.record.state = MachineState::Destroyed;
+        self.record.sequence += 1;
+        self.record.updated_at_ms = now_ms;
+        vec![Effect::Publish, Effect::Forget]
+    }
+
+    /// Never repeats effects from the record blindly: `alive` is what the supervisor and the kernel say.
+    /// Always journalled, so that the facts of the next life begin above those of this one.
+    fn on_recovered(&mut self, alive: Alive, now_ms: u64) -> Vec<Effect> {
+        use MachineState as S;
+        let attempt = self.record.attempt;
+        let lives = alive.attempt == Some(attempt) && attempt > 0;
+        let mut effects = match self.record.state {
+            S::Destroying => vec![Effect::Destroy],
+            S::Destroyed => return vec![Effect::Forget],
+            S::Starting | S::Started | S::Stopping | S::Updating if lives => self.rejoin(alive.stopping, now_ms),
+            S::Starting | S::Started | S::Stopping | S::Updating => match alive.exit {
+                Some(exit) => self.on_exited(exit, now_ms),
+                None => self.vanished(alive.rebooted, now_ms),
+            },
+            S::Restarting => {
+                let ms = *self.record.restart_at_ms.get_or_insert(now_ms);
+                vec![Effect::CleanUp { attempt }, Effect::WakeAt { ms }]
+            }
+            S::Creating | S::Created | S::Stopped | S::Suspended | S::Failed => {
+                vec![Effect::CleanUp { attempt }]
+            }
+        };
+        if !effects.contains(&Effect::Journal) {
+            effects = self.changed(now_ms, effects);
+        }
+        if self.record.state != S::Destroying && !self.record.is_current() && self.record.problem.is_none() {
+            effects.push(Effect::Prepare(Box::new(self.record.assignment.spec.clone())));
+        }
+        effects
+    }
+
+    /// Its supervisor lives: only what was under way is taken up again.
+    fn rejoin(&mut self, stopping: bool, now_ms: u64) -> Vec<Effect> {
+        match self.record.state {
+            MachineState::Starting => {
+                self.record.state = MachineState::Started;
+                self.changed(now_ms, vec![])
+            }
+            MachineState::Stopping | MachineState::Updating if !stopping => {
+                // With the time that is left of what was asked for.
+                let asked = self.record.stop;
+                let left_ms = asked.map(|stop| stop.until_ms.saturating_sub(now_ms));
+                let stop = self.stop(asked.and_then(|stop| stop.signal), left_ms, now_ms);
+                self.changed(now_ms, vec![stop])
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// No supervisor and no exit record: it was killed with its host, or never came up.
+    fn vanished(&mut self, rebooted: bool, now_ms: u64) -> Vec<Effect> {
+        let attempt = self.record.attempt;
+        let never_ran = self.record.state == MachineState::Starting;
+        if self.record.goal == Goal::Run && (rebooted || never_ran) {
+            // Not its failure: at once, and not counted.
+            let mut acts = vec![Effect::CleanUp { attempt }];
+            acts.extend(self.start(now_ms));
+            return self.changed(now_ms, acts);
+        }
+        let error = if rebooted { "its host was restarted" } else { "its supervisor was killed" };
+        self.on_exited(failed_attempt(attempt, error.into(), now_ms), now_ms)
+    }
+}
+
+fn failed_attempt(attempt: u64, error: String, at_ms: u64) -> ExitInfo {
+    ExitInfo {
+        attempt,
+        exit_code: None,
+        signal: None,
+        oom_killed: false,
+        requested_stop: false,
+        at_ms,
+        error: Some(error),
+    }
+}

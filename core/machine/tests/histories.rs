@@ -1,0 +1,479 @@
+//! Random histories of one machine, with a crash of the agent after any effect. A small host keeps
+//! what a real one would: the journal, the supervisors, the exit records; inputs under way are lost in
+//! a crash.
+
+mod common;
+
+use common::{exit, order, sized, waking};
+use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order, Record, Verb};
+use dunlin_model::{CommandId, ExitInfo, MachineState as S};
+use dunlin_view::MachineAssignment;
+use proptest::prelude::*;
+use std::collections::{BTreeMap, HashMap};
+
+#[derive(Debug, Clone)]
+enum Op {
+    /// A new version of this size, in quarters of a GiB, and whether requests may wake it.
+    Assign { quarters: u32, wakes: bool },
+    /// What other machines hold of the host's GiB.
+    Others { quarters: u32 },
+    Tombstone,
+    Start,
+    Wake,
+    Stop,
+    Restart,
+    Signal,
+    Cordon,
+    Uncordon,
+    /// Send a command of before once more.
+    Repeat(usize),
+    /// One of the inputs under way arrives; `ok` is how its act went.
+    Deliver { which: usize, ok: bool },
+    /// The program ends by itself.
+    End { code: i32 },
+    /// The supervisor is killed: no exit record.
+    KillSupervisor,
+    Pass { ms: u64 },
+    /// The agent is killed between two inputs.
+    Crash { rebooted: bool },
+    /// The next input's effects end after this many, by a kill.
+    CrashAfter { effects: usize, rebooted: bool },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (1u32..=4, any::<bool>()).prop_map(|(quarters, wakes)| Op::Assign { quarters, wakes }),
+        2 => (0u32..=4).prop_map(|quarters| Op::Others { quarters }),
+        1 => Just(Op::Tombstone),
+        6 => Just(Op::Start),
+        4 => Just(Op::Wake),
+        4 => Just(Op::Stop),
+        3 => Just(Op::Restart),
+        1 => Just(Op::Signal),
+        1 => Just(Op::Cordon),
+        1 => Just(Op::Uncordon),
+        3 => any::<usize>().prop_map(Op::Repeat),
+        20 => (any::<usize>(), prop::bool::weighted(0.8)).prop_map(|(which, ok)| Op::Deliver { which, ok }),
+        4 => (0..2).prop_map(|code| Op::End { code }),
+        2 => Just(Op::KillSupervisor),
+        5 => (1u64..100_000).prop_map(|ms| Op::Pass { ms }),
+        3 => prop::bool::weighted(0.3).prop_map(|rebooted| Op::Crash { rebooted }),
+        8 => (0usize..6, prop::bool::weighted(0.3))
+            .prop_map(|(effects, rebooted)| Op::CrashAfter { effects, rebooted }),
+    ]
+}
+
+/// An act under way, whose end the agent will hear of.
+#[derive(Debug, Clone)]
+enum Pending {
+    Prepare(dunlin_model::MachineVersion),
+    Spawn(u64),
+    /// The supervisor of an attempt has heard the stop.
+    End(u64),
+    /// The agent watches an attempt that has ended.
+    Exited(ExitInfo),
+    Tick(u64),
+    Destroy,
+}
+
+/// What the newest acknowledged command wants.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Intent {
+    Run,
+    Rest,
+    Nothing,
+}
+
+struct Host {
+    now: u64,
+    journal: Option<Record>,
+    machine: Option<Machine>,
+    /// The attempt whose supervisor lives, and whether it was told to stop.
+    alive: Option<u64>,
+    told: bool,
+    /// A stop that waits behind the spawn of its attempt.
+    stop_waits: bool,
+    may_be_told_twice: bool,
+    exits: BTreeMap<u64, ExitInfo>,
+    pending: Vec<Pending>,
+    crash: Option<(usize, bool)>,
+    sent: Vec<Order>,
+    answers: HashMap<CommandId, Result<Asked, Deny>>,
+    versions: u8,
+    assigned: Option<MachineAssignment>,
+    /// Held by other machines, and the most that this one was let have.
+    others_mb: u32,
+    admitted_mb: u32,
+    tombstoned: bool,
+    published: u64,
+    intent: Intent,
+    spawned: Vec<u64>,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self {
+            now: 1,
+            journal: None,
+            machine: None,
+            alive: None,
+            told: false,
+            stop_waits: false,
+            may_be_told_twice: false,
+            exits: BTreeMap::new(),
+            pending: vec![],
+            crash: None,
+            sent: vec![],
+            answers: HashMap::new(),
+            versions: 0,
+            assigned: None,
+            others_mb: 0,
+            admitted_mb: 0,
+            tombstoned: false,
+            published: 0,
+            intent: Intent::Nothing,
+            spawned: vec![],
+        }
+    }
+
+    fn apply(&mut self, op: Op) {
+        self.now += 1;
+        match op {
+            Op::Others { quarters } => self.others_mb = quarters * 256,
+            Op::Assign { quarters, wakes } => {
+                self.versions += 1;
+                let mut assigned = sized(self.versions, "always", quarters * 256);
+                assigned.spec.services = if wakes { waking(1).spec.services } else { vec![] };
+                self.assigned = Some(assigned.clone());
+                match self.machine {
+                    Some(_) => self.hear(Event::Assigned(Box::new(assigned))),
+                    None if self.tombstoned => {}
+                    None => {
+                        let (machine, effects) = Machine::assigned(assigned, 1_000_000, self.now);
+                        self.machine = Some(machine);
+                        self.perform(effects);
+                    }
+                }
+            }
+            Op::Tombstone => {
+                self.tombstoned |= self.machine.is_some();
+                self.hear(Event::Tombstone);
+            }
+            Op::Start => self.send(Verb::Start),
+            Op::Wake => self.send(Verb::Wake),
+            Op::Stop => self.send(Verb::Stop { signal: None, timeout_ms: None }),
+            Op::Restart => self.send(Verb::Restart { timeout_ms: None }),
+            Op::Signal => self.send(Verb::Signal { signal: 1 }),
+            Op::Cordon => self.send(Verb::Cordon),
+            Op::Uncordon => self.send(Verb::Uncordon),
+            Op::Repeat(which) => {
+                if let Some(order) = pick(&self.sent, which).cloned() {
+                    self.hear(Event::Ordered(order));
+                }
+            }
+            Op::Deliver { which, ok } => self.deliver(which, ok),
+            Op::End { code } => self.end(code),
+            Op::KillSupervisor => {
+                if let Some(attempt) = self.alive.take() {
+                    let killed = ExitInfo { exit_code: None, error: Some("killed".into()), ..exit(attempt, 0, self.now) };
+                    self.pending.push(Pending::Exited(killed));
+                }
+            }
+            Op::Pass { ms } => self.now += ms,
+            Op::Crash { rebooted } => self.crash(rebooted),
+            Op::CrashAfter { effects, rebooted } => self.crash = Some((effects, rebooted)),
+        }
+    }
+
+    fn send(&mut self, verb: Verb) {
+        let mut order = order(self.sent.len() as u64, verb);
+        self.sent.push(order.clone());
+        if let Some(machine) = &self.machine {
+            order.room = self.room(machine.record().spec().guest.memory_mb);
+        }
+        self.hear(Event::Ordered(order));
+    }
+
+    /// A GiB for all.
+    fn room(&self, wanted_mb: u32) -> Result<(), String> {
+        if self.others_mb + wanted_mb <= 1024 { Ok(()) } else { Err("full".into()) }
+    }
+
+    fn end(&mut self, code: i32) {
+        if let Some(attempt) = self.alive.take() {
+            let ended = exit(attempt, code, self.now);
+            self.exits.insert(attempt, ended.clone());
+            self.pending.push(Pending::Exited(ended));
+        }
+    }
+
+    fn deliver(&mut self, which: usize, ok: bool) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let pending = self.pending.remove(which % self.pending.len());
+        let result = if ok { Ok(()) } else { Err("it failed".to_owned()) };
+        match pending {
+            Pending::Prepare(version) => {
+                let room = self.room(self.assigned.as_ref().expect("assigned").spec.guest.memory_mb);
+                self.hear(Event::Prepared { version, result, room });
+            }
+            Pending::Spawn(attempt) => {
+                if ok {
+                    self.comes_up(attempt);
+                }
+                self.hear(Event::Spawned { attempt, result });
+            }
+            Pending::End(attempt) => {
+                if self.alive == Some(attempt) {
+                    self.end(0);
+                }
+            }
+            Pending::Exited(exit) => self.hear(Event::Exited(exit)),
+            Pending::Tick(at) => {
+                self.now = self.now.max(at);
+                self.hear(Event::Tick);
+            }
+            Pending::Destroy => {
+                self.alive = None;
+                self.exits.clear();
+                self.hear(Event::Destroyed);
+            }
+        }
+    }
+
+    fn comes_up(&mut self, attempt: u64) {
+        assert_eq!(self.alive, None, "two attempts live at once");
+        self.alive = Some(attempt);
+        self.told = false;
+        if std::mem::take(&mut self.stop_waits) {
+            self.tell();
+        }
+    }
+
+    fn tell(&mut self) {
+        if let Some(attempt) = self.alive {
+            assert!(!self.told || self.may_be_told_twice, "a supervisor was told to stop a second time");
+            self.told = true;
+            self.pending.push(Pending::End(attempt));
+        }
+    }
+
+    fn hear(&mut self, event: Event) {
+        let Some(machine) = &mut self.machine else { return };
+        let room = match &event {
+            Event::Ordered(Order { room, .. }) | Event::Prepared { room, .. } => room.is_ok(),
+            _ => false,
+        };
+        let woken = matches!(&event, Event::Ordered(order) if order.verb == Verb::Wake);
+        let before = machine.record();
+        let may_wake = !before.cordoned && before.state.is_asleep() && before.spec().services.iter().any(|s| s.autostart);
+        let held_mb = before.reserved_mb();
+        let effects = machine.handle(event, self.now);
+        let spawns = effects.iter().any(|effect| matches!(effect, Effect::Spawn { .. }));
+        assert!(may_wake || !(woken && spawns), "a request started what it may not");
+        // What is being destroyed may still hold something, and asks nobody.
+        let ending = machine.record().state == S::Destroying;
+        let holds_mb = if ending { held_mb } else { machine.record().reserved_mb() };
+        // What it holds grows only with the host's leave; a start after a crash is of what it held.
+        self.admitted_mb = if room { self.admitted_mb.max(holds_mb) } else { self.admitted_mb };
+        assert!(holds_mb <= held_mb.max(self.admitted_mb), "{held_mb} MiB became {holds_mb} and nobody was asked");
+        if holds_mb == 0 {
+            self.admitted_mb = 0;
+        }
+        self.perform(effects);
+        self.check();
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        let crash = self.crash.take();
+        for (n, effect) in effects.iter().enumerate() {
+            if let Some((after, rebooted)) = crash
+                && after == n
+            {
+                return self.crash(rebooted);
+            }
+            self.act(effect, &effects);
+        }
+    }
+
+    fn act(&mut self, effect: &Effect, all: &[Effect]) {
+        let record = self.machine.as_ref().expect("it acts").record().clone();
+        let durable = self.journal.clone();
+        match effect {
+            Effect::Journal => {
+                self.journal = Some(record);
+                let answered = all.iter().any(|effect| matches!(effect, Effect::Answer { answer: Ok(_), .. }));
+                if answered && let Some(id) = answered_id(all) {
+                    let verb = &self.sent.iter().find(|order| order.id == id).expect("sent").verb;
+                    match verb {
+                        Verb::Start | Verb::Wake | Verb::Restart { .. } => self.intent = Intent::Run,
+                        Verb::Stop { .. } => self.intent = Intent::Rest,
+                        _ => {}
+                    }
+                }
+            }
+            Effect::Answer { id, answer } => {
+                let wakes = self.sent.iter().any(|order| order.id == *id && order.verb == Verb::Wake);
+                if answer.is_ok() || matches!(answer, Err(Deny::NoRoom { .. })) && !wakes {
+                    let remembered = durable.expect("journalled").commands.iter().any(|old| old.id == *id);
+                    assert!(remembered, "answered before it was durable");
+                    let first = self.answers.entry(id.clone()).or_insert_with(|| answer.clone());
+                    assert_eq!(first, answer, "a repeat got another answer");
+                }
+            }
+            Effect::Prepare(spec) => self.pending.push(Pending::Prepare(spec.version.clone())),
+            Effect::Spawn { attempt } => {
+                let durable = durable.expect("journalled");
+                assert_eq!((durable.state, durable.attempt), (S::Starting, *attempt), "not durable");
+                assert_eq!(self.alive, None, "spawned beside a living attempt");
+                assert!(!self.spawned.contains(attempt), "an attempt's number was used twice");
+                self.spawned.push(*attempt);
+                self.stop_waits = false;
+                self.pending.push(Pending::Spawn(*attempt));
+            }
+            Effect::Stop { signal, .. } => {
+                assert_eq!(record.stop.expect("kept").signal, *signal);
+                // An order that makes a stop of a restart.
+                self.may_be_told_twice = answered_id(all).is_some();
+                match self.pending.iter().any(|pending| matches!(pending, Pending::Spawn(_))) {
+                    true => self.stop_waits = true,
+                    false => self.tell(),
+                }
+            }
+            Effect::Signal { .. } => {}
+            Effect::CleanUp { attempt } => {
+                let durable = durable.expect("journalled");
+                assert!(
+                    self.alive.is_none_or(|alive| alive != durable.attempt || !durable.may_live()),
+                    "a clean-up killed a machine that should run"
+                );
+                self.alive = None;
+                self.exits.remove(attempt);
+            }
+            Effect::Acknowledge { attempt } => {
+                assert_ne!(self.alive, Some(*attempt));
+                self.exits.remove(attempt);
+            }
+            Effect::WakeAt { ms } => self.pending.push(Pending::Tick(*ms)),
+            Effect::Publish => {
+                assert!(record.sequence > self.published, "a fact's sequence went back");
+                self.published = record.sequence;
+            }
+            Effect::Destroy => {
+                assert!(self.tombstoned, "destroyed without a tombstone");
+                assert_eq!(durable.expect("journalled").state, S::Destroying);
+                // The host makes a spawn that is under way wait or not happen at all.
+                self.pending.retain(|pending| !matches!(pending, Pending::Spawn(_)));
+                self.pending.push(Pending::Destroy);
+            }
+            Effect::Forget => {
+                assert!(self.tombstoned && self.alive.is_none());
+                self.journal = None;
+                self.machine = None;
+            }
+        }
+    }
+
+    fn crash(&mut self, rebooted: bool) {
+        // A supervisor that was being started comes up, unless the whole computer went down.
+        let spawning = self.pending.iter().find_map(|pending| match pending {
+            Pending::Spawn(attempt) => Some(*attempt),
+            _ => None,
+        });
+        self.pending.clear();
+        self.stop_waits = false;
+        if rebooted {
+            self.alive = None;
+        } else if let Some(attempt) = spawning {
+            self.comes_up(attempt);
+        }
+        // What a supervisor was told it does, whatever becomes of the agent.
+        if let Some(attempt) = self.alive.filter(|_| self.told) {
+            self.pending.push(Pending::End(attempt));
+        }
+        self.machine = self.journal.clone().map(Machine::from_record);
+        let Some(machine) = &self.machine else { return };
+        let exit = self.exits.get(&machine.record().attempt).cloned();
+        self.hear(Event::Recovered(Alive { attempt: self.alive, stopping: self.told, exit, rebooted }));
+        // The agent watches what it found alive; here, `end` tells by itself. Then it reads the view.
+        if self.tombstoned {
+            self.hear(Event::Tombstone);
+        } else {
+            self.hear(Event::Assigned(Box::new(self.assigned.clone().expect("assigned"))));
+        }
+    }
+
+    /// What must hold between any two inputs.
+    fn check(&self) {
+        let Some(machine) = &self.machine else { return };
+        let (mut durable, mut held) = (self.journal.clone().expect("journalled"), machine.record().clone());
+        for record in [&mut durable, &mut held] {
+            record.sequence = 0;
+            record.updated_at_ms = 0;
+        }
+        assert_eq!(durable, held, "the journal is the state");
+    }
+
+    /// Nothing fails any more, and all that is under way ends.
+    fn settle(&mut self) {
+        self.crash = None;
+        for _ in 0..200 {
+            if self.pending.is_empty() {
+                return;
+            }
+            self.deliver(0, true);
+        }
+        panic!("it never comes to rest");
+    }
+
+    fn check_settled(&self) {
+        let Some(machine) = &self.machine else {
+            assert!(self.journal.is_none() && self.alive.is_none());
+            return;
+        };
+        let record = machine.record();
+        assert!(!self.tombstoned, "a tombstone was not obeyed: {:?}", record.state);
+        match self.intent {
+            Intent::Run => {
+                assert_eq!(record.state, S::Started, "an acknowledged start was undone");
+                assert_eq!(self.alive, Some(record.attempt));
+            }
+            Intent::Rest => {
+                assert!(matches!(record.state, S::Stopped | S::Created | S::Failed), "an acknowledged stop was undone: {:?}", record.state);
+                assert_eq!(self.alive, None);
+            }
+            Intent::Nothing => assert_eq!(self.alive, None, "nobody started it"),
+        }
+        assert!(self.exits.keys().all(|attempt| *attempt < record.attempt), "an exit was not acknowledged");
+    }
+}
+
+fn answered_id(effects: &[Effect]) -> Option<CommandId> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::Answer { id, .. } => Some(id.clone()),
+        _ => None,
+    })
+}
+
+fn pick<T>(items: &[T], which: usize) -> Option<&T> {
+    items.get(which.checked_rem(items.len())?)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_history_breaks_a_promise(ops in prop::collection::vec(op(), 1..60)) {
+        let mut host = Host::new();
+        host.apply(Op::Assign { quarters: 1, wakes: true });
+        for op in ops {
+            host.apply(op);
+        }
+        host.settle();
+        host.check_settled();
+        host.crash(false);
+        host.settle();
+        host.check_settled();
+    }
+}

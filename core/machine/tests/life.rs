@@ -1,0 +1,339 @@
+//! Straight stories of one machine.
+
+mod common;
+
+use common::{assignment, exit, order, sized, version, waking};
+use dunlin_machine::{Alive, Deny, Effect, Event, Machine, Order, Verb, backoff_ms};
+use dunlin_model::{Generation, MachineState as S};
+
+const STOP: Verb = Verb::Stop { signal: None, timeout_ms: None };
+const GONE: Alive = Alive { attempt: None, stopping: false, exit: None, rebooted: false };
+const RESTART: Verb = Verb::Restart { timeout_ms: None };
+
+fn prepared(n: u8) -> Event {
+    Event::Prepared { version: version(n), result: Ok(()), room: Ok(()) }
+}
+
+fn created(restart: &str, max_retries: u32) -> Machine {
+    let (mut machine, _) = Machine::assigned(assignment(1, restart, max_retries), 1_000_000, 0);
+    machine.handle(prepared(1), 0);
+    assert_eq!(machine.record().state, S::Created);
+    machine
+}
+
+fn started(restart: &str, max_retries: u32) -> Machine {
+    let mut machine = created(restart, max_retries);
+    machine.handle(Event::Ordered(order(1, Verb::Start)), 0);
+    machine.handle(Event::Spawned { attempt: 1, result: Ok(()) }, 0);
+    assert_eq!(machine.record().state, S::Started);
+    machine
+}
+
+fn answer(effects: &[Effect]) -> Result<S, Deny> {
+    let answer = effects.iter().find_map(|effect| match effect {
+        Effect::Answer { answer, .. } => Some(answer.clone()),
+        _ => None,
+    });
+    answer.expect("an answer").map(|asked| asked.previous_state)
+}
+
+fn denied(machine: &mut Machine, order: Order, now_ms: u64) -> Deny {
+    let effects = machine.handle(Event::Ordered(order), now_ms);
+    assert!(!effects.contains(&Effect::Journal), "a refusal changes nothing");
+    answer(&effects).unwrap_err()
+}
+
+#[test]
+fn a_new_machine_is_prepared_and_waits_for_its_start() {
+    let (mut machine, effects) = Machine::assigned(assignment(1, "no", 0), 1_000_000, 0);
+    assert!(matches!(&effects[..], [Effect::Journal, Effect::Prepare(_), Effect::Publish]));
+    assert_eq!(machine.handle(prepared(1), 1), [Effect::Journal, Effect::Publish]);
+    let effects = machine.handle(Event::Ordered(order(1, Verb::Start)), 2);
+    assert!(matches!(
+        &effects[..],
+        [Effect::Journal, Effect::Answer { .. }, Effect::Spawn { attempt: 1 }, Effect::Publish]
+    ));
+}
+
+#[test]
+fn an_image_that_cannot_be_prepared_fails_the_machine() {
+    let (mut machine, _) = Machine::assigned(assignment(1, "no", 0), 1_000_000, 0);
+    machine.handle(Event::Prepared { version: version(1), result: Err("not found".into()), room: Ok(()) }, 0);
+    assert_eq!(machine.record().state, S::Failed);
+    assert_eq!(machine.record().problem.as_deref(), Some("not found"));
+    machine.handle(Event::Assigned(Box::new(assignment(2, "no", 0))), 0);
+    machine.handle(prepared(2), 0);
+    assert_eq!(machine.record().state, S::Created);
+}
+
+#[test]
+fn commands_are_checked_in_order() {
+    let mut machine = started("no", 0);
+    let held = machine.record().assignment.placement;
+    let old = Generation { incarnation: 0, revision: 9 };
+    let wrong = Order {
+        deadline_ms: 5,
+        generation: Some(old),
+        expected_version: Some(version(9)),
+        room: Err("full".into()),
+        ..order(7, Verb::Start)
+    };
+    assert_eq!(denied(&mut machine, wrong.clone(), 6), Deny::TooLate);
+    assert_eq!(denied(&mut machine, wrong.clone(), 5), Deny::OldGeneration { offered: old, held });
+    let wrong = Order { generation: Some(held), ..wrong };
+    let mismatch = Deny::VersionMismatch { expected: version(9), found: version(1) };
+    assert_eq!(denied(&mut machine, wrong.clone(), 5), mismatch);
+    let wrong = Order { expected_version: None, ..wrong };
+    assert_eq!(answer(&machine.handle(Event::Ordered(wrong.clone()), 5)), Ok(S::Started), "nothing to do needs no room");
+    let mut asleep = created("no", 0);
+    let full = Err(Deny::NoRoom { why: "full".into() });
+    assert_eq!(answer(&asleep.handle(Event::Ordered(wrong.clone()), 5)), full);
+    let later = Order { room: Ok(()), ..wrong };
+    assert_eq!(answer(&asleep.handle(Event::Ordered(later), 6)), full, "the first answer, though there is room now");
+    assert_eq!(denied(&mut asleep, order(8, Verb::Signal { signal: 1 }), 5), Deny::IllegalMove { state: S::Created });
+}
+
+#[test]
+fn a_plan_that_is_late_is_not_obeyed() {
+    let plan = |incarnation, revision| Some(Generation { incarnation, revision });
+    let mut machine = started("no", 0);
+    let mut id = 100;
+    let mut give = |machine: &mut Machine, plan, verb| {
+        id += 1;
+        answer(&machine.handle(Event::Ordered(Order { plan, ..order(id, verb) }), 1))
+    };
+    assert!(give(&mut machine, plan(1, 7), Verb::Start).is_ok(), "nothing to do counts as obeyed");
+    let late = Deny::OldPlan { offered: plan(1, 6).unwrap(), held: plan(1, 7).unwrap() };
+    assert_eq!(give(&mut machine, plan(1, 6), Verb::Cordon), Err(late.clone()));
+    assert!(give(&mut machine, None, Verb::Cordon).is_ok(), "a person is no plan");
+    assert!(give(&mut machine, plan(1, 7), Verb::Uncordon).is_ok());
+    // It is journalled, and a restored store begins a new count.
+    let mut machine = Machine::from_record(machine.record().clone());
+    assert_eq!(give(&mut machine, plan(1, 6), Verb::Cordon), Err(late));
+    assert!(give(&mut machine, plan(2, 1), Verb::Cordon).is_ok());
+}
+
+#[test]
+fn a_request_wakes_only_what_sleeps_uncordoned_and_may_be_woken() {
+    let wake = || order(7, Verb::Wake);
+    let mut machine = created("no", 0);
+    assert_eq!(denied(&mut machine, wake(), 1), Deny::IllegalMove { state: S::Created }, "no autostart");
+    let (mut machine, _) = Machine::assigned(waking(1), 1_000_000, 0);
+    assert_eq!(denied(&mut machine, wake(), 1), Deny::IllegalMove { state: S::Creating });
+    machine.handle(prepared(1), 1);
+    machine.handle(Event::Ordered(order(1, Verb::Cordon)), 2);
+    assert_eq!(denied(&mut machine, wake(), 3), Deny::Cordoned);
+    machine.handle(Event::Ordered(order(2, Verb::Uncordon)), 4);
+    let full = Order { room: Err("full".into()), ..wake() };
+    assert_eq!(denied(&mut machine, full, 5), Deny::NoRoom { why: "full".into() });
+    assert!(machine.handle(Event::Ordered(wake()), 6).contains(&Effect::Spawn { attempt: 1 }));
+    assert_eq!(answer(&machine.handle(Event::Ordered(order(8, Verb::Wake)), 7)), Ok(S::Starting));
+    machine.handle(Event::Spawned { attempt: 1, result: Ok(()) }, 8);
+    machine.handle(Event::Exited(exit(1, 1, 9)), 9);
+    assert_eq!(denied(&mut machine, order(9, Verb::Wake), 9), Deny::IllegalMove { state: S::Failed });
+}
+
+#[test]
+fn a_repeat_gets_the_first_answer_and_does_nothing() {
+    let mut machine = started("no", 0);
+    machine.handle(Event::Ordered(order(2, STOP)), 1);
+    machine.handle(Event::Exited(exit(1, 0, 2)), 2);
+    assert_eq!(machine.record().state, S::Stopped);
+    let effects = machine.handle(Event::Ordered(order(1, Verb::Start)), 3);
+    assert_eq!(answer(&effects), Ok(S::Created));
+    assert_eq!(effects.len(), 1, "{effects:?}");
+    assert_eq!(machine.record().state, S::Stopped);
+}
+
+#[test]
+fn a_start_that_had_nothing_to_do_does_nothing_later_either() {
+    let mut machine = started("no", 0);
+    assert_eq!(answer(&machine.handle(Event::Ordered(order(2, Verb::Start)), 1)), Ok(S::Started));
+    machine.handle(Event::Ordered(order(3, STOP)), 1);
+    machine.handle(Event::Exited(exit(1, 0, 2)), 2);
+    machine.handle(Event::Ordered(order(2, Verb::Start)), 3);
+    assert_eq!(machine.record().state, S::Stopped);
+}
+
+#[test]
+fn an_update_of_a_running_machine_exchanges_it() {
+    let mut machine = started("always", 0);
+    let effects = machine.handle(Event::Assigned(Box::new(assignment(2, "always", 0))), 1);
+    assert!(matches!(&effects[..], [Effect::Journal, Effect::Prepare(_), Effect::Publish]));
+    assert_eq!(machine.record().state, S::Started, "the old version serves while the new is prepared");
+    let effects = machine.handle(prepared(2), 2);
+    assert!(matches!(&effects[..], [Effect::Journal, Effect::Stop { .. }, Effect::Publish]));
+    let effects = machine.handle(Event::Exited(exit(1, 0, 3)), 3);
+    assert!(matches!(
+        &effects[..],
+        [Effect::Journal, Effect::CleanUp { attempt: 1 }, Effect::Spawn { attempt: 2 }, Effect::Publish]
+    ));
+    assert_eq!(machine.record().version(), &version(2));
+}
+
+#[test]
+fn an_update_of_a_stopped_machine_leaves_it_stopped() {
+    let mut machine = started("no", 0);
+    machine.handle(Event::Ordered(order(2, STOP)), 1);
+    machine.handle(Event::Exited(exit(1, 0, 2)), 2);
+    machine.handle(Event::Assigned(Box::new(assignment(2, "no", 0))), 3);
+    machine.handle(prepared(2), 4);
+    assert_eq!(machine.record().state, S::Stopped);
+    assert_eq!(machine.record().version(), &version(2));
+}
+
+#[test]
+fn an_update_that_needs_more_than_there_is_leaves_the_old_version_running() {
+    let full = |n| Event::Prepared { version: version(n), result: Ok(()), room: Err("full".into()) };
+    let mut machine = started("always", 0);
+    machine.handle(Event::Assigned(Box::new(sized(2, "always", 512))), 1);
+    assert_eq!(machine.handle(full(2), 2), [Effect::Journal, Effect::Publish]);
+    assert_eq!((machine.record().state, machine.record().version()), (S::Started, &version(1)));
+    assert!(machine.record().problem.as_ref().unwrap().contains("full"));
+    assert_eq!(machine.record().reserved_mb(), 256);
+    // One that is not larger needs no room, and one that fits holds its own from now on.
+    machine.handle(Event::Assigned(Box::new(sized(3, "always", 256))), 3);
+    machine.handle(full(3), 4);
+    assert_eq!(machine.record().state, S::Updating);
+    machine.handle(Event::Exited(exit(1, 0, 5)), 5);
+    assert_eq!(machine.record().version(), &version(3));
+    machine.handle(Event::Spawned { attempt: 2, result: Ok(()) }, 6);
+    machine.handle(Event::Assigned(Box::new(sized(4, "always", 512))), 7);
+    machine.handle(prepared(4), 8);
+    assert_eq!((machine.record().state, machine.record().reserved_mb()), (S::Updating, 512));
+    // What rests asks when it starts.
+    let mut asleep = created("no", 0);
+    asleep.handle(Event::Assigned(Box::new(sized(2, "no", 512))), 1);
+    asleep.handle(full(2), 2);
+    assert_eq!((asleep.record().version(), asleep.record().reserved_mb()), (&version(2), 0));
+}
+
+#[test]
+fn a_version_that_is_not_prepared_is_not_taken_up() {
+    let mut machine = started("no", 0);
+    machine.handle(Event::Assigned(Box::new(assignment(2, "no", 0))), 1);
+    machine.handle(Event::Ordered(order(2, RESTART)), 2);
+    machine.handle(Event::Exited(exit(1, 0, 3)), 3);
+    assert_eq!((machine.record().state, machine.record().version()), (S::Starting, &version(1)));
+    let failed = Event::Prepared { version: version(2), result: Err("not found".into()), room: Ok(()) };
+    machine.handle(failed, 4);
+    assert_eq!((machine.record().state, machine.record().version()), (S::Starting, &version(1)));
+}
+
+#[test]
+fn a_stop_is_told_once_with_its_own_signal_and_time() {
+    let gently = Verb::Stop { signal: Some(10), timeout_ms: Some(60_000) };
+    let stops = |effects: &[Effect]| -> Vec<(Option<i32>, u64)> {
+        let stop = |effect: &Effect| match effect {
+            Effect::Stop { signal, timeout_ms } => Some((*signal, *timeout_ms)),
+            _ => None,
+        };
+        effects.iter().filter_map(stop).collect()
+    };
+    // While it starts: behind the spawn, and not again when that is done.
+    let mut machine = created("no", 0);
+    machine.handle(Event::Ordered(order(1, Verb::Start)), 0);
+    assert_eq!(stops(&machine.handle(Event::Ordered(order(2, gently.clone())), 1_000)), [(Some(10), 60_000)]);
+    assert_eq!(machine.handle(Event::Spawned { attempt: 1, result: Ok(()) }, 2_000), []);
+    // Over a restart of the agent: only if the supervisor has not heard it, and with the time that is left.
+    let recovered = |stopping| {
+        let mut again = Machine::from_record(machine.record().clone());
+        stops(&again.handle(Event::Recovered(Alive { attempt: Some(1), stopping, ..GONE }), 11_000))
+    };
+    assert_eq!(recovered(true), []);
+    assert_eq!(recovered(false), [(Some(10), 50_000)]);
+    // A restart that becomes a stop gives no more time than the restart did.
+    let mut machine = started("always", 0);
+    machine.handle(Event::Ordered(order(2, Verb::Restart { timeout_ms: Some(5_000) })), 0);
+    assert_eq!(stops(&machine.handle(Event::Ordered(order(3, gently)), 1_000)), [(Some(10), 4_000)]);
+}
+
+#[test]
+fn a_stop_during_a_restart_is_final() {
+    let mut machine = started("always", 0);
+    machine.handle(Event::Ordered(order(2, RESTART)), 1);
+    assert_eq!(answer(&machine.handle(Event::Ordered(order(3, STOP)), 2)), Ok(S::Stopping));
+    machine.handle(Event::Exited(exit(1, 0, 3)), 3);
+    assert_eq!(machine.record().state, S::Stopped);
+}
+
+#[test]
+fn failures_are_tried_again_ever_later_and_then_given_up() {
+    let mut machine = started("on-failure", 2);
+    let mut now = 0;
+    for n in 1..=2 {
+        let attempt = machine.record().attempt;
+        machine.handle(Event::Exited(exit(attempt, 1, now)), now);
+        assert_eq!(machine.record().state, S::Restarting);
+        let at = machine.record().restart_at_ms.unwrap();
+        assert!((backoff_ms(n, 0)..=backoff_ms(n, 0) * 5 / 4).contains(&(at - now)));
+        assert_eq!(machine.handle(Event::Tick, at - 1), [Effect::WakeAt { ms: at }], "not before its time");
+        machine.handle(Event::Tick, at);
+        assert_eq!(machine.record().state, S::Starting);
+        now = at;
+    }
+    machine.handle(Event::Exited(exit(3, 1, now)), now);
+    assert_eq!(machine.record().state, S::Failed);
+    assert!(machine.record().problem.is_some());
+    assert_eq!(backoff_ms(30, 0), 60_000, "bounded");
+}
+
+#[test]
+fn a_good_end_is_an_end_unless_it_shall_run_always() {
+    for (policy, state) in [("no", S::Stopped), ("on-failure", S::Stopped), ("always", S::Restarting)] {
+        let mut machine = started(policy, 3);
+        machine.handle(Event::Exited(exit(1, 0, 1)), 1);
+        assert_eq!(machine.record().state, state, "{policy}");
+    }
+}
+
+#[test]
+fn a_long_run_begins_a_new_count() {
+    let mut machine = started("on-failure", 1);
+    machine.handle(Event::Exited(exit(1, 1, 1)), 1);
+    machine.handle(Event::Tick, 10_000);
+    machine.handle(Event::Spawned { attempt: 2, result: Ok(()) }, 10_000);
+    machine.handle(Event::Exited(exit(2, 1, 100_000)), 100_000);
+    assert_eq!((machine.record().state, machine.record().restarts), (S::Restarting, 1));
+}
+
+#[test]
+fn only_a_tombstone_destroys() {
+    let mut machine = started("no", 0);
+    let effects = machine.handle(Event::Tombstone, 1);
+    assert_eq!(effects, [Effect::Journal, Effect::Destroy, Effect::Publish]);
+    assert_eq!(machine.handle(Event::Exited(exit(1, 0, 2)), 2), []);
+    assert_eq!(denied(&mut machine, order(5, Verb::Start), 2), Deny::IllegalMove { state: S::Destroying });
+    assert_eq!(machine.handle(Event::Destroyed, 3), [Effect::Publish, Effect::Forget]);
+    // The disk is full and its record stays: nobody who asks is left without an answer, and it is dropped later.
+    assert_eq!(denied(&mut machine, order(6, Verb::Start), 4), Deny::IllegalMove { state: S::Destroyed });
+    assert_eq!(machine.handle(Event::Destroyed, 5), [Effect::Forget]);
+}
+
+#[test]
+fn after_a_boot_what_was_started_starts_again() {
+    let machine = started("no", 0);
+    let mut again = Machine::from_record(machine.record().clone());
+    let effects = again.handle(Event::Recovered(Alive { rebooted: true, ..GONE }), 9);
+    assert!(effects.contains(&Effect::Spawn { attempt: 2 }), "{effects:?}");
+    assert_eq!(again.record().restarts, 0, "it is not its failure");
+}
+
+#[test]
+fn a_killed_supervisor_is_a_failure_that_the_policy_answers() {
+    for (policy, state) in [("no", S::Failed), ("on-failure", S::Restarting)] {
+        let mut again = Machine::from_record(started(policy, 3).record().clone());
+        again.handle(Event::Recovered(GONE), 9);
+        assert_eq!(again.record().state, state, "{policy}");
+    }
+}
+
+#[test]
+fn an_end_while_the_agent_was_away_is_seen() {
+    let mut again = Machine::from_record(started("no", 0).record().clone());
+    let alive = Alive { exit: Some(exit(1, 3, 5)), ..GONE };
+    let effects = again.handle(Event::Recovered(alive), 9);
+    assert!(effects.contains(&Effect::CleanUp { attempt: 1 }));
+    assert_eq!(again.record().exit.as_ref().unwrap().exit_code, Some(3));
+    assert_eq!(again.record().state, S::Failed);
+}

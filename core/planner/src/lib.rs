@@ -1,0 +1,34 @@
+//! From what should exist and what is observed to an explicit [`Plan`], its check, and its execution.
+//!
+//! ```text
+//! plan(&Desired, &Observed, Pool) -> Plan      names every machine, address, version and command beforehand
+//! check(&Plan, &Desired, &Observed)            finds what a plan must never do
+//! advance(&Plan, &Progress, &Observed, now)    the next step, a wait, or the end
+//! ```
+//!
+//! Owns the deploy strategy (rolling, one machine at a time, those that do not serve first, gated by health that
+//! lasts), placement and the reasons for both. A plan is immutable; how far it got is its [`Progress`], which the
+//! executor makes durable around each act. Every step may be done twice. What a plan leaves half done, [`Left`],
+//! goes to the next one. No IO, no clock, no randomness: ids and addresses come
+//! in a [`Pool`]. Tested by unit tests and by properties over a small simulated world
+//! (`tests/world.rs`), with a crash at every boundary between a durable write and an act.
+#![forbid(unsafe_code)]
+
+mod advance;
+mod check;
+mod health;
+mod placement;
+mod plan;
+mod types;
+
+pub use advance::{STEADY_MS, advance};
+pub use check::{Problem, check};
+pub use health::MAX_EXITS_BEFORE_HEALTHY;
+pub use placement::{Capacity, NoCapacity};
+pub use plan::{PlanError, plan};
+pub use types::{
+    Desired, Ended, GroupTarget, Healthy, Left, Mark, Next, Observed, Plan, Pool, Progress, Purpose, Step, StepKind, command_id,
+};
+
+/// Machines of one app; keeps a plan within the store's limits of one value.
+pub const MAX_MACHINES_PER_APP: u32 = 100;

@@ -1,0 +1,252 @@
+//! Making a plan: new machines first, then updates one at a time, then removals.
+
+use crate::{
+    Capacity, Desired, GroupTarget, MAX_MACHINES_PER_APP, NoCapacity, Observed, Plan, Pool, Step, StepKind,
+    command_id,
+};
+use dunlin_model::config::Strategy;
+use dunlin_model::desired::MachineRow;
+use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion};
+use dunlin_view::MachineFact;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+/// Why there is no plan.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    #[error("{0}")]
+    NoCapacity(#[from] NoCapacity),
+    #[error("the release wants {wanted} machines, more than the {MAX_MACHINES_PER_APP} of one app")]
+    TooManyMachines { wanted: u32 },
+    #[error("host {0} has no free address: freed ones rest for 24 hours")]
+    NoAddress(HostId),
+    #[error("the pool of drawn ids is too small for this plan")]
+    PoolTooSmall,
+}
+
+/// The steps from `observed` to `desired`; an empty list when nothing differs.
+pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Plan, PlanError> {
+    let wanted = desired.groups.values().fold(0u32, |sum, group| sum.saturating_add(group.count));
+    if wanted > MAX_MACHINES_PER_APP {
+        return Err(PlanError::TooManyMachines { wanted });
+    }
+    let mut capacity = Capacity::new(desired, observed);
+    let (mut additions, mut kept, mut removals) = (Vec::new(), Kept::default(), Vec::new());
+    for (name, group) in &desired.groups {
+        let mut rows: Vec<_> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
+        // Those that serve are kept before those that do not; the oldest id breaks the tie.
+        rows.sort_by_key(|row| (!serves(row, observed), row.id.clone()));
+        let found = rows.len();
+        let surplus = rows.split_off(found.min(group.count as usize));
+        let missing = group.count as usize - rows.len();
+        // Those that do not serve are updated first: nobody misses them, and they may serve afterwards.
+        rows.sort_by_key(|row| (serves(row, observed), row.id.clone()));
+        for row in rows {
+            keep(desired, observed, group, row, &mut pool, &mut kept)?;
+            resize(desired, observed, group, row, &mut capacity)?;
+        }
+        for row in surplus {
+            let why = format!("{name} should have {} machines, not {found}", group.count);
+            removals.extend(removal(desired, observed, row, &why));
+        }
+        additions.extend(addition(desired, name, group, missing, &mut capacity, &mut pool)?);
+    }
+    for row in desired.machines.iter().filter(|row| !desired.groups.contains_key(&row.spec.process_group)) {
+        let why = format!("process group {} is not in release {}", row.spec.process_group, desired.release);
+        removals.extend(removal(desired, observed, row, &why));
+    }
+    let Kept { uncordons, starts, gates, updates } = kept;
+    let mut steps = [uncordons, additions, starts, gates, updates, removals].concat();
+    if desired.strategy == Strategy::Immediate {
+        steps.retain(|step| !matches!(step.kind, StepKind::Gate { .. }));
+    }
+    let exists = |id: &MachineId| desired.machines.iter().any(|row| row.id == *id);
+    Ok(Plan {
+        app: desired.app.clone(),
+        sequence: desired.sequence,
+        purpose: desired.purpose,
+        release: desired.release,
+        from_release: desired.from_release,
+        wait_timeout_ms: desired.wait_timeout_ms,
+        strategy: desired.strategy,
+        specs: desired.groups.iter().map(|(name, group)| (name.clone(), group.spec.clone())).collect(),
+        left: desired.left.iter().filter(|(id, _)| exists(id)).map(|(id, left)| (id.clone(), *left)).collect(),
+        steps,
+    })
+}
+
+/// Whether requests may reach it.
+pub(crate) fn serves(row: &MachineRow, observed: &Observed) -> bool {
+    observed.machines.get(&row.id).is_some_and(|fact| fact.is_healthy() && !fact.cordoned)
+}
+
+/// All reservations and assignments first, so that hosts prepare while the first one starts.
+fn addition(
+    desired: &Desired,
+    name: &str,
+    group: &GroupTarget,
+    missing: usize,
+    capacity: &mut Capacity<'_>,
+    pool: &mut Pool,
+) -> Result<Vec<Step>, PlanError> {
+    let (mut assigned, mut started, mut gated) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..missing {
+        let host = capacity.place(&group.spec.guest)?;
+        let machine = pool.ids.pop().ok_or(PlanError::PoolTooSmall)?;
+        let version = pool.versions.pop().ok_or(PlanError::PoolTooSmall)?;
+        let address = take_address(pool, desired, &host.id)?;
+        let step = |why: String, kind| Step { machine: machine.clone(), why, kind };
+        let why = format!("{name} needs {missing} more; host {} is the first with room", host.id);
+        assigned.push(step(why, StepKind::Reserve { host: host.id.clone(), guest: group.spec.guest.clone() }));
+        assigned.push(step(
+            format!("a new machine of {name} for release {}", desired.release),
+            StepKind::Assign {
+                name: format!("{name}-{}", &machine.as_str()[..6]),
+                host: host.id.clone(),
+                region: host.region.clone(),
+                address,
+                group: name.to_owned(),
+                version: version.clone(),
+            },
+        ));
+        let command = command_id(&desired.app, desired.sequence, &machine, "start");
+        started.push(step("a new machine is started".into(), StepKind::Start { version: version.clone(), command }));
+        gated.push(step(
+            "nothing else changes before it is healthy".into(),
+            StepKind::Gate { group: name.to_owned(), version },
+        ));
+    }
+    assigned.append(&mut started);
+    assigned.append(&mut gated);
+    Ok(assigned)
+}
+
+fn take_address(pool: &mut Pool, desired: &Desired, host: &HostId) -> Result<Ipv4Addr, PlanError> {
+    let addresses = pool.addresses.get_mut(host);
+    addresses
+        .and_then(|free| std::iter::from_fn(|| free.pop()).find(|address| !desired.used_addresses.contains(address)))
+        .ok_or_else(|| PlanError::NoAddress(host.clone()))
+}
+
+/// What a machine that is kept needs.
+#[derive(Default)]
+struct Kept {
+    /// First of all: nothing brings more machines to serve with less.
+    uncordons: Vec<Step>,
+    /// Starts and gates of machines in the right version; all start before the first gate waits, as none goes down.
+    starts: Vec<Step>,
+    gates: Vec<Step>,
+    updates: Vec<Step>,
+}
+
+/// A machine with the right content is left alone, however it does: what it does is its host's business. Not so one
+/// that an earlier plan made or changed without coming to see it healthy.
+fn keep(
+    desired: &Desired,
+    observed: &Observed,
+    group: &GroupTarget,
+    row: &MachineRow,
+    pool: &mut Pool,
+    kept: &mut Kept,
+) -> Result<(), PlanError> {
+    let fact = observed.machines.get(&row.id);
+    let left = desired.left.get(&row.id).copied().unwrap_or_default();
+    let sleeps = is_left_asleep(desired, row, fact);
+    if left.cordoned {
+        let kind = StepKind::Uncordon { command: command_id(&desired.app, desired.sequence, &row.id, "uncordon") };
+        let why = "an earlier plan was going to remove it".into();
+        kept.uncordons.push(Step { machine: row.id.clone(), why, kind });
+    }
+    if same_content(&row.spec, &group.spec) {
+        let never_ran =
+            fact.is_some_and(|fact| matches!(fact.state, MachineState::Creating | MachineState::Created));
+        if !sleeps && (never_ran || left.unproven || left.stopped) {
+            let [start, gate] = start_and_gate(desired, row, &row.spec.version, "an earlier plan did not come to its end");
+            kept.starts.push(start);
+            kept.gates.push(gate);
+        }
+        return Ok(());
+    }
+    let version = pool.versions.pop().ok_or(PlanError::PoolTooSmall)?;
+    let why = format!("from release {} to release {}", row.spec.release, desired.release);
+    let kind = StepKind::Update { group: row.spec.process_group.clone(), version: version.clone() };
+    kept.updates.push(Step { machine: row.id.clone(), why, kind });
+    if !sleeps {
+        kept.updates.extend(start_and_gate(desired, row, &version, "it ran before the update"));
+    }
+    Ok(())
+}
+
+/// An update that needs more memory is admitted like a new machine. One that sleeps is admitted when it wakes.
+fn resize(
+    desired: &Desired,
+    observed: &Observed,
+    group: &GroupTarget,
+    row: &MachineRow,
+    capacity: &mut Capacity<'_>,
+) -> Result<(), PlanError> {
+    let fact = observed.machines.get(&row.id);
+    if row.spec.guest == group.spec.guest || is_left_asleep(desired, row, fact) {
+        return Ok(());
+    }
+    let holds = match fact {
+        // Without a fact of its host, all that is assigned counts as held.
+        _ if !observed.hosts.contains_key(&row.host) => true,
+        Some(fact) => {
+            fact.state.is_running() || matches!(fact.state, MachineState::Updating | MachineState::Restarting)
+        }
+        None => true,
+    };
+    let held_mb = if holds { row.spec.guest.memory_mb } else { 0 };
+    Ok(capacity.resize(&row.host, held_mb, &group.spec.guest)?)
+}
+
+/// A machine that was put to sleep is updated, not woken. Unknown counts as started, and so does one that is created: an
+/// earlier plan made it and did not come to start it. How it ended says nothing: a person may stop a machine that just
+/// crashed and waits for its restart. One that a plan stopped does not sleep: nobody decided that it should.
+fn is_left_asleep(desired: &Desired, row: &MachineRow, fact: Option<&Arc<MachineFact>>) -> bool {
+    let by_a_plan = desired.left.get(&row.id).is_some_and(|left| left.stopped);
+    !by_a_plan && fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
+}
+
+fn start_and_gate(desired: &Desired, row: &MachineRow, version: &MachineVersion, why: &str) -> [Step; 2] {
+    let command = command_id(&desired.app, desired.sequence, &row.id, "start");
+    let start = StepKind::Start { version: version.clone(), command };
+    let gate = StepKind::Gate { group: row.spec.process_group.clone(), version: version.clone() };
+    [
+        Step { machine: row.id.clone(), why: why.to_owned(), kind: start },
+        Step { machine: row.id.clone(), why: "the next one is touched only when it is healthy".into(), kind: gate },
+    ]
+}
+
+fn removal(desired: &Desired, observed: &Observed, row: &MachineRow, why: &str) -> Vec<Step> {
+    let step = |kind| Step { machine: row.id.clone(), why: why.to_owned(), kind };
+    let mut steps = Vec::new();
+    let fact = observed.machines.get(&row.id);
+    if fact.is_some_and(|fact| fact.state.is_running() || fact.state == MachineState::Restarting) {
+        let id = |verb| command_id(&desired.app, desired.sequence, &row.id, verb);
+        // A person's cordon is not ours to take back, should the plan not come to its end.
+        let by_a_person = fact.is_some_and(|fact| fact.cordoned) && !desired.left.get(&row.id).is_some_and(|left| left.cordoned);
+        if !by_a_person {
+            steps.push(step(StepKind::Cordon { command: id("cordon") }));
+        }
+        steps.push(step(StepKind::Stop { command: id("stop"), timeout_ms: row.spec.stop.timeout_ms }));
+    }
+    steps.push(step(StepKind::Destroy { host: row.host.clone(), address: row.address }));
+    steps
+}
+
+/// Equal but for the labels that every release changes.
+fn same_content(have: &MachineSpec, want: &MachineSpec) -> bool {
+    let want = MachineSpec { version: have.version.clone(), release: have.release, ..want.clone() };
+    let mut want = want;
+    want.image.tag.clone_from(&have.image.tag); // the digest says what it is; the tag is for people
+    *have == want
+}
+
+/// How many ids a plan can need at most, for whoever fills the pool.
+impl Pool {
+    pub fn wanted(desired: &Desired) -> usize {
+        desired.machines.len() + desired.groups.values().map(|group| group.count as usize).sum::<usize>()
+    }
+}

@@ -1,0 +1,97 @@
+//! What is asked and what comes out.
+
+use crate::{Candidate, Route, Ticket};
+use std::sync::Arc;
+
+/// What of a request's head matters for its way.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Head<'a> {
+    /// Lower case, without port (see [`crate::host_name`]).
+    pub host: &'a str,
+    /// It came over TLS.
+    pub is_tls: bool,
+    /// `fly-force-instance-id`: this machine or none.
+    pub force_instance: Option<&'a str>,
+    /// `fly-prefer-instance-id`: this machine if it can, else another.
+    pub prefer_instance: Option<&'a str>,
+}
+
+#[derive(Debug)]
+pub enum Decision {
+    Forward {
+        target: Arc<Candidate>,
+        ticket: Ticket,
+        /// The preferred machine could not take it.
+        preferred_unavailable: bool,
+        /// All that run are above their soft limit: this one may be started beside, without waiting for it.
+        also_wake: Option<Arc<Candidate>>,
+    },
+    /// Start this one, wait for it, forward to it.
+    Wake { target: Arc<Candidate>, ticket: Ticket },
+    /// Nobody can take it now, somebody soon will: ask again when the table or the load has changed.
+    Wait { route: Arc<Route>, reason: WaitReason },
+    /// The app wants HTTPS.
+    Redirect { route: Arc<Route> },
+    Reject(Reject),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitReason {
+    /// A machine is being woken, restarted or updated, or has not passed its first check yet.
+    Coming,
+    /// Machines run, and none passes its checks.
+    Unhealthy,
+    /// All are at their hard limit.
+    AtLimit,
+    /// Every machine refused or failed this request; a newer table may know more.
+    Tried,
+}
+
+impl WaitReason {
+    /// How long it is worth to wait.
+    pub fn patience_ms(self) -> u64 {
+        match self {
+            Self::Coming => 30_000,
+            Self::Unhealthy | Self::AtLimit => 5_000,
+            Self::Tried => 2_000,
+        }
+    }
+
+    /// What the waiting ends with when nothing changes.
+    pub fn reject(self, route: &Route) -> Reject {
+        let app = &route.app;
+        let (code, reason, hint) = match self {
+            Self::Coming => (
+                "PR07",
+                format!("the machine of app {app} is still starting"),
+                format!("try again; `dunlin logs -a {app}` shows what it does"),
+            ),
+            Self::Unhealthy => (
+                "PR04",
+                format!("no machine of app {app} passes its health checks"),
+                format!("`dunlin status -a {app}` shows the checks' last answers"),
+            ),
+            Self::AtLimit => (
+                "PR08",
+                format!("all machines of app {app} are at their hard limit"),
+                format!("try again, or add machines with `dunlin scale count -a {app}`"),
+            ),
+            Self::Tried => (
+                "PR09",
+                format!("no machine of app {app} took the request"),
+                format!("`dunlin status -a {app}` and `dunlin logs -a {app}` show why"),
+            ),
+        };
+        Reject { status: 503, code, reason, hint }
+    }
+}
+
+/// Why a request goes nowhere, and what to do next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reject {
+    pub status: u16,
+    /// Stable, for machines: `PR..` = routing.
+    pub code: &'static str,
+    pub reason: String,
+    pub hint: String,
+}

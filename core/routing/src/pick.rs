@@ -1,0 +1,245 @@
+//! The choice among an app's machines.
+
+use crate::{Availability, Candidate, Decision, Head, Reject, Route, Table, WaitReason};
+use dunlin_model::{MachineId, Region};
+use std::sync::Arc;
+
+/// Up to this many machines all are compared; beyond, a few drawn ones suffice as long as one has room.
+const SCAN_ALL: usize = 16;
+/// How many are drawn.
+const DRAWN: usize = 4;
+
+impl Table {
+    /// The way of one request. `tried` are machines that this table sent it to in vain; `random` breaks
+    /// ties.
+    pub fn route(&self, head: &Head<'_>, region: &Region, tried: &[MachineId], random: u64, now_ms: u64) -> Decision {
+        let Some(route) = self.find(head.host) else {
+            return Decision::Reject(unknown_host(head.host));
+        };
+        if route.force_https && !head.is_tls {
+            return Decision::Redirect { route: route.clone() };
+        }
+        let ask = Ask { route, region, tried, random, now_ms };
+        if let Some(id) = head.force_instance {
+            return ask.forced(id);
+        }
+        let mut preferred_unavailable = false;
+        if let Some(id) = head.prefer_instance {
+            match ask.preferred(id) {
+                Some(decision) => return decision,
+                None => preferred_unavailable = true,
+            }
+        }
+        ask.any(preferred_unavailable)
+    }
+}
+
+struct Ask<'a> {
+    route: &'a Arc<Route>,
+    region: &'a Region,
+    tried: &'a [MachineId],
+    random: u64,
+    now_ms: u64,
+}
+
+/// Smaller is better.
+type Rank = (bool, bool, bool, u64, u64);
+
+impl Ask<'_> {
+    fn any(&self, preferred_unavailable: bool) -> Decision {
+        // Another thread may take the last place between the look and the reservation: look again,
+        // at most as often as there are machines.
+        for _ in 0..=self.route.candidates.len() {
+            let Some(best) = self.best() else { break };
+            let Some(ticket) = best.load.reserve(best.service.concurrency.hard_limit) else { continue };
+            let is_busy = best.load.in_flight() > best.service.concurrency.soft_limit;
+            return Decision::Forward {
+                target: best.clone(),
+                ticket,
+                preferred_unavailable,
+                also_wake: is_busy.then(|| self.sleeper()).flatten(),
+            };
+        }
+        self.nobody_ready()
+    }
+
+    fn best(&self) -> Option<&Arc<Candidate>> {
+        let all = &self.route.candidates;
+        if all.len() > SCAN_ALL {
+            let drawn = (0..DRAWN).map(|i| &all[(mix(self.random, i as u64) % all.len() as u64) as usize]);
+            let best = self.least(drawn);
+            // Below its soft limit, not penalised, in this region: good enough.
+            if let Some((candidate, (false, false, false, ..))) = best {
+                return Some(candidate);
+            }
+        }
+        self.least(all.iter()).map(|(candidate, _)| candidate)
+    }
+
+    fn least<'c>(&self, among: impl Iterator<Item = &'c Arc<Candidate>>) -> Option<(&'c Arc<Candidate>, Rank)> {
+        among
+            .enumerate()
+            .filter(|(_, c)| c.availability == Availability::Ready && !self.was_tried(c) && has_room(c))
+            .map(|(i, c)| (c, self.rank(c, i)))
+            .min_by_key(|(_, rank)| *rank)
+    }
+
+    fn rank(&self, c: &Candidate, index: usize) -> Rank {
+        let (in_flight, soft) = (c.load.in_flight(), c.service.concurrency.soft_limit.max(1));
+        let share = u64::from(in_flight) * 1_000_000 / u64::from(soft);
+        let is_elsewhere = c.region != *self.region;
+        (c.load.is_penalised(self.now_ms), in_flight >= soft, is_elsewhere, share, mix(self.random, index as u64))
+    }
+
+    fn was_tried(&self, c: &Candidate) -> bool {
+        self.tried.contains(&c.machine)
+    }
+
+    /// The one to wake: always the first, so that many requests wake one machine and not all.
+    fn sleeper(&self) -> Option<Arc<Candidate>> {
+        let is_coming = |c: &&Arc<Candidate>| c.availability == Availability::Starting && !self.was_tried(c);
+        if self.route.candidates.iter().any(|c| is_coming(&c)) {
+            return None;
+        }
+        let can_wake = |c: &&Arc<Candidate>| {
+            c.availability == Availability::Asleep && c.service.autostart && !self.was_tried(c) && has_room(c)
+        };
+        let by_region = |c: &&Arc<Candidate>| (c.load.is_penalised(self.now_ms), c.region != *self.region);
+        self.route.candidates.iter().filter(can_wake).min_by_key(by_region).cloned()
+    }
+
+    fn nobody_ready(&self) -> Decision {
+        if let Some(sleeper) = self.sleeper()
+            && let Some(ticket) = sleeper.load.reserve(sleeper.service.concurrency.hard_limit)
+        {
+            return Decision::Wake { target: sleeper, ticket };
+        }
+        let any = |wanted: fn(Availability) -> bool| {
+            self.route.candidates.iter().any(|c| wanted(c.availability) && !self.was_tried(c))
+        };
+        let wait = |reason| Decision::Wait { route: self.route.clone(), reason };
+        if any(|a| a == Availability::Ready) {
+            return wait(WaitReason::AtLimit);
+        }
+        // Asleep and without room: as many requests as it may take are waking it already.
+        let is_being_woken = |c: &Arc<Candidate>| {
+            c.availability == Availability::Asleep && c.service.autostart && !self.was_tried(c)
+        };
+        if any(|a| matches!(a, Availability::Starting | Availability::Returning))
+            || self.route.candidates.iter().any(is_being_woken)
+        {
+            return wait(WaitReason::Coming);
+        }
+        // A machine of which nothing was heard yet may be there: the host is starting, or the view is new.
+        if any(|a| matches!(a, Availability::Unhealthy | Availability::Unknown)) {
+            return wait(WaitReason::Unhealthy);
+        }
+        if !self.tried.is_empty() {
+            return wait(WaitReason::Tried);
+        }
+        Decision::Reject(nobody(self.route))
+    }
+
+    fn forced(&self, id: &str) -> Decision {
+        let Some(c) = self.route.candidates.iter().find(|c| c.machine.as_str() == id) else {
+            return Decision::Reject(no_such_instance(self.route, id));
+        };
+        if self.was_tried(c) {
+            return Decision::Wait { route: self.route.clone(), reason: WaitReason::Tried };
+        }
+        let reason = match c.availability {
+            Availability::Ready => match c.load.reserve(c.service.concurrency.hard_limit) {
+                Some(ticket) => return forward(c, ticket),
+                None => WaitReason::AtLimit,
+            },
+            Availability::Asleep if c.service.autostart => match c.load.reserve(c.service.concurrency.hard_limit) {
+                Some(ticket) => return Decision::Wake { target: c.clone(), ticket },
+                None => WaitReason::Coming,
+            },
+            Availability::Starting | Availability::Returning => WaitReason::Coming,
+            Availability::Unhealthy | Availability::Unknown => WaitReason::Unhealthy,
+            Availability::Asleep | Availability::Unavailable => {
+                return Decision::Reject(instance_unavailable(self.route, id));
+            }
+        };
+        Decision::Wait { route: self.route.clone(), reason }
+    }
+
+    fn preferred(&self, id: &str) -> Option<Decision> {
+        let c = self.route.candidates.iter().find(|c| c.machine.as_str() == id)?;
+        if c.availability != Availability::Ready || self.was_tried(c) {
+            return None;
+        }
+        Some(forward(c, c.load.reserve(c.service.concurrency.hard_limit)?))
+    }
+}
+
+fn forward(c: &Arc<Candidate>, ticket: crate::Ticket) -> Decision {
+    Decision::Forward { target: c.clone(), ticket, preferred_unavailable: false, also_wake: None }
+}
+
+fn has_room(c: &Candidate) -> bool {
+    c.service.concurrency.hard_limit.is_none_or(|hard| c.load.in_flight() < hard)
+}
+
+/// splitmix64: spreads one random number over many choices.
+fn mix(random: u64, index: u64) -> u64 {
+    let mut z = random.wrapping_add((index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn unknown_host(host: &str) -> Reject {
+    Reject {
+        status: 404,
+        code: "PR01",
+        reason: format!("no app is served as {host}"),
+        hint: "check the spelling; `dunlin apps list` shows the apps, and an app is served as <app>.<domain>".into(),
+    }
+}
+
+fn no_such_instance(route: &Route, id: &str) -> Reject {
+    let id: String = id.chars().take(32).collect();
+    Reject {
+        status: 404,
+        code: "PR05",
+        reason: format!("app {} has no machine {id} that serves requests", route.app),
+        hint: format!("`dunlin machine list -a {}` shows its machines", route.app),
+    }
+}
+
+fn instance_unavailable(route: &Route, id: &str) -> Reject {
+    Reject {
+        status: 503,
+        code: "PR06",
+        reason: format!("machine {id} of app {} takes no requests now", route.app),
+        hint: format!("`dunlin machine status {id}` shows its state; without fly-force-instance-id another one serves"),
+    }
+}
+
+fn nobody(route: &Route) -> Reject {
+    let app = &route.app;
+    let (code, reason, hint) = if route.machine_count == 0 {
+        ("PR02", format!("app {app} has no machines"), format!("deploy it: `dunlin deploy -a {app}`"))
+    } else if route.candidates.is_empty() {
+        (
+            "PR03",
+            format!("no machine of app {app} has a service"),
+            "add [http_service] with its internal_port to dunlin.toml and deploy".to_owned(),
+        )
+    } else if route.candidates.iter().any(|c| c.availability == Availability::Asleep) {
+        (
+            "PR10",
+            format!("the machines of app {app} are stopped, and requests may not start them"),
+            "start one: `dunlin machine start`, or set auto_start_machines = true".to_owned(),
+        )
+    } else {
+        (
+            "PR11",
+            format!("no machine of app {app} is running"),
+            format!("`dunlin status -a {app}` shows their states, `dunlin logs -a {app}` the last lines"),
+        )
+    };
+    Reject { status: 503, code, reason, hint }
+}

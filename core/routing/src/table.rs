@@ -1,0 +1,161 @@
+//! The immutable route table, built from a snapshot.
+
+use crate::load::{AppLoad, Load, Loads};
+use dunlin_model::{AppName, Generation, MachineId, MachineState, MachineVersion, OrgName, Region, Service};
+use dunlin_view::{CheckState, MachineAssignment, MachineFact, Snapshot};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Host name -> app -> machines.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// Grows with every table of this process: what was learned of one table does not hold for the next.
+    pub serial: u64,
+    pub generation: Generation,
+    by_host: HashMap<Box<str>, Arc<Route>>,
+}
+
+/// One app as the edge sees it.
+#[derive(Debug)]
+pub struct Route {
+    pub app: AppName,
+    pub org: OrgName,
+    /// Redirect plain HTTP.
+    pub force_https: bool,
+    /// Machines of the app, with or without a service.
+    pub machine_count: usize,
+    /// Machines that serve, in the order of their ids.
+    pub candidates: Vec<Arc<Candidate>>,
+    pub load: Arc<AppLoad>,
+}
+
+/// One machine that may take requests.
+#[derive(Debug)]
+pub struct Candidate {
+    pub machine: MachineId,
+    pub app: AppName,
+    pub region: Region,
+    /// The version that runs (or will, when woken), as its host said last.
+    pub version: MachineVersion,
+    pub placement: Generation,
+    pub service: Service,
+    pub availability: Availability,
+    pub load: Arc<Load>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Availability {
+    /// Started, and its checks pass.
+    Ready,
+    /// Started, and a check that gates routing fails.
+    Unhealthy,
+    /// Starting now, or started and not yet checked: an app that boots is no sick one.
+    Starting,
+    /// On its way back: created, restarted or updated.
+    Returning,
+    Asleep,
+    /// Stopping, cordoned, failed, going: not for requests.
+    Unavailable,
+    /// Its host has said nothing of it.
+    Unknown,
+}
+
+impl Table {
+    /// `previous` tells which service belongs to a version that still runs while its successor is
+    /// already desired.
+    pub fn build(snapshot: &Snapshot, loads: &Loads, previous: Option<&Table>) -> Self {
+        let mut machines: HashMap<&AppName, Vec<&MachineAssignment>> = HashMap::new();
+        for assignment in snapshot.config.machines.values() {
+            if !snapshot.config.tombstones.contains_key(&assignment.id) {
+                machines.entry(&assignment.spec.app).or_default().push(assignment);
+            }
+        }
+        let mut by_host = HashMap::new();
+        for (app, fact) in &snapshot.config.apps {
+            let assigned = machines.remove(app).unwrap_or_default();
+            let known = previous.and_then(|table| table.route_of_any(&fact.hostnames));
+            let candidates: Vec<_> = assigned
+                .iter()
+                .filter_map(|assignment| {
+                    let machine = snapshot.machines.get(&assignment.id);
+                    candidate(assignment, machine.map(|fact| &**fact), loads, known).map(Arc::new)
+                })
+                .collect();
+            let route = Arc::new(Route {
+                app: app.clone(),
+                org: fact.org.clone(),
+                force_https: candidates.iter().any(|c| c.service.force_https),
+                machine_count: assigned.len(),
+                candidates,
+                load: loads.app(app),
+            });
+            for name in &fact.hostnames {
+                by_host.insert(name.as_str().into(), route.clone());
+            }
+        }
+        let serial = previous.map_or(1, |table| table.serial + 1);
+        Self { serial, generation: snapshot.config.generation, by_host }
+    }
+
+    /// The app that a host name belongs to.
+    pub fn find(&self, host: &str) -> Option<&Arc<Route>> {
+        self.by_host.get(host)
+    }
+
+    /// All routes; an app with several host names comes once for each.
+    pub fn routes(&self) -> impl Iterator<Item = (&str, &Arc<Route>)> {
+        self.by_host.iter().map(|(host, route)| (&**host, route))
+    }
+
+    fn route_of_any(&self, hostnames: &[String]) -> Option<&Route> {
+        hostnames.iter().find_map(|name| self.by_host.get(name.as_str())).map(|route| &**route)
+    }
+}
+
+/// `None` for a machine without a service: workers are not served.
+fn candidate(
+    assignment: &MachineAssignment,
+    fact: Option<&MachineFact>,
+    loads: &Loads,
+    known: Option<&Route>,
+) -> Option<Candidate> {
+    let version = fact.map_or(&assignment.spec.version, |fact| &fact.version);
+    let before = known
+        .filter(|_| *version != assignment.spec.version)
+        .and_then(|route| route.candidates.iter().find(|c| c.machine == assignment.id && c.version == *version))
+        .map(|candidate| &candidate.service);
+    // An app has one service over HTTP: a machine with several is served by its first.
+    let service = before.or(assignment.spec.services.first())?.clone();
+    Some(Candidate {
+        machine: assignment.id.clone(),
+        app: assignment.spec.app.clone(),
+        region: assignment.region.clone(),
+        version: version.clone(),
+        placement: assignment.placement,
+        service,
+        availability: fact.map_or(Availability::Unknown, |fact| availability(assignment, fact)),
+        load: loads.machine(&assignment.id),
+    })
+}
+
+fn availability(assignment: &MachineAssignment, fact: &MachineFact) -> Availability {
+    if fact.cordoned || fact.host != assignment.host {
+        return Availability::Unavailable;
+    }
+    match fact.state {
+        MachineState::Started if fact.is_healthy() => Availability::Ready,
+        MachineState::Started if fails_a_check(fact) => Availability::Unhealthy,
+        MachineState::Started => Availability::Starting,
+        MachineState::Starting => Availability::Starting,
+        MachineState::Creating | MachineState::Restarting | MachineState::Updating => Availability::Returning,
+        MachineState::Created | MachineState::Stopped | MachineState::Suspended => Availability::Asleep,
+        MachineState::Stopping | MachineState::Failed | MachineState::Destroying | MachineState::Destroyed => {
+            Availability::Unavailable
+        }
+    }
+}
+
+/// A check that waits for its first pass, or fails within its grace period, is a warning and no failure.
+fn fails_a_check(fact: &MachineFact) -> bool {
+    fact.checks.iter().any(|check| check.gates_routing && check.status == CheckState::Critical)
+}
