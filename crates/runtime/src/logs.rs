@@ -1,0 +1,239 @@
+//! A machine's log: size-rotated files of one JSON object a line, written by its supervisor, read by
+//! the agent. A full disk costs lines, never the machine: lost lines are counted, and said once
+//! writing works again.
+
+use crate::files::now_ms;
+use crate::spec::LogLimits;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// A longer line is cut into several.
+pub const MAX_LINE_BYTES: usize = 16 * 1024;
+
+/// One line that a machine printed, or that the platform says of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogRecord {
+    /// Milliseconds since 1970.
+    pub t: u64,
+    /// `stdout`, `stderr` or `system`.
+    pub stream: String,
+    pub line: String,
+    pub attempt: u64,
+    /// Counts the lines of an attempt, those that were lost too.
+    #[serde(default)]
+    pub n: u64,
+}
+
+pub(crate) struct LogWriter {
+    dir: PathBuf,
+    limits: LogLimits,
+    attempt: u64,
+    written: u64,
+    number: u64,
+    file: Option<File>,
+    size: u64,
+    lost: u64,
+}
+
+impl LogWriter {
+    pub fn open(machine_dir: &Path, attempt: u64, limits: LogLimits) -> Self {
+        let dir = machine_dir.join("log");
+        let number = numbers(&dir).last().copied().unwrap_or(1);
+        Self { dir, limits, attempt, written: 0, number, file: None, size: 0, lost: 0 }
+    }
+
+    pub fn line(&mut self, stream: &str, line: &str) {
+        if self.lost > 0 {
+            let said = format!("{} lines were lost: the log could not be written", self.lost);
+            if self.try_write("system", &said).is_err() {
+                self.lost += 1;
+                return;
+            }
+            self.lost = 0;
+        }
+        if self.try_write(stream, line).is_err() {
+            self.lost += 1;
+        }
+    }
+
+    fn try_write(&mut self, stream: &str, line: &str) -> io::Result<()> {
+        let record =
+            LogRecord { t: now_ms(), stream: stream.to_owned(), line: line.to_owned(), attempt: self.attempt, n: self.written };
+        self.written += 1;
+        let mut bytes = serde_json::to_vec(&record)?;
+        bytes.push(b'\n');
+        if self.size + bytes.len() as u64 > self.limits.file_bytes {
+            self.file = None;
+            self.number += 1;
+        }
+        let file = match &mut self.file {
+            Some(file) => file,
+            empty => {
+                fs::create_dir_all(&self.dir)?;
+                let path = self.dir.join(file_name(self.number));
+                let mut file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+                self.size = file.seek(SeekFrom::End(0))?;
+                end_last_line(&mut file, &mut self.size)?;
+                remove_oldest(&self.dir, self.limits.files);
+                empty.insert(file)
+            }
+        };
+        if let Err(e) = file.write_all(&bytes) {
+            // Half a line may stand there now: cut it off, or it would spoil the next.
+            let _ = file.set_len(self.size);
+            return Err(e);
+        }
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// A supervisor that was killed may have left half a line: it must not spoil the next.
+fn end_last_line(file: &mut File, size: &mut u64) -> io::Result<()> {
+    use std::io::Read;
+    if *size == 0 {
+        return Ok(());
+    }
+    let mut last = [0];
+    file.seek(SeekFrom::End(-1))?;
+    file.read_exact(&mut last)?;
+    if last != *b"\n" {
+        file.write_all(b"\n")?;
+        *size += 1;
+    }
+    Ok(())
+}
+
+fn file_name(number: u64) -> String {
+    format!("{number:010}.jsonl")
+}
+
+fn numbers(dir: &Path) -> Vec<u64> {
+    let listing = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut numbers: Vec<u64> = listing
+        .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".jsonl")?.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    numbers
+}
+
+fn remove_oldest(dir: &Path, keep: u32) {
+    let numbers = numbers(dir);
+    for number in &numbers[..numbers.len().saturating_sub(keep as usize)] {
+        let _ = fs::remove_file(dir.join(file_name(*number))); // tried again at the next rotation
+    }
+}
+
+/// Splits a byte stream into lines.
+#[derive(Default)]
+pub(crate) struct LineSplitter {
+    pending: Vec<u8>,
+}
+
+impl LineSplitter {
+    pub fn push(&mut self, bytes: &[u8], mut line: impl FnMut(&str)) {
+        for byte in bytes {
+            if *byte == b'\n' || self.pending.len() >= MAX_LINE_BYTES {
+                line(&String::from_utf8_lossy(&self.pending));
+                self.pending.clear();
+            }
+            if *byte != b'\n' {
+                self.pending.push(*byte);
+            }
+        }
+    }
+
+    /// The rest without a newline, at the end of the stream.
+    pub fn finish(&mut self, mut line: impl FnMut(&str)) {
+        if !self.pending.is_empty() {
+            line(&String::from_utf8_lossy(&self.pending));
+            self.pending.clear();
+        }
+    }
+}
+
+/// Where a reader stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LogPosition {
+    number: u64,
+    offset: u64,
+}
+
+/// Records after `position`, at most `limit`, and where to go on. A default position is the oldest line.
+pub fn read_logs(machine_dir: &Path, position: LogPosition, limit: usize) -> io::Result<(Vec<LogRecord>, LogPosition)> {
+    let dir = machine_dir.join("log");
+    let mut at = position;
+    let mut records = Vec::new();
+    for number in numbers(&dir) {
+        if number < position.number || records.len() >= limit {
+            continue;
+        }
+        let offset = if number == position.number { position.offset } else { 0 };
+        at = LogPosition { number, offset };
+        let mut file = match File::open(dir.join(file_name(number))) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue, // rotated away meanwhile
+            Err(e) => return Err(e),
+        };
+        file.seek(SeekFrom::Start(offset))?;
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        while records.len() < limit && reader.read_until(b'\n', &mut line)? > 0 {
+            if line.last() != Some(&b'\n') {
+                break; // being written
+            }
+            at.offset += line.len() as u64;
+            if let Ok(record) = serde_json::from_slice(&line) {
+                records.push(record);
+            }
+            line.clear();
+        }
+    }
+    Ok((records, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_survive_rotation_and_are_read_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = LogLimits { file_bytes: 400, files: 3 };
+        let mut writer = LogWriter::open(dir.path(), 1, limits);
+        for i in 0..6 {
+            writer.line("stdout", &format!("line {i}"));
+        }
+        let (first, at) = read_logs(dir.path(), LogPosition::default(), 2).unwrap();
+        let (rest, at) = read_logs(dir.path(), at, 100).unwrap();
+        let lines: Vec<_> = first.iter().chain(&rest).map(|r| r.line.as_str()).collect();
+        assert_eq!(lines, ["line 0", "line 1", "line 2", "line 3", "line 4", "line 5"]);
+        assert!(read_logs(dir.path(), at, 100).unwrap().0.is_empty());
+        for i in 0..100 {
+            writer.line("stdout", &format!("more {i}"));
+        }
+        assert!(numbers(&dir.path().join("log")).len() <= 3, "old files are removed");
+        let mut writer = LogWriter::open(dir.path(), 2, limits);
+        writer.line("stderr", "after a restart");
+        let (all, _) = read_logs(dir.path(), LogPosition::default(), 1000).unwrap();
+        assert_eq!(all.last().unwrap().line, "after a restart");
+        let newest = numbers(&dir.path().join("log")).pop().unwrap();
+        let mut file = OpenOptions::new().append(true).open(dir.path().join("log").join(file_name(newest))).unwrap();
+        file.write_all(b"{\"half\": \"a li").unwrap();
+        LogWriter::open(dir.path(), 3, limits).line("stdout", "after a kill");
+        let (all, _) = read_logs(dir.path(), LogPosition::default(), 1000).unwrap();
+        assert_eq!(all.last().unwrap().line, "after a kill");
+    }
+
+    #[test]
+    fn long_lines_are_cut() {
+        let mut splitter = LineSplitter::default();
+        let mut lines = Vec::new();
+        splitter.push(&vec![b'x'; MAX_LINE_BYTES * 2 + 1], |line| lines.push(line.len()));
+        splitter.finish(|line| lines.push(line.len()));
+        assert_eq!(lines, [MAX_LINE_BYTES, MAX_LINE_BYTES, 1]);
+    }
+}

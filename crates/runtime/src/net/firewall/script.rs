@@ -1,0 +1,112 @@
+//! What is written to nft. A script is one transaction: all of it holds, or none.
+
+use std::fmt::Display;
+
+use super::{Firewall, MachineRule};
+
+/// Name of the empty chain that stands for "forwarding was off before".
+pub(super) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
+
+/// The chains that close machines in; none of them is ever empty.
+pub(super) const CHAINS: [&str; 6] = ["pin", "input", "forward", "from_machine", "to_machine", "postrouting"];
+
+/// Destinations that are not the public internet: this network, private, shared (CGNAT), loopback, link-local with the
+/// metadata services of clouds, protocol assignments, benchmarks, multicast, reserved with broadcast. The networks
+/// for documentation are not here: nobody's services are in them, and laboratories use them as an internet.
+const NOT_PUBLIC: [&str; 11] = [
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "224.0.0.0/4",
+    "240.0.0.0/4",
+];
+
+pub(super) fn table(firewall: &Firewall, machines: &[MachineRule], forwarding_was_off: bool) -> String {
+    let Firewall { table, machine_prefix, .. } = firewall;
+    let group = firewall.group();
+    let pins = elements(machines.iter().map(pin));
+    let resolvers = elements(firewall.resolvers.iter());
+    let allowed = elements(firewall.allowed.iter());
+    let machine_net = machine_prefix.to_string();
+    let closed = elements(NOT_PUBLIC.iter().copied().chain([machine_net.as_str()]));
+    let memory = if forwarding_was_off { format!("chain {FORWARDING_WAS_OFF} {{ }}") } else { String::new() };
+    // Priorities: the pin comes before connection tracking, the rest a little before other people's filters.
+    format!(
+        "add table inet {table}
+delete table inet {table}
+table inet {table} {{
+  set pins {{ type ifname . ipv4_addr; {pins} }}
+  set resolvers {{ type ipv4_addr; {resolvers} }}
+  set allowed {{ type ipv4_addr; flags interval; auto-merge; {allowed} }}
+  set closed {{ type ipv4_addr; flags interval; auto-merge; {closed} }}
+  {memory}
+  chain pin {{
+    type filter hook prerouting priority raw - 10; policy accept;
+    iifgroup != {group} accept
+    iifname . ip saddr @pins accept
+    counter drop
+  }}
+  chain input {{
+    type filter hook input priority filter - 10; policy accept;
+    iifgroup != {group} accept
+    ct state established,related accept
+    ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+    counter drop
+  }}
+  chain forward {{
+    type filter hook forward priority filter - 10; policy accept;
+    iifgroup {group} jump from_machine
+    oifgroup {group} jump to_machine
+  }}
+  chain from_machine {{
+    oifgroup {group} counter drop
+    ct state established,related accept
+    ct state invalid counter drop
+    fib daddr type != unicast counter drop
+    ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+    ip daddr @allowed accept
+    ip daddr @closed counter drop
+    meta nfproto ipv4 accept
+    counter drop
+  }}
+  chain to_machine {{
+    ct state established,related accept
+    counter drop
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr {machine_net} oifgroup != {group} masquerade
+  }}
+}}
+"
+    )
+}
+
+pub(super) fn add_element(table: &str, machine: &MachineRule) -> String {
+    format!("add element inet {table} pins {{ {} }}\n", pin(machine))
+}
+
+/// Adding first makes the deletion hold also when the element was not there.
+pub(super) fn remove_element(table: &str, machine: &MachineRule) -> String {
+    format!("{}delete element inet {table} pins {{ {} }}\n", add_element(table, machine), pin(machine))
+}
+
+pub(super) fn no_table(table: &str) -> String {
+    format!("add table inet {table}\ndelete table inet {table}\n")
+}
+
+fn pin(machine: &MachineRule) -> String {
+    format!("\"{}\" . {}", machine.ifname, machine.addr)
+}
+
+/// nft refuses an empty list of elements.
+fn elements(items: impl Iterator<Item = impl Display>) -> String {
+    let items: Vec<String> = items.map(|item| item.to_string()).collect();
+    if items.is_empty() { String::new() } else { format!("elements = {{ {} }};", items.join(", ")) }
+}

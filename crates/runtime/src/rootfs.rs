@@ -1,0 +1,354 @@
+//! The machine's root file system, in two halves: the supervisor, root on the host, makes the overlay
+//! in a private mount namespace; the machine's first process, root in its own user namespace only,
+//! adds /proc, /sys and /dev and pivots into it. No mount is ever visible on the host.
+
+use crate::remove::remove_tree;
+use crate::spec::{Bind, MemoryFile, Profile, Rootfs, SupervisorSpec, UID_RANGE};
+use crate::sys;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{Gid, Uid, fchownat};
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, chown, symlink};
+use std::path::{Component, Path, PathBuf};
+
+/// Size of /dev/shm and of a builder's root.
+const SHM_OPTIONS: &str = "mode=1777,size=64m";
+const BUILDER_ROOT_BYTES: u64 = 4 << 30;
+const DEVICES: &[&str] = &["null", "zero", "full", "random", "urandom", "tty"];
+/// Hidden: they tell of the host or take its orders.
+const MASKED: &[&str] = &[
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+    "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+const READ_ONLY: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+/// The overlay's writable layer and its work space, in the machine's directory.
+const WRITTEN: [&str; 2] = ["upper", "work"];
+const NONE: Option<&str> = None;
+
+/// The mount namespace that the supervisor came from.
+pub(crate) struct HostMounts(File);
+
+impl HostMounts {
+    /// In the supervisor: leaves for a private mount namespace, in which the machine's root is made.
+    pub(crate) fn leave() -> io::Result<Self> {
+        let host = File::open("/proc/self/ns/mnt")?;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+        mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
+        Ok(Self(host))
+    }
+
+    /// Back again, once the machine has its root: a namespace that stays would hold on to every mount that
+    /// the host had at this moment, and keep volumes and disks busy that the host has long unmounted.
+    pub(crate) fn come_back(self) -> io::Result<()> {
+        Ok(nix::sched::setns(self.0, nix::sched::CloneFlags::CLONE_NEWNS)?)
+    }
+}
+
+/// In the supervisor: mounts the root under `<machine dir>/mnt/root` and returns its path.
+pub(crate) fn assemble(spec: &SupervisorSpec, user_namespace: BorrowedFd<'_>) -> io::Result<PathBuf> {
+    let mnt = make_dir(&spec.machine_dir, "mnt", 0)?;
+    mount(Some("tmpfs"), &mnt, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=711,size=1m"))?;
+    // The machine's root passes through here before it pivots.
+    let root = make_dir(&mnt, "root", spec.uid_base)?;
+    match &spec.rootfs {
+        Rootfs::Layers(layers) => overlay(spec, layers, &mnt, &root, user_namespace)?,
+        Rootfs::HostUsr => host_usr(spec, &root)?,
+    }
+    for bind in &spec.binds {
+        bind_into(&root, bind, spec.profile, spec.uid_base)?;
+    }
+    Ok(root)
+}
+
+fn overlay(
+    spec: &SupervisorSpec,
+    layers: &[PathBuf],
+    mnt: &Path,
+    root: &Path,
+    user_namespace: BorrowedFd<'_>,
+) -> io::Result<()> {
+    if layers.is_empty() {
+        return Err(io::Error::other("the image has no layers"));
+    }
+    // An earlier attempt's files would shadow those of a newer image. The clean-up after it has removed them,
+    // unless it was cut off.
+    remove_written(&spec.machine_dir)?;
+    for dir in WRITTEN {
+        make_dir(&spec.machine_dir, dir, spec.uid_base)?;
+    }
+    let mut names = Vec::new();
+    for (i, layer) in layers.iter().enumerate() {
+        // One letter: the kernel's option page holds 4 KiB, and images have up to 127 layers.
+        let target = make_dir(mnt, format!("l{i}"), 0)?;
+        sys::detached_mount(layer, sys::Attributes::default(), Some(user_namespace))
+            .and_then(|tree| sys::attach_mount(&tree, File::open(&target)?.as_fd()))
+            .map_err(|e| io::Error::new(e.kind(), format!("id-mapped mount of layer {}: {e}", layer.display())))?;
+        names.push(format!("l{i}"));
+    }
+    names.reverse(); // overlayfs wants the topmost first
+    // Relative directories keep the options short, and free of commas and colons of the data directory.
+    let options = format!("lowerdir={},upperdir=../upper,workdir=../work", names.join(":"));
+    std::env::set_current_dir(mnt)?;
+    let mounted = mount(Some("overlay"), root, Some("overlay"), MsFlags::MS_NODEV, Some(options.as_str()));
+    std::env::set_current_dir("/")?;
+    mounted.map_err(|e| io::Error::other(format!("overlay of {} layers: {e}", layers.len())))
+}
+
+/// Removes what an attempt wrote to its root: the next one begins with the image.
+pub(crate) fn remove_written(machine_dir: &Path) -> io::Result<()> {
+    WRITTEN.iter().try_for_each(|dir| remove_tree(&machine_dir.join(dir)))
+}
+
+/// A builder's root: the host's programs, read-only, and nothing else of the host.
+fn host_usr(spec: &SupervisorSpec, root: &Path) -> io::Result<()> {
+    let base = spec.uid_base;
+    let options = format!("mode=755,uid={base},gid={base},size={BUILDER_ROOT_BYTES}");
+    // Without `nodev`, as with a builder's other writable mounts: see `bind_into`.
+    mount(Some("tmpfs"), root, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))?;
+    for dir in ["usr", "etc", "proc", "sys", "dev", "run", "tmp", "var", "root", "home"] {
+        make_dir(root, dir, base)?;
+    }
+    for dir in ["var/tmp", "var/lib", "var/cache", "etc/containers", "etc/ssl"] {
+        make_dir(root, dir, base)?;
+    }
+    for link in ["bin", "sbin", "lib", "lib64"] {
+        if fs::symlink_metadata(Path::new("/").join(link)).is_ok_and(|meta| meta.is_symlink()) {
+            symlink(format!("usr/{link}"), root.join(link))?;
+        } else if Path::new("/").join(link).is_dir() {
+            let bind = Bind { source: Path::new("/").join(link), target: Path::new("/").join(link), readonly: true };
+            bind_into(root, &bind, spec.profile, base)?;
+        }
+    }
+    for (source, target) in [("/usr", "/usr"), ("/etc/ssl/certs", "/etc/ssl/certs"), ("/etc/alternatives", "/etc/alternatives")] {
+        if Path::new(source).exists() {
+            bind_into(root, &Bind { source: source.into(), target: target.into(), readonly: true }, spec.profile, base)?;
+        }
+    }
+    let files: [(&str, &str); 4] = [
+        ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"),
+        ("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
+        ("etc/subuid", "root:1:65535\n"),
+        ("etc/subgid", "root:1:65535\n"),
+    ];
+    for (name, content) in files {
+        write_file(&root.join(name), content.as_bytes(), base, 0o644)?;
+    }
+    Ok(())
+}
+
+/// Binds inside the root; the target is made when it is missing. Sources are paths of the host, targets
+/// go through the image, whose links must not lead out of it: see [`place`].
+///
+/// What a mount forbids is locked in a user namespace, and a builder's tools bind from there for the mounts
+/// of a `RUN` (secrets, caches) with other flags, which the kernel refuses. Nothing is lost: nobody in a user
+/// namespace makes device nodes, and a set-user-id program there becomes one of the machine's own users.
+fn bind_into(root: &Path, bind: &Bind, profile: Profile, uid_base: u32) -> io::Result<()> {
+    let explain = |e: io::Error| {
+        io::Error::new(e.kind(), format!("bind of {} at {}: {e}", bind.source.display(), bind.target.display()))
+    };
+    let forbidding = sys::NO_SUID_MOUNT | sys::NO_DEVICES_MOUNT;
+    let attributes = match (bind.readonly, profile) {
+        (true, _) => sys::Attributes { set: forbidding | sys::READ_ONLY_MOUNT, clear: 0 },
+        (false, Profile::Builder) => sys::Attributes { set: 0, clear: forbidding },
+        (false, Profile::Tenant) => sys::Attributes { set: forbidding, clear: 0 },
+    };
+    let tree = sys::detached_mount(&bind.source, attributes, None).map_err(explain)?;
+    let target = place(root, &bind.target, bind.source.is_dir(), uid_base).map_err(explain)?;
+    sys::attach_mount(&tree, target.as_fd()).map_err(explain)
+}
+
+/// Opens a path inside the root as if the root were `/`; what is missing of it is made.
+fn place(root: &Path, target: &Path, directory: bool, owner: u32) -> io::Result<OwnedFd> {
+    let root = openat(AT_FDCWD, root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let mut names = target.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name),
+        _ => None,
+    });
+    let (mut at, mut path) = (root.try_clone()?, PathBuf::new());
+    let mut name = names.next().ok_or(io::ErrorKind::InvalidInput)?;
+    loop {
+        let next = names.next();
+        path.push(name);
+        at = match openat2(&root, &path, how) {
+            Ok(fd) => fd,
+            Err(Errno::ENOENT) => {
+                if next.is_some() || directory {
+                    mkdirat(&at, name, Mode::from_bits_truncate(0o755))?;
+                } else {
+                    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+                    drop(openat(&at, name, flags, Mode::from_bits_truncate(0o644))?);
+                }
+                let (user, group) = (Uid::from_raw(owner), Gid::from_raw(owner));
+                fchownat(&at, name, Some(user), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                openat2(&root, &path, how)?
+            }
+            Err(e) => return Err(e.into()),
+        };
+        match next {
+            Some(following) => name = following,
+            None => return Ok(at),
+        }
+    }
+}
+
+fn write_file(path: &Path, content: &[u8], uid_base: u32, mode: u32) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::write(path, content)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    chown(path, Some(uid_base), Some(uid_base))
+}
+
+/// Makes a directory owned by `owner`, if it is not there.
+fn make_dir(parent: &Path, name: impl AsRef<Path>, owner: u32) -> io::Result<PathBuf> {
+    let path = parent.join(name);
+    match DirBuilder::new().mode(0o755).create(&path) {
+        Ok(()) => chown(&path, Some(owner), Some(owner))?,
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(io::Error::new(e.kind(), format!("{}: {e}", path.display()))),
+    }
+    Ok(path)
+}
+
+/// In the machine's first process, in a mount namespace of its own but still with the host's ids: a
+/// mount that this namespace may pivot to, as the working directory.
+pub(crate) fn reach(root: &Path) -> io::Result<()> {
+    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
+    mount(Some(root), root, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
+    std::env::set_current_dir(root)
+}
+
+/// In the same process, root of the machine's ids now: mounts what belongs to its namespaces and
+/// pivots to the working directory.
+pub(crate) fn enter(spec: &SupervisorSpec) -> io::Result<()> {
+    let step = |what: &str, e: io::Error| io::Error::new(e.kind(), format!("{what}: {e}"));
+    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    for dir in ["proc", "sys", "dev"] {
+        if !Path::new(dir).is_dir() {
+            fs::create_dir(dir).map_err(|e| step(dir, e))?;
+        }
+    }
+    mount(Some("proc"), "proc", Some("proc"), plain, NONE).map_err(|e| step("/proc", e.into()))?;
+    mount(Some("sysfs"), "sys", Some("sysfs"), plain | MsFlags::MS_RDONLY, NONE)
+        .map_err(|e| step("/sys", e.into()))?;
+    devices(Path::new("dev"), spec.profile).map_err(|e| step("/dev", e))?;
+    nix::unistd::pivot_root(".", ".").map_err(|e| step("pivot_root", e.into()))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(|e| step("leaving the host's root", e.into()))?;
+    std::env::set_current_dir("/")?;
+    network_files(spec).map_err(|e| step("/etc", e))?;
+    memory_files(&spec.files)?;
+    sysctls();
+    mask(spec.profile).map_err(|e| step("masking", e))
+}
+
+fn devices(dev: &Path, profile: Profile) -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount(Some("tmpfs"), dev, Some("tmpfs"), flags, Some("mode=755,size=64k"))?;
+    for name in DEVICES {
+        fs::write(dev.join(name), "")?;
+        mount(Some(&Path::new("/dev").join(name)), &dev.join(name), NONE, MsFlags::MS_BIND, NONE)?;
+    }
+    for dir in ["pts", "shm", "mqueue"] {
+        fs::create_dir(dev.join(dir))?;
+    }
+    mount(Some("devpts"), &dev.join("pts"), Some("devpts"), flags, Some("newinstance,ptmxmode=0666,mode=620,gid=5"))?;
+    let plain = flags | MsFlags::MS_NODEV;
+    // A builder's tools keep the secrets of a `RUN` there and bind from it: see `bind_into`.
+    let shared_memory = if profile == Profile::Builder { MsFlags::MS_NODEV } else { plain };
+    mount(Some("shm"), &dev.join("shm"), Some("tmpfs"), shared_memory, Some(SHM_OPTIONS))?;
+    mount(Some("mqueue"), &dev.join("mqueue"), Some("mqueue"), plain, NONE)?;
+    for (target, link) in [
+        ("pts/ptmx", "ptmx"), ("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"),
+        ("/proc/self/fd/2", "stderr"),
+    ] {
+        symlink(target, dev.join(link))?;
+    }
+    Ok(())
+}
+
+/// After the pivot: whatever links the image has, they end inside it.
+fn network_files(spec: &SupervisorSpec) -> io::Result<()> {
+    fs::create_dir_all("/etc")?;
+    let mut hosts = String::from("127.0.0.1 localhost\n::1 localhost\n");
+    if let Some(address) = spec.address {
+        hosts.push_str(&format!("{address} {} fly-local-6pn\n", spec.hostname));
+    }
+    for (name, content) in
+        [("resolv.conf", &spec.resolv_conf), ("hosts", &hosts), ("hostname", &format!("{}\n", spec.hostname))]
+    {
+        let path = Path::new("/etc").join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        fs::write(&path, content)?;
+    }
+    Ok(())
+}
+
+/// After the pivot too. They may be secrets: their content is in a tmpfs that nothing but the binds of
+/// single files refers to, on disk are empty files only.
+fn memory_files(files: &[MemoryFile]) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    if files.is_empty() {
+        return Ok(());
+    }
+    let store = Path::new("/dev/.files");
+    fs::create_dir(store)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("tmpfs"), store, Some("tmpfs"), flags, Some("mode=700"))?;
+    for (i, file) in files.iter().enumerate() {
+        let explain = |e: io::Error| io::Error::new(e.kind(), format!("file {}: {e}", file.path.display()));
+        let (source, target) = (store.join(i.to_string()), Path::new("/").join(&file.path));
+        let make = || -> io::Result<()> {
+            fs::write(&source, &file.content)?;
+            // The machine has one tenant: whichever user its program runs as may read its files.
+            fs::set_permissions(&source, fs::Permissions::from_mode(0o444))?;
+            fs::create_dir_all(target.parent().unwrap_or(Path::new("/")))?;
+            File::options().append(true).create(true).open(&target)?;
+            mount(Some(&source), &target, NONE, MsFlags::MS_BIND, NONE)?;
+            mount(NONE, &target, NONE, flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, NONE)?;
+            Ok(())
+        };
+        make().map_err(explain)?;
+    }
+    umount2(store, MntFlags::MNT_DETACH)?;
+    fs::remove_dir(store)
+}
+
+/// Comforts of the network namespace; a kernel without them works too.
+fn sysctls() {
+    let last = UID_RANGE - 1;
+    for (name, value) in [("ping_group_range", format!("0 {last}")), ("ip_unprivileged_port_start", "0".into())] {
+        let _ = fs::write(Path::new("/proc/sys/net/ipv4").join(name), value);
+    }
+}
+
+fn mask(profile: Profile) -> io::Result<()> {
+    for path in MASKED.iter().map(Path::new).filter(|path| path.exists()) {
+        if path.is_dir() {
+            mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_RDONLY, Some("size=0"))?;
+        } else {
+            mount(Some("/dev/null"), path, NONE, MsFlags::MS_BIND, NONE)?;
+        }
+    }
+    if profile == Profile::Builder {
+        // buildah writes to its own network namespace's settings; it has no others to reach.
+        return Ok(());
+    }
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV
+        | MsFlags::MS_NOEXEC;
+    for path in READ_ONLY.iter().map(Path::new).filter(|path| path.exists()) {
+        mount(Some(path), path, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
+        mount(NONE, path, NONE, flags, NONE)?;
+    }
+    Ok(())
+}

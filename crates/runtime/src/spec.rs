@@ -1,0 +1,111 @@
+//! What a supervisor is asked to run. Travels as JSON over its standard input and is kept in memory
+//! only: the environment may hold secrets.
+
+use crate::cgroup::{Cgroups, Limits};
+use crate::net::NetSpec;
+use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+/// Version of the wire between agent and supervisor; frozen once released.
+pub const WIRE_VERSION: u32 = 1;
+/// The text of a spec is rarely longer: a buffer of this size leaves no copies of secrets behind as it grows.
+pub(crate) const USUAL_SPEC_BYTES: usize = 256 * 1024;
+/// How many user ids a machine owns.
+pub const UID_RANGE: u32 = 65_536;
+
+#[derive(Clone, Serialize, Deserialize)]
+pub struct SupervisorSpec {
+    pub v: u32,
+    pub machine_id: String,
+    pub attempt: u64,
+    /// Holds `lock`, `sock`, `exit/`, `log/`, `upper/`, `work/`, `mnt/`; 0700, root's.
+    pub machine_dir: PathBuf,
+    pub rootfs: Rootfs,
+    pub profile: Profile,
+    pub process: ProcessSpec,
+    pub hostname: String,
+    /// First of the 65,536 host user ids that the machine owns.
+    pub uid_base: u32,
+    pub cgroups: Cgroups,
+    pub limits: Limits,
+    pub net: Option<NetSpec>,
+    pub resolv_conf: String,
+    /// Name in the machine's /etc/hosts.
+    pub address: Option<Ipv4Addr>,
+    #[serde(default)]
+    pub binds: Vec<Bind>,
+    /// Read-only files whose content is in memory only: it may be secret.
+    #[serde(default)]
+    pub files: Vec<MemoryFile>,
+    pub log_limits: LogLimits,
+    /// `false` prepares everything and waits for [`Client::start`](crate::Client::start).
+    pub start: bool,
+}
+
+/// The machine's root file system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rootfs {
+    /// Unpacked image layers, lowest first, under a writable layer of the machine's own.
+    Layers(Vec<PathBuf>),
+    /// A small tmpfs with the host's `/usr` read-only: for builders.
+    HostUsr,
+}
+
+/// What its processes may ask of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Profile {
+    Tenant,
+    /// Nested mounts and a few more capabilities; no tenant can ask for it.
+    Builder,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ProcessSpec {
+    pub command: Vec<String>,
+    pub env: Vec<(String, String)>,
+    /// `user`, `uid`, `user:group`, `uid:gid` or empty, resolved in the image's /etc/passwd.
+    pub user: String,
+    pub working_dir: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bind {
+    pub source: PathBuf,
+    pub target: PathBuf,
+    pub readonly: bool,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+pub struct MemoryFile {
+    pub path: PathBuf,
+    pub content: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLimits {
+    /// A file is closed and the next begun at this size.
+    pub file_bytes: u64,
+    /// Oldest files are removed above this number.
+    pub files: u32,
+}
+
+impl Default for LogLimits {
+    fn default() -> Self {
+        Self { file_bytes: 4 << 20, files: 5 }
+    }
+}
+
+impl SupervisorSpec {
+    /// Name of the machine's control group.
+    pub fn machine_cgroup(machine_id: &str) -> String {
+        format!("m-{machine_id}")
+    }
+
+    /// Name of its supervisor's.
+    pub fn supervisor_cgroup(machine_id: &str) -> String {
+        format!("s-{machine_id}")
+    }
+}

@@ -1,0 +1,140 @@
+//! The wire between agent and supervisor: SEQPACKET messages of JSON, file descriptors beside them.
+//! Frozen per version: today's agent must drive every released supervisor.
+
+use serde::{Deserialize, Serialize};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// A message is smaller, or it is refused.
+pub(crate) const MAX_MESSAGE: usize = 128 * 1024;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Request {
+    pub v: u32,
+    #[serde(flatten)]
+    pub ask: Ask,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "ask")]
+pub(crate) enum Ask {
+    Status,
+    /// Starts the program of a created machine.
+    Start,
+    Signal {
+        signal: i32,
+    },
+    /// Signal, then kill after the time-out. The exit is then a requested one.
+    Stop {
+        signal: i32,
+        timeout_ms: u64,
+    },
+    Kill,
+    /// Comes with three descriptors: standard input, output and error of the command. With a terminal
+    /// it comes with none, and the answer brings the terminal's master.
+    Exec(ExecSpec),
+}
+
+/// A command to run beside the machine's program, in all its namespaces and limits.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecSpec {
+    pub command: Vec<String>,
+    /// Added to the machine's own environment.
+    pub env: Vec<(String, String)>,
+    /// Empty = the machine's user.
+    pub user: String,
+    /// Empty = the machine's working directory.
+    pub working_dir: String,
+    /// Set by [`Client::exec_tty`](crate::Client::exec_tty), ignored without it.
+    #[serde(default)]
+    pub terminal: Option<WindowSize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    pub rows: u16,
+    pub columns: u16,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "say")]
+pub(crate) enum Say {
+    Status(Status),
+    Done,
+    Refused {
+        error: String,
+    },
+    /// An exec ended; comes on its own connection.
+    ExecExited {
+        exit_code: Option<i32>,
+        signal: Option<i32>,
+    },
+}
+
+/// What a supervisor says of its machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub attempt: u64,
+    pub phase: Phase,
+    /// The machine's first process, as the host numbers it.
+    pub init_pid: i32,
+    pub started_at_ms: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Everything is ready, the program is not started.
+    Created,
+    Started,
+    /// A stop was asked for; the program may still run.
+    Stopping,
+}
+
+/// Sends one message.
+pub(crate) fn send(socket: RawFd, message: &impl Serialize, fds: &[RawFd]) -> io::Result<()> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > MAX_MESSAGE {
+        return Err(io::Error::other("the message is too long for the supervisor"));
+    }
+    let rights = [ControlMessage::ScmRights(fds)];
+    let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
+    sendmsg::<()>(socket, &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
+}
+
+/// Receives one message; `None` at the end of the connection.
+pub(crate) fn receive<T: for<'de> Deserialize<'de>>(socket: RawFd) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    let mut bytes = vec![0; MAX_MESSAGE];
+    let mut space = nix::cmsg_space!([RawFd; 4]);
+    let mut fds = Vec::new();
+    let length = {
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(received) = control {
+                // SAFETY: the kernel just installed these descriptors for us; nobody else owns them.
+                fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        message.bytes
+    };
+    if length == 0 {
+        return Ok(None);
+    }
+    Ok(Some((serde_json::from_slice(&bytes[..length])?, fds)))
+}
+
+/// A SEQPACKET socket.
+pub(crate) fn socket() -> io::Result<OwnedFd> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    Ok(socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// The address of a machine's socket. Its directory may be deeper than the 108 bytes that an address
+/// holds, so it is named through the open directory.
+pub(crate) fn address(machine_dir: &std::fs::File) -> io::Result<nix::sys::socket::UnixAddr> {
+    Ok(nix::sys::socket::UnixAddr::new(format!("/proc/self/fd/{}/sock", machine_dir.as_raw_fd()).as_str())?)
+}

@@ -1,0 +1,127 @@
+//! What a machine cannot do and does not see.
+
+use crate::setup::*;
+use dunlin_runtime::*;
+use std::fs;
+use std::os::unix::fs::symlink;
+
+#[test]
+fn the_kernel_says_no_to_what_escapes_are_made_of() {
+    let world = World::new();
+    let machine = world.run(world.spec("aa09", "sleep 1000"));
+    for script in [
+        "mount -t tmpfs x /tmp", "unshare -m true", "unshare -U true", "busybox mknod /tmp/x c 1 3 && cat /tmp/x",
+        "echo 1 > /proc/sys/kernel/panic", "echo b > /proc/sysrq-trigger", "echo x > /sys/kernel/uevent_helper",
+        "busybox chroot / true", "busybox reboot -f", "busybox hostname changed", "busybox nsenter -t 1 -m true",
+        "cat /proc/1/root/etc/shadow", "cat /proc/1/environ", "ls /proc/1/fd", "busybox losetup /dev/loop0 /bin/busybox", "echo 0 > /proc/1/oom_score_adj",
+    ] {
+        assert_ne!(machine.exec(script).1, 0, "{script}: {:?}", machine.exec(script));
+    }
+    // Some kernels have not all of them.
+    for path in ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/interrupts"] {
+        let bytes = machine.exec(&format!("cat {path} 2>/dev/null | busybox head -c 1 | busybox wc -c")).0;
+        assert_eq!(bytes, "0", "{path}");
+    }
+    // The host's files are nowhere.
+    let (listing, _) = machine.exec("busybox find / -xdev -name 'Cargo.toml'");
+    assert_eq!(listing, "");
+    let (processes, _) = machine.exec("busybox ps");
+    let pids: Vec<&str> = processes.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(pids[0], "1", "{processes}");
+    assert_eq!(pids.len(), 3, "the first process, the program and ps, none of the host's: {processes}");
+}
+
+#[test]
+fn files_belong_to_the_machines_own_ids_and_the_image_stays_as_it_is() {
+    use std::os::unix::fs::MetadataExt;
+    let world = World::new();
+    let mut spec = world.spec("aa10", "echo changed > /etc/new; echo x >> /etc/passwd; busybox stat -c %u /bin/busybox; sleep 1000");
+    spec.process.user = String::new();
+    let machine = world.run(spec);
+    until("printed", || (!machine.log().is_empty()).then_some(()));
+    assert_eq!(machine.log(), ["0"], "the image's root is the machine's root");
+    let upper = machine.dir().join("upper/etc/new");
+    assert_eq!(fs::metadata(upper).unwrap().uid(), UID_BASE);
+    let image = fs::read_to_string(world.dir.path().join("layer/etc/passwd")).unwrap();
+    assert!(!image.contains("\nx\n"));
+    let pid = machine.client().status().unwrap().init_pid;
+    assert_eq!(fs::metadata(format!("/proc/{pid}/stat")).map(|m| m.uid()).unwrap_or(0), 0, "not dumpable");
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(world.dir.path().to_str().unwrap()), "no mount is visible on the host");
+}
+
+#[test]
+fn a_machine_cannot_make_itself_as_dear_as_its_supervisor() {
+    // What the server and its supervisors give themselves, where the host lets them.
+    if fs::write("/proc/self/oom_score_adj", "-900").is_err() {
+        eprintln!("not tested: CAP_SYS_RESOURCE is missing here");
+        return;
+    }
+    let world = World::new();
+    let dear = "echo -900 > /proc/self/oom_score_adj; cat /proc/self/oom_score_adj";
+    let machine = world.run(world.spec("aa25", &format!("{dear}; sleep 1000")));
+    until("printed", || (machine.log().last().map(String::as_str) == Some("0")).then_some(()));
+    assert!(machine.exec(dear).0.ends_with("\n0"), "{:?}", machine.exec(dear));
+    fs::write("/proc/self/oom_score_adj", "0").unwrap();
+}
+
+#[test]
+fn a_pipe_in_place_of_an_account_file_hangs_nobody() {
+    let world = World::new();
+    let passwd = world.dir.path().join("layer/etc/passwd");
+    fs::remove_file(&passwd).unwrap();
+    nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let machine = world.run(world.spec("aa24", "sleep 1000"));
+    assert_eq!(machine.exec("echo alive"), ("alive".into(), 0));
+}
+
+#[test]
+fn an_unprivileged_user_has_no_capabilities() {
+    let world = World::new();
+    let mut spec = world.spec("aa11", "id -u; busybox grep CapEff /proc/self/status; echo $HOME");
+    spec.process.user = "app".into();
+    let machine = world.run(spec);
+    machine.exit();
+    assert_eq!(machine.log(), ["1000", "CapEff:\t0000000000000000", "/home/app"]);
+}
+
+#[test]
+fn secrets_are_neither_on_disk_nor_on_a_command_line() {
+    let world = World::new();
+    let machine = world.run(world.spec("aa16", "sleep 1000"));
+    assert_eq!(machine.exec("echo $CANARY").0, "very-secret");
+    assert_no_secret_below(world.dir.path());
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        assert!(!contains(&command, b"very-secret"));
+    }
+}
+
+#[test]
+fn files_are_in_memory_and_links_of_the_image_lead_nowhere() {
+    let world = World::new();
+    let (layer, outside) = (world.dir.path().join("layer"), world.dir.path().join("outside"));
+    fs::create_dir(&outside).unwrap();
+    fs::write(world.dir.path().join("bound"), "from the host").unwrap();
+    symlink(&outside, layer.join("absolute")).unwrap();
+    symlink("../../../../../../../../../..".to_owned() + outside.to_str().unwrap(), layer.join("relative")).unwrap();
+    let file = |path: &str| MemoryFile { path: path.into(), content: b"very-secret".to_vec() };
+    let bind = |target: &str, readonly| Bind { source: world.dir.path().join("bound"), target: target.into(), readonly };
+    let mut spec = world.spec("aa21", "sleep 1000");
+    spec.process.env.clear();
+    spec.process.user = "app".into();
+    spec.files = vec![file("/run/secrets/one"), file("/absolute/two"), file("/etc/passwd.extra")];
+    spec.binds = vec![bind("/relative/three", true), bind("/data/deep/four", true)];
+    // Inside the image the links lead nowhere yet: refused, and the host's directory is not touched.
+    let error = spawn(&world.exe, &spec).unwrap_err().to_string();
+    assert!(error.contains("/relative/three"), "{error}");
+    drop(Running { world: &world, spec: spec.clone() });
+    // Now they do: the path of the host's directory means a directory of the image.
+    fs::create_dir_all(layer.join(outside.strip_prefix("/").unwrap())).unwrap();
+    let machine = world.run(spec);
+    assert_eq!(machine.exec("cat /run/secrets/one /absolute/two /etc/passwd.extra").0, "very-secret".repeat(3));
+    assert_eq!(machine.exec("cat /relative/three /data/deep/four").0, "from the host".repeat(2));
+    assert_ne!(machine.exec("echo x > /data/deep/four").1, 0);
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "the host's directory is untouched");
+    assert_no_secret_below(world.dir.path());
+}

@@ -1,0 +1,6 @@
+//! Real machines on the running kernel: life, isolation, exec, death. Needs root and busybox.
+
+mod exec;
+mod isolation;
+mod life;
+mod setup;
