@@ -1,0 +1,146 @@
+//! The host's side of [`HostApi`].
+
+use crate::agent::Input;
+use crate::{Host, builder, convert, exec, logs};
+use async_trait::async_trait;
+use dunlin_api::{
+    BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery,
+    LogStream, Refusal, Reserve, WaitFor,
+};
+use dunlin_machine::Order;
+use dunlin_model::{HostId, MachineId, MachineState};
+use dunlin_runtime::Client;
+use dunlin_runtime::net::ports::Proto;
+use dunlin_view::MachineFact;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// Longest wait of one call; callers ask again.
+const MAX_WAIT_MS: u64 = 60_000;
+
+fn stopping() -> Refusal {
+    Refusal::Failed("the host's agent is stopping; try again in a moment".into())
+}
+
+#[async_trait]
+impl HostApi for Host {
+    fn host_id(&self) -> &HostId {
+        &self.shared.config.id
+    }
+
+    async fn reserve(&self, reserve: Reserve) -> Result<(), Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.inputs.send(Input::Reserve(reserve, reply)).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
+    }
+
+    async fn command(&self, command: Command) -> Result<CommandAnswer, Refusal> {
+        let verb = convert::verb(&command.kind)?;
+        let name = verb.name();
+        let order = Order {
+            id: command.id,
+            deadline_ms: command.deadline_ms,
+            generation: command.generation,
+            plan: command.plan,
+            expected_version: command.expected_version,
+            verb,
+            room: Ok(()),
+        };
+        let (reply, answer) = oneshot::channel();
+        let machine = command.machine;
+        self.inputs
+            .send(Input::Command { machine: machine.clone(), order, reply })
+            .await
+            .map_err(|_| stopping())?;
+        match answer.await {
+            Ok(answer) => convert::answer(answer, &machine, &self.shared.config.id, name),
+            // The agent dropped it: it does not know the machine, or could not journal.
+            Err(_) => match self.machine(&machine).await {
+                Ok(_) => Err(Refusal::DiskFull("the host's journal cannot grow".into())),
+                Err(refusal) => Err(refusal),
+            },
+        }
+    }
+
+    async fn machine(&self, id: &MachineId) -> Result<MachineFact, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.inputs.send(Input::Fact(id.clone(), reply)).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?.ok_or_else(|| Refusal::NoSuchMachine(id.clone()))
+    }
+
+    async fn wait(&self, id: &MachineId, wait: WaitFor) -> Result<MachineFact, Refusal> {
+        let mut changes = self.shared.view.subscribe();
+        let timeout = Duration::from_millis(wait.timeout_ms.min(MAX_WAIT_MS));
+        let deadline = tokio::time::Instant::now() + timeout;
+        let mut snapshot = changes.current();
+        let mut seen: Option<std::sync::Arc<MachineFact>> = None;
+        loop {
+            let fact = match (snapshot.machines.get(id), seen) {
+                (Some(fact), _) => fact.clone(),
+                // It was there, and now it is not.
+                (None, Some(last)) if wait.states.contains(&MachineState::Destroyed) => {
+                    return Ok(MachineFact { state: MachineState::Destroyed, ..(*last).clone() });
+                }
+                (None, _) => std::sync::Arc::new(self.machine(id).await?),
+            };
+            seen = Some(fact.clone());
+            let right_version = wait.version.as_ref().is_none_or(|version| *version == fact.version);
+            if right_version && wait.states.contains(&fact.state) {
+                return Ok((*fact).clone());
+            }
+            let hopeless = match fact.state {
+                MachineState::Destroyed | MachineState::Destroying => !wait.states.contains(&MachineState::Destroyed),
+                MachineState::Failed => right_version && !wait.states.contains(&MachineState::Destroyed),
+                _ => false,
+            };
+            if hopeless {
+                return Err(Refusal::WaitHopeless { state: fact.state });
+            }
+            snapshot = match tokio::time::timeout_at(deadline, changes.changed()).await {
+                Ok(newer) => newer,
+                Err(_) => return Err(Refusal::WaitTimeout { state: fact.state }),
+            };
+        }
+    }
+
+    async fn exec(&self, request: ExecRequest) -> Result<ExecSession, Refusal> {
+        self.machine(&request.machine).await?;
+        exec::start(&self.shared, request).await
+    }
+
+    async fn logs(&self, query: LogQuery) -> Result<LogStream, Refusal> {
+        logs::stream(self.shared.clone(), query)
+    }
+
+    async fn listen_sockets(&self, id: &MachineId) -> Result<Vec<ListenSocket>, Refusal> {
+        self.machine(id).await?;
+        let dir = self.shared.machine_dir(id.as_str());
+        let sockets = tokio::task::spawn_blocking(move || {
+            let pid = Client::connect(&dir)?.status()?.init_pid;
+            dunlin_runtime::net::ports::listen_sockets(pid).map_err(|source| {
+                dunlin_runtime::RuntimeError::Io { what: "the machine's sockets cannot be listed".into(), source }
+            })
+        });
+        let sockets = sockets.await.map_err(|e| Refusal::Failed(e.to_string()))?;
+        let sockets = sockets.map_err(|e| Refusal::Failed(crate::agent::chain(&e)))?;
+        let protocol = |proto| match proto {
+            Proto::Tcp => "tcp",
+            Proto::Tcp6 => "tcp6",
+        };
+        Ok(sockets
+            .into_iter()
+            .map(|socket| ListenSocket { protocol: protocol(socket.proto).into(), address: socket.addr })
+            .collect())
+    }
+
+    async fn check_answer(&self, machine: &MachineId, check: &str) -> Result<String, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        let input = Input::CheckAnswer { machine: machine.clone(), check: check.to_owned(), reply };
+        self.inputs.send(input).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
+    }
+
+    async fn run_builder(&self, request: BuilderRequest) -> Result<BuilderRun, Refusal> {
+        builder::run(self.shared.clone(), request).await
+    }
+}

@@ -1,0 +1,292 @@
+//! Active health checks of one attempt. Often at first, until the first pass; then at the interval.
+
+use crate::agent::Input;
+use crate::{Shared, now_ms};
+use bytes::Bytes;
+use dunlin_machine::Record;
+use dunlin_model::{Check, CheckKind, MachineId};
+use dunlin_runtime::Client;
+use dunlin_view::{CheckState, CheckStatus};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::Request;
+use hyper_util::rt::TokioIo;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// Until the first pass, so that a deploy waits for the app and not for a timer.
+const EAGER_PAUSE: Duration = Duration::from_millis(100);
+const MAX_OUTPUT_BYTES: usize = 1024;
+const MAX_BODY_BYTES: usize = 64 * 1024;
+/// Of an answer, kept for people.
+const MAX_ANSWER_CHARS: usize = 200;
+
+/// The running checks of one attempt; dropping them ends them.
+pub struct Checks {
+    attempt: u64,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Checks {
+    pub fn start(shared: &Arc<Shared>, inputs: &mpsc::Sender<Input>, record: &Record) -> Self {
+        let tasks = record.spec().checks.iter().map(|check| {
+            let run = Run {
+                shared: shared.clone(),
+                inputs: inputs.clone(),
+                machine: record.assignment.id.clone(),
+                attempt: record.attempt,
+                address: record.assignment.address.into(),
+                check: check.clone(),
+            };
+            tokio::spawn(run.repeat())
+        });
+        Self { attempt: record.attempt, tasks: tasks.collect() }
+    }
+
+    pub fn attempt(&self) -> u64 {
+        self.attempt
+    }
+}
+
+impl Drop for Checks {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Before the first result: not passing yet, and no failure either.
+pub fn pending(check: &Check) -> CheckStatus {
+    status(check, CheckState::Warning, "not checked yet".into())
+}
+
+fn status(check: &Check, status: CheckState, mut output: String) -> CheckStatus {
+    if output.len() > MAX_OUTPUT_BYTES {
+        let end = (0..=MAX_OUTPUT_BYTES).rev().find(|end| output.is_char_boundary(*end)).unwrap_or(0);
+        output.truncate(end);
+    }
+    CheckStatus { name: check.name.clone(), status, gates_routing: check.gates_routing, output, updated_at_ms: now_ms() }
+}
+
+/// One result: passed or not, why in the host's own words, and the start of what the app answered.
+struct Outcome {
+    passed: bool,
+    reason: String,
+    answer: String,
+}
+
+impl Outcome {
+    fn passed(reason: String) -> Self {
+        Self { passed: true, reason, answer: String::new() }
+    }
+
+    fn failed(reason: String) -> Self {
+        Self { passed: false, reason, answer: String::new() }
+    }
+}
+
+struct Run {
+    shared: Arc<Shared>,
+    inputs: mpsc::Sender<Input>,
+    machine: MachineId,
+    attempt: u64,
+    address: IpAddr,
+    check: Check,
+}
+
+impl Run {
+    async fn repeat(self) {
+        let started = Instant::now();
+        let mut passed = false;
+        loop {
+            let timeout = Duration::from_millis(self.check.timeout_ms.max(1));
+            let outcome = match tokio::time::timeout(timeout, self.once()).await {
+                Ok(outcome) => outcome.unwrap_or_else(Outcome::failed),
+                Err(_) => Outcome::failed(format!("no answer within {} ms", self.check.timeout_ms)),
+            };
+            passed |= outcome.passed;
+            let in_grace = !passed && started.elapsed() < Duration::from_millis(self.check.grace_period_ms);
+            let state = match outcome.passed {
+                true => CheckState::Passing,
+                false if in_grace => CheckState::Warning,
+                false => CheckState::Critical,
+            };
+            let status = status(&self.check, state, outcome.reason);
+            let (machine, attempt, answer) = (self.machine.clone(), self.attempt, outcome.answer);
+            if self.inputs.send(Input::Check { machine, attempt, status, answer }).await.is_err() {
+                return;
+            }
+            let pause = if passed { Duration::from_millis(self.check.interval_ms.max(100)) } else { EAGER_PAUSE };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn once(&self) -> Result<Outcome, String> {
+        let address = SocketAddr::new(self.address, self.check.port);
+        let stream = match TcpStream::connect(address).await {
+            Ok(stream) => stream,
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => return Err(self.refused().await),
+            Err(e) => return Err(format!("cannot connect to {address}: {e}")),
+        };
+        match &self.check.kind {
+            CheckKind::Tcp => Ok(Outcome::passed(format!("connected to {address}"))),
+            CheckKind::Http { method, path, headers, https, tls_skip_verify } => {
+                if *https {
+                    let stream = tls(stream, self.address, *tls_skip_verify).await?;
+                    http(stream, method, path, headers, address).await
+                } else {
+                    http(stream, method, path, headers, address).await
+                }
+            }
+        }
+    }
+
+    /// Says which sockets the app does listen on: the usual mistakes are another port and loopback.
+    async fn refused(&self) -> String {
+        let port = self.check.port;
+        let dir = self.shared.machine_dir(self.machine.as_str());
+        let listening = tokio::task::spawn_blocking(move || {
+            let pid = Client::connect(&dir).ok()?.status().ok()?.init_pid;
+            dunlin_runtime::net::ports::listen_sockets(pid).ok()
+        });
+        let sockets: Vec<SocketAddr> =
+            listening.await.ok().flatten().unwrap_or_default().into_iter().map(|socket| socket.addr).collect();
+        explain_refused(port, &sockets)
+    }
+}
+
+fn explain_refused(port: u16, sockets: &[SocketAddr]) -> String {
+    if sockets.is_empty() {
+        return format!("connection refused on port {port}: the app listens on no port yet");
+    }
+    let list: Vec<String> = sockets.iter().map(SocketAddr::to_string).collect();
+    let list = list.join(", ");
+    if sockets.iter().any(|socket| socket.port() == port && socket.ip().is_loopback()) {
+        return format!(
+            "connection refused on port {port}: the app listens on {list}, which only it can reach; \
+             make it listen on 0.0.0.0:{port}"
+        );
+    }
+    format!(
+        "connection refused on port {port}: the app listens on {list}; \
+         make it listen on 0.0.0.0:{port}, or change internal_port"
+    )
+}
+
+async fn http(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    method: &str,
+    path: &str,
+    headers: &std::collections::BTreeMap<String, String>,
+    address: SocketAddr,
+) -> Result<Outcome, String> {
+    let said = |e: hyper::Error| format!("{address} does not speak HTTP: {e}");
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(said)?;
+    let connection = tokio::spawn(connection);
+    let mut request = Request::builder().method(method.to_ascii_uppercase().as_str()).uri(path);
+    if !headers.keys().any(|name| name.eq_ignore_ascii_case("host")) {
+        request = request.header("host", address.to_string());
+    }
+    for (name, value) in headers {
+        request = request.header(name, value);
+    }
+    let request = request
+        .header("user-agent", "Dunlin health check")
+        .body(Empty::<Bytes>::new())
+        .map_err(|e| format!("the check is not a valid request: {e}"))?;
+    let answer = sender.send_request(request).await.map_err(said)?;
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), MAX_BODY_BYTES).collect().await;
+    connection.abort();
+    let body = body.map(|body| body.to_bytes());
+    let size = body.as_ref().map_or_else(|_| "no readable body".to_owned(), |body| format!("{} bytes", body.len()));
+    let text = body.map(|body| String::from_utf8_lossy(&body).trim().chars().take(MAX_ANSWER_CHARS).collect());
+    let reason = if status.is_success() {
+        format!("HTTP {status}")
+    } else if status.is_redirection() {
+        format!("HTTP {status}: a redirect is not a pass; check a path that answers 200 itself")
+    } else {
+        format!("HTTP {status}, {size}")
+    };
+    Ok(Outcome { passed: status.is_success(), reason, answer: text.unwrap_or_default() })
+}
+
+async fn tls(
+    stream: TcpStream,
+    address: IpAddr,
+    skip_verify: bool,
+) -> Result<tokio_rustls::client::TlsStream<TcpStream>, String> {
+    if !skip_verify {
+        return Err("https checks verify no certificate of a machine's own yet; set tls_skip_verify = true".into());
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(NoVerification(provider)))
+        .with_no_client_auth();
+    tokio_rustls::TlsConnector::from(Arc::new(config))
+        .connect(address.into(), stream)
+        .await
+        .map_err(|e| format!("TLS: {e}"))
+}
+
+/// For `tls_skip_verify`, which the app's owner asked for: it reaches the machine's own address only.
+#[derive(Debug)]
+struct NoVerification(Arc<rustls::crypto::CryptoProvider>);
+
+impl rustls::client::danger::ServerCertVerifier for NoVerification {
+    fn verify_server_cert(
+        &self,
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &[rustls::pki_types::CertificateDer<'_>],
+        _: &rustls::pki_types::ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &rustls::pki_types::CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &rustls::pki_types::CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_connection_says_what_the_app_listens_on() {
+        let check = |sockets: &[&str]| {
+            explain_refused(8080, &sockets.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>())
+        };
+        assert!(check(&[]).contains("no port yet"));
+        assert!(check(&["127.0.0.1:8080"]).contains("listen on 0.0.0.0:8080"));
+        assert!(check(&["0.0.0.0:5000"]).contains("0.0.0.0:5000") && check(&["0.0.0.0:5000"]).contains("internal_port"));
+    }
+}

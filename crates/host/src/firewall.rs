@@ -1,0 +1,146 @@
+//! The machines' firewall and what should be in it: whoever takes it away, it comes back.
+
+use crate::agent::chain;
+use arc_swap::ArcSwap;
+use dunlin_runtime::net::{self, NetError};
+use dunlin_runtime::net::firewall::{Firewall, MachineRule};
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How often it is looked at. Until then machines may be open, or cut off.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// Name servers of before stay open beside the newest, for the machines that still have them in their
+/// resolv.conf; more than this are not kept.
+const MAX_RESOLVERS: usize = 16;
+
+pub struct KeptFirewall {
+    group: u32,
+    /// For machines that start now; read without waiting for nft.
+    resolv_conf: ArcSwap<String>,
+    /// Held while nft runs, so that a table that is set as a whole never lacks what was added meanwhile.
+    kept: Mutex<Kept>,
+}
+
+struct Kept {
+    firewall: Firewall,
+    /// Every machine and builder that has, or is about to have, an interface.
+    rules: BTreeMap<String, Ipv4Addr>,
+    /// All that were the host's since the server's start, the newest first.
+    resolvers: Vec<Ipv4Addr>,
+}
+
+impl KeptFirewall {
+    /// Sets the table before any machine of these rules is started. Without it machines have no network, but
+    /// everything else works: it is tried again.
+    pub fn apply(firewall: Firewall, rules: impl Iterator<Item = MachineRule>) -> Self {
+        let rules = rules.map(|rule| (rule.ifname, rule.addr)).collect();
+        let (group, resolv_conf) = (firewall.group(), ArcSwap::default());
+        let kept = Self { group, resolv_conf, kept: Mutex::new(Kept { firewall, rules, resolvers: vec![] }) };
+        if let Err(error) = kept.take_resolvers(&mut kept.lock()) {
+            tracing::warn!(error = %chain(&error), "machines cannot resolve names until this host can");
+        }
+        let set = kept.lock().set();
+        match set {
+            Ok(notes) => notes.iter().for_each(|note| tracing::info!(%note, "firewall")),
+            Err(error) => tracing::error!(error = %chain(&error), "the firewall cannot be set; machines have no network"),
+        }
+        kept
+    }
+
+    pub fn group(&self) -> u32 {
+        self.group
+    }
+
+    pub fn resolv_conf(&self) -> String {
+        self.resolv_conf.load().to_string()
+    }
+
+    /// Before the interface exists.
+    pub fn add(&self, rule: &MachineRule) -> Result<(), NetError> {
+        let mut kept = self.lock();
+        kept.rules.insert(rule.ifname.clone(), rule.addr);
+        match kept.firewall.add_machine(rule) {
+            Err(_) if !kept.firewall.is_applied()? => kept.set().map(drop),
+            added => added,
+        }
+    }
+
+    pub fn remove(&self, rule: &MachineRule) -> Result<(), NetError> {
+        let mut kept = self.lock();
+        kept.rules.remove(&rule.ifname);
+        match kept.firewall.remove_machine(rule) {
+            Err(_) if !kept.firewall.is_applied()? => kept.set().map(drop),
+            removed => removed,
+        }
+    }
+
+    /// Sets again what somebody flushed, follows the host's name servers, and passes the chains of a Docker or
+    /// ufw that started later.
+    fn look(&self) -> Result<(), NetError> {
+        let mut kept = self.lock();
+        // Without any the ones of before are as good as none; that was said, or the server's log would be full.
+        let renamed = self.take_resolvers(&mut kept).unwrap_or(false);
+        let there = kept.firewall.is_applied()?;
+        if there && !renamed {
+            return kept.firewall.pass_foreign_chains().map(drop);
+        }
+        kept.set()?;
+        if renamed {
+            tracing::info!(servers = ?kept.resolvers, "name servers for machines");
+        }
+        if !there {
+            tracing::warn!(machines = kept.rules.len(), "the machines' firewall was gone; it is set again");
+        }
+        Ok(())
+    }
+
+    /// Reads the host's name servers; true when they are others than before.
+    fn take_resolvers(&self, kept: &mut Kept) -> Result<bool, NetError> {
+        let found = net::resolvers()?;
+        let changed = **self.resolv_conf.load() != found.resolv_conf();
+        self.resolv_conf.store(Arc::new(found.resolv_conf()));
+        let before = std::mem::replace(&mut kept.resolvers, found.servers);
+        let others: Vec<_> = before.into_iter().filter(|old| !kept.resolvers.contains(old)).collect();
+        kept.resolvers.extend(others);
+        kept.resolvers.truncate(MAX_RESOLVERS);
+        Ok(changed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        // One insertion or removal at a time: a panic elsewhere left nothing half done.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    fn set(&self) -> Result<Vec<String>, NetError> {
+        let rules: Vec<MachineRule> =
+            self.rules.iter().map(|(ifname, addr)| MachineRule { ifname: ifname.clone(), addr: *addr }).collect();
+        Ok(self.firewall.clone().with_resolvers(self.resolvers.clone()).apply(&rules)?.notes)
+    }
+}
+
+/// Looks at the firewall until the agent ends.
+pub async fn keep(shared: Arc<crate::Shared>, agent_lives: impl Fn() -> bool) {
+    let mut failing = false;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if !agent_lives() {
+            return;
+        }
+        let kept = shared.clone();
+        let looked = tokio::task::spawn_blocking(move || kept.firewall.look()).await;
+        match looked {
+            Ok(Err(error)) if !failing => {
+                tracing::error!(error = %chain(&error), "the firewall cannot be looked after; machines may be open or cut off");
+                failing = true;
+            }
+            Ok(Ok(())) => failing = false,
+            Ok(Err(_)) => {} // said once
+            Err(_) => {}     // a panic in it was reported by itself
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! From a machine's record to what its supervisor runs: image, command, environment, limits, network.
+
+use crate::Shared;
+use crate::agent::chain;
+use dunlin_machine::Record;
+use dunlin_model::{CpuKind, HostId, MachineSpec};
+use dunlin_registry::{Digest, ImageRecord};
+use dunlin_runtime::cgroup::Limits;
+use dunlin_runtime::net::NetSpec;
+use dunlin_runtime::{LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION};
+use dunlin_view::SecretsFact;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Processes and threads of one machine.
+const MAX_PIDS: u32 = 4096;
+/// A shared cpu may use this much of a core; a performance cpu all of it.
+const SHARED_CPU_MILLIS: u32 = 1000;
+/// Secrets of a new version may still be on their way from control.
+const SECRETS_WAIT: Duration = Duration::from_secs(10);
+
+/// The unpacked image; unpacks it if it is not.
+pub async fn image(shared: &Shared, spec: &MachineSpec) -> Result<ImageRecord, String> {
+    let digest: Digest = spec.image.digest.parse().map_err(|_| format!("{:?} is not a digest", spec.image.digest))?;
+    shared.images.ensure(&digest).await.map_err(|e| format!("image {}@{digest}: {}", spec.image.repository, chain(&e)))
+}
+
+/// Everything that the supervisor needs; secrets are in it, so it stays in memory.
+pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> Result<SupervisorSpec, String> {
+    let spec = record.spec();
+    let id = &record.assignment.id;
+    let image = image(shared, spec).await?;
+    let secrets = secrets(shared, spec).await?;
+    let command = command(spec, &image)?;
+    let mut net = NetSpec::new(id.interface_name(), record.assignment.address, shared.firewall.group());
+    net.mtu = shared.mtu;
+    Ok(SupervisorSpec {
+        v: WIRE_VERSION,
+        machine_id: id.to_string(),
+        attempt,
+        machine_dir: shared.machine_dir(id.as_str()),
+        rootfs: Rootfs::Layers(image.layers.clone()),
+        profile: Profile::Tenant,
+        process: ProcessSpec {
+            command,
+            env: environment(shared, record, &image, secrets),
+            user: image.config.user.clone(),
+            working_dir: image.config.working_dir.clone(),
+        },
+        hostname: id.to_string(),
+        uid_base: record.uid_base,
+        cgroups: shared.cgroups.clone(),
+        limits: limits(spec),
+        net: Some(net),
+        resolv_conf: shared.firewall.resolv_conf(),
+        address: Some(record.assignment.address),
+        binds: vec![],
+        files: vec![],
+        log_limits: LogLimits::default(),
+        start: true,
+    })
+}
+
+fn command(spec: &MachineSpec, image: &ImageRecord) -> Result<Vec<String>, String> {
+    let entrypoint = spec.entrypoint.as_ref().unwrap_or(&image.config.entrypoint);
+    let arguments = match (&spec.command, &spec.entrypoint) {
+        (Some(command), _) => command.clone(),
+        // As docker has it: another ENTRYPOINT leaves the image's CMD out.
+        (None, Some(_)) => vec![],
+        (None, None) => image.config.cmd.clone(),
+    };
+    let command: Vec<String> = entrypoint.iter().cloned().chain(arguments).collect();
+    if command.is_empty() {
+        return Err("the image has neither ENTRYPOINT nor CMD; add one, or a command under [processes]".into());
+    }
+    Ok(command)
+}
+
+fn limits(spec: &MachineSpec) -> Limits {
+    let per_cpu = match spec.guest.cpu_kind {
+        CpuKind::Shared => SHARED_CPU_MILLIS,
+        CpuKind::Performance => 1000,
+    };
+    Limits {
+        cpu_millis: per_cpu * spec.guest.cpus.max(1),
+        memory_bytes: u64::from(spec.guest.memory_mb) << 20,
+        pids: MAX_PIDS,
+    }
+}
+
+/// The image's, then the configuration's, then secrets; what the platform says of the machine is last,
+/// because an app must be able to trust it.
+fn environment(
+    shared: &Shared,
+    record: &Record,
+    image: &ImageRecord,
+    secrets: BTreeMap<String, String>,
+) -> Vec<(String, String)> {
+    let spec = record.spec();
+    let mut env: BTreeMap<String, String> = BTreeMap::new();
+    for pair in &image.config.env {
+        if let Some((name, value)) = pair.split_once('=') {
+            env.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    if let Some(service) = spec.services.first() {
+        env.insert("PORT".into(), service.internal_port.to_string());
+    }
+    env.extend(spec.env.clone());
+    env.extend(secrets);
+    let image_ref = format!("{}@{}", spec.image.repository, spec.image.digest);
+    let facts = [
+        ("APP_NAME", spec.app.to_string()),
+        ("MACHINE_ID", record.assignment.id.to_string()),
+        ("ALLOC_ID", record.assignment.id.to_string()),
+        ("REGION", shared.config.region.to_string()),
+        ("IMAGE_REF", image_ref),
+        ("MACHINE_VERSION", spec.version.to_string()),
+        ("PRIVATE_IP", record.assignment.address.to_string()),
+        ("PROCESS_GROUP", spec.process_group.clone()),
+        ("VM_MEMORY_MB", spec.guest.memory_mb.to_string()),
+    ];
+    for (name, value) in facts {
+        env.insert(format!("FLY_{name}"), value.clone());
+        env.insert(format!("DUNLIN_{name}"), value);
+    }
+    env.entry("PRIMARY_REGION".into()).or_insert_with(|| shared.config.region.to_string());
+    env.into_iter().collect()
+}
+
+/// Opens the secrets of exactly the version that the spec names: a machine that returns to an earlier release returns
+/// to its secrets, and what waits for the next release reaches nobody before it.
+async fn secrets(shared: &Shared, spec: &MachineSpec) -> Result<BTreeMap<String, String>, String> {
+    if spec.secrets_version == 0 {
+        return Ok(BTreeMap::new());
+    }
+    let mut changes = shared.view.subscribe();
+    let mut snapshot = changes.current();
+    let deadline = tokio::time::Instant::now() + SECRETS_WAIT;
+    loop {
+        let facts = snapshot.config.secrets.get(&spec.app).map_or(&[][..], Vec::as_slice);
+        if let Some(fact) = sealed_secrets(facts, &shared.config.id, spec.secrets_version) {
+            let context = format!("env/{}/{}", spec.app, fact.version);
+            let json = shared.config.key.open(&context, &fact.sealed).map_err(|e| format!("its secrets: {e}"))?;
+            return serde_json::from_slice(&json).map_err(|_| "its secrets are damaged".to_owned());
+        }
+        match tokio::time::timeout_at(deadline, changes.changed()).await {
+            Ok(newer) => snapshot = newer,
+            Err(_) => return Err(format!("version {} of its secrets has not reached this host", spec.secrets_version)),
+        }
+    }
+}
+
+fn sealed_secrets<'a>(facts: &'a [SecretsFact], host: &HostId, version: u64) -> Option<&'a SecretsFact> {
+    facts.iter().find(|fact| fact.host == *host && fact.version == version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_has_the_secrets_of_its_version_and_no_others() {
+        let fact = |host: &str, version| SecretsFact { host: host.parse().unwrap(), version, sealed: format!("{host}/{version}") };
+        let facts = [fact("h1", 1), fact("h2", 2), fact("h1", 3)];
+        let sealed = |version| sealed_secrets(&facts, &"h1".parse().unwrap(), version).map(|fact| fact.sealed.as_str());
+        assert_eq!(sealed(1), Some("h1/1"), "an older version, after a return to an earlier release");
+        assert_eq!(sealed(2), None, "neither another host's nor a newer one");
+        assert_eq!(sealed(3), Some("h1/3"));
+    }
+}

@@ -1,0 +1,72 @@
+//! The host agent with real machines: a journal, supervisors, networks and a firewall of its own. Needs root
+//! and busybox. A binary without libtest, because it is also what the agent starts as supervisor.
+
+mod admission;
+mod builder;
+mod checks;
+mod exec;
+mod firewall;
+mod last_hop;
+mod life;
+mod logs;
+mod neighbours;
+mod setup;
+mod tombstones;
+
+use nix::sched::{CloneFlags, unshare};
+use std::panic::catch_unwind;
+use std::process::ExitCode;
+use std::time::Instant;
+
+type Test = (&'static str, fn());
+
+/// `tests![module: name, name; ...]`: each with its path.
+macro_rules! tests {
+    ($($module:ident: $($name:ident),+ $(,)?;)+) => {
+        &[$($((concat!(stringify!($module), "::", stringify!($name)), $module::$name as fn())),+),+]
+    };
+}
+
+const TESTS: &[Test] = tests![
+    admission: a_promise_holds_until_the_start, an_update_that_does_not_fit_is_refused;
+    builder: a_caller_that_goes_away_leaves_no_builder, a_reader_that_stalls_holds_nobody_up;
+    checks: what_an_app_answers_stays_on_its_host;
+    exec: a_reader_that_stalls_keeps_no_thread, a_refusal_says_why;
+    firewall: it_comes_back_when_somebody_flushes_it, a_docker_that_starts_later_cuts_nobody_off,
+        a_host_without_name_servers_starts_and_follows_when_it_gets_some;
+    last_hop: a_request_that_gives_up_leaves_the_machine_to_be_woken_by_the_next,
+        a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not;
+    logs: the_newest_lines_are_the_last_of_all_machines;
+    neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
+    tombstones: many_that_nobody_asked_for_wait_for_an_operator;
+    life: a_signal_that_is_not_delivered_ends_nothing, a_machine_of_a_thousand_nested_directories_is_destroyed,
+        a_server_that_opens_secrets_leaves_no_core_file;
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|argument| dunlin_runtime::is_personality(argument)) {
+        dunlin_runtime::supervisor_main();
+    }
+    // What these tests do to interfaces, routes, nftables and mounts stays in here.
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces; these tests need root");
+    setup::own_resolv_conf();
+    let wanted: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    let mut failed = Vec::new();
+    for (name, test) in TESTS {
+        if !wanted.is_empty() && !wanted.iter().any(|part| name.contains(part.as_str())) {
+            continue;
+        }
+        let began = Instant::now();
+        let ended = catch_unwind(test);
+        println!("test {name} ... {} ({:.1?})", if ended.is_ok() { "ok" } else { "FAILED" }, began.elapsed());
+        if ended.is_err() {
+            failed.push(*name);
+        }
+    }
+    if failed.is_empty() {
+        return ExitCode::SUCCESS;
+    }
+    println!("failures: {failed:?}");
+    ExitCode::FAILURE
+}
