@@ -1,0 +1,259 @@
+//! Apps, their status, scale, secrets and logs.
+
+use super::{Caller, machines, ndjson, releases as release_api};
+use crate::failure::Failure;
+use crate::releases::{self, load_app};
+use crate::rows::{Change, Outcome, key};
+use crate::secrets::{self, When};
+use crate::{Ctx, now_ms, spec};
+use axum::extract::{Extension, Path, Query, State};
+use axum::response::{IntoResponse, Response};
+use axum::Json;
+use dunlin_api::wire::{self, AppList, AppStatus, CreateApp, Organization, Release, Secret, Secrets, SetSecrets};
+use dunlin_api::{ErrorCode, LogQuery};
+use dunlin_model::desired::{AppRow, ReleaseRow};
+use dunlin_model::{AppName, MachineId};
+use futures_util::stream;
+use http::StatusCode;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use zeroize::Zeroizing;
+
+/// Names whose hosts are the platform's own.
+const RESERVED: &[&str] = &["api", "registry", "www", "dunlin", "localhost"];
+const MAX_APPS: usize = 1_000;
+const MAX_TAIL_LINES: usize = 10_000;
+const DEFAULT_TAIL_LINES: usize = 100;
+/// How long the answer to a destroy waits for its end.
+const DESTROY_WAIT: Duration = Duration::from_secs(10);
+const DESTROY_LOOK: Duration = Duration::from_millis(50);
+
+fn wire_app(ctx: &Ctx, row: &AppRow, machine_count: usize) -> wire::App {
+    wire::App {
+        id: row.name.to_string(),
+        name: row.name.clone(),
+        status: if row.current_release == 0 { "pending".into() } else { "deployed".into() },
+        organization: Organization { name: row.org.to_string(), slug: row.org.clone() },
+        machine_count,
+        current_release: row.current_release,
+        hostname: format!("{}.{}", row.name, ctx.domain),
+        created_at: row.created_at_ms,
+    }
+}
+
+pub async fn list(
+    State(ctx): State<Arc<Ctx>>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<AppList>, Failure> {
+    let machines = ctx.state.machines().await?;
+    let count = |app: &AppName| machines.iter().filter(|row| row.value.spec.app == *app).count();
+    let rows = ctx.state.list::<AppRow>("apps/").await?;
+    let seen = rows.iter().filter(|row| caller.sees(&ctx, &row.value.name));
+    let apps: Vec<_> = seen.map(|row| wire_app(&ctx, &row.value, count(&row.value.name))).collect();
+    Ok(Json(AppList { total_apps: apps.len(), apps }))
+}
+
+pub async fn create(
+    State(ctx): State<Arc<Ctx>>,
+    Json(body): Json<CreateApp>,
+) -> Result<(StatusCode, Json<wire::App>), Failure> {
+    let name = body.app_name;
+    if let Some(org) = body.org_slug.filter(|org| *org != ctx.org) {
+        return Err(Failure::not_found(format!("there is no organization {org}")).hint(format!("use {}", ctx.org)));
+    }
+    if RESERVED.contains(&name.as_str()) {
+        return Err(Failure::invalid(format!("the name {name} is the platform's own")).hint("choose another one"));
+    }
+    if ctx.state.keys("apps/").await?.len() >= MAX_APPS {
+        return Err(Failure::invalid(format!("this server has {MAX_APPS} apps, the most it takes")));
+    }
+    let row = AppRow {
+        name: name.clone(),
+        org: ctx.org.clone(),
+        created_at_ms: now_ms(),
+        current_release: 0,
+        last_good_release: 0,
+        scale: BTreeMap::new(),
+        destroying: false,
+    };
+    let change = Change::default().absent(key::app(&name)).put(key::app(&name), &row);
+    match ctx.state.commit(change).await? {
+        Outcome::Committed => {
+            tracing::info!(app = %name, "app created");
+            Ok((StatusCode::CREATED, Json(wire_app(&ctx, &row, 0))))
+        }
+        Outcome::Conflict => Err(Failure::new(ErrorCode::NameTaken, format!("the name {name} is taken"))
+            .hint(format!("choose another one; if the app is yours, `dunlin deploy --app {name}` deploys to it"))),
+    }
+}
+
+pub async fn get(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<Json<wire::App>, Failure> {
+    let row = load_app(&ctx, &app).await?;
+    let machines = ctx.state.machines_of(&app).await?;
+    Ok(Json(wire_app(&ctx, &row.value, machines.len())))
+}
+
+/// Marks the app; the reconciler destroys its machines and then the app.
+pub async fn destroy(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<StatusCode, Failure> {
+    for _ in 0..releases::MAX_TRIES {
+        let row = load_app(&ctx, &app).await?;
+        let marked = AppRow { destroying: true, ..row.value };
+        let change = Change::default().unchanged(key::app(&app), row.modified).put(key::app(&app), &marked);
+        if ctx.state.commit(change).await? == Outcome::Committed {
+            ctx.work.notify_one();
+            // Scripts create again what they destroy: the answer comes when the name is free, as a rule.
+            let _ = tokio::time::timeout(DESTROY_WAIT, async {
+                while matches!(ctx.state.get::<AppRow>(&key::app(&app)).await, Ok(Some(_))) {
+                    tokio::time::sleep(DESTROY_LOOK).await;
+                }
+            })
+            .await;
+            return Ok(StatusCode::ACCEPTED);
+        }
+    }
+    Err(releases::busy(&app))
+}
+
+pub async fn status(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<Json<AppStatus>, Failure> {
+    let row = load_app(&ctx, &app).await?;
+    let release = ctx.state.get::<ReleaseRow>(&key::release(&app, row.value.current_release)).await?;
+    let rows = ctx.state.machines_of(&app).await?;
+    let serves = rows.iter().any(|row| !row.value.spec.services.is_empty());
+    let view = ctx.view.current();
+    Ok(Json(AppStatus {
+        app: wire_app(&ctx, &row.value, rows.len()),
+        urls: if serves { urls(&ctx, &app) } else { vec![] },
+        release: release.map(|row| release_api::wire(&row.value)),
+        machines: rows.iter().map(|row| machines::wire(&ctx, &view, row)).collect(),
+    }))
+}
+
+fn urls(ctx: &Ctx, app: &AppName) -> Vec<String> {
+    let url = |scheme: &str, port: u16, default: u16| {
+        let port = if port == default { String::new() } else { format!(":{port}") };
+        format!("{scheme}://{app}.{}{port}", ctx.domain)
+    };
+    vec![url("http", ctx.http_port, 80), url("https", ctx.https_port, 443)]
+}
+
+pub async fn scale(
+    State(ctx): State<Arc<Ctx>>,
+    Path(app): Path<AppName>,
+) -> Result<Json<BTreeMap<String, u32>>, Failure> {
+    let row = load_app(&ctx, &app).await?;
+    let release = ctx.state.get::<ReleaseRow>(&key::release(&app, row.value.current_release)).await?;
+    Ok(Json(match release {
+        Some(release) => spec::counts(&release.value.config, &row.value.scale),
+        None => row.value.scale,
+    }))
+}
+
+/// 201 and the release, or 200 and `null` when nothing changes.
+pub async fn set_scale(
+    State(ctx): State<Arc<Ctx>>,
+    Path(app): Path<AppName>,
+    Json(counts): Json<BTreeMap<String, u32>>,
+) -> Result<(StatusCode, Json<Option<Release>>), Failure> {
+    let release = releases::scale(&ctx, &app, &counts).await?;
+    let status = if release.is_some() { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, Json(release.as_ref().map(release_api::wire))))
+}
+
+pub async fn secrets(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<Json<Secrets>, Failure> {
+    Ok(Json(secrets::list(&ctx, &app).await?))
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Stage {
+    #[serde(default)]
+    stage: bool,
+}
+
+impl Stage {
+    fn when(&self) -> When {
+        if self.stage { When::NextRelease } else { When::Now }
+    }
+}
+
+pub async fn set_secrets(
+    State(ctx): State<Arc<Ctx>>,
+    Path(app): Path<AppName>,
+    Query(stage): Query<Stage>,
+    Json(body): Json<SetSecrets>,
+) -> Result<Json<Secrets>, Failure> {
+    let values = body.values.into_iter().map(|(name, value)| (name, value.map(Zeroizing::new))).collect();
+    Ok(Json(secrets::write(&ctx, &app, values, stage.when()).await?))
+}
+
+pub async fn secret(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, name)): Path<(AppName, String)>,
+) -> Result<Json<Secret>, Failure> {
+    let all = secrets::list(&ctx, &app).await?;
+    let found = all.secrets.into_iter().find(|secret| secret.name == name);
+    found.map(Json).ok_or_else(|| Failure::not_found(format!("app {app} has no such secret")))
+}
+
+#[derive(Deserialize)]
+pub struct SecretValue {
+    value: String,
+}
+
+pub async fn set_secret(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, name)): Path<(AppName, String)>,
+    Query(stage): Query<Stage>,
+    Json(body): Json<SecretValue>,
+) -> Result<Json<Secrets>, Failure> {
+    let values = BTreeMap::from([(name, Some(Zeroizing::new(body.value)))]);
+    Ok(Json(secrets::write(&ctx, &app, values, stage.when()).await?))
+}
+
+pub async fn unset_secret(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, name)): Path<(AppName, String)>,
+    Query(stage): Query<Stage>,
+) -> Result<Json<Secrets>, Failure> {
+    Ok(Json(secrets::write(&ctx, &app, BTreeMap::from([(name, None)]), stage.when()).await?))
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Logs {
+    #[serde(default)]
+    follow: bool,
+    machine: Option<MachineId>,
+    since_ms: Option<u64>,
+    tail: Option<usize>,
+}
+
+pub async fn logs(
+    State(ctx): State<Arc<Ctx>>,
+    Path(app): Path<AppName>,
+    Query(query): Query<Logs>,
+) -> Result<Response, Failure> {
+    load_app(&ctx, &app).await?;
+    if let Some(machine) = &query.machine {
+        machines::load(&ctx, &app, machine).await?;
+    }
+    // Everything since a moment, or else the newest lines.
+    let default_tail = if query.since_ms.is_some() { MAX_TAIL_LINES } else { DEFAULT_TAIL_LINES };
+    let query = LogQuery {
+        app: Some(app),
+        machine: query.machine,
+        since_ms: query.since_ms,
+        tail: Some(query.tail.unwrap_or(default_tail).min(MAX_TAIL_LINES)),
+        follow: query.follow,
+    };
+    let lines = ctx.host.logs(query).await?.lines;
+    let stop = ctx.stop.clone();
+    let lines = stream::unfold((lines, stop), |(mut lines, stop)| async move {
+        let line = tokio::select! {
+            line = lines.recv() => line,
+            () = stop.cancelled() => None,
+        };
+        Some((line?, (lines, stop)))
+    });
+    Ok(ndjson(lines).into_response())
+}

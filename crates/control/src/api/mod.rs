@@ -1,0 +1,190 @@
+//! The HTTP API: routes, request ids, errors that are always JSON.
+
+mod apps;
+mod authorize;
+mod builds;
+mod built;
+mod machines;
+mod releases;
+mod status;
+
+pub(crate) use authorize::{Caller, Entrance};
+pub(crate) use builds::remove_leftovers;
+pub(crate) use built::forget as forget_builds;
+pub(crate) use status::Requests;
+
+use crate::Ctx;
+use crate::failure::Failure;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use dunlin_api::{ErrorBody, ErrorCode};
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use http::{Method, StatusCode, Uri};
+use std::sync::Arc;
+use std::time::Instant;
+use tracing::Instrument;
+
+/// JSON bodies: a configuration, or 64 secrets.
+const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
+/// Of an error that a library wrote and that becomes JSON here.
+const MAX_ERROR_BYTES: usize = 16 * 1024;
+const MAX_REQUEST_ID_BYTES: usize = 64;
+const REQUEST_ID: HeaderName = HeaderName::from_static("dunlin-request-id");
+const FLY_REQUEST_ID: HeaderName = HeaderName::from_static("fly-request-id");
+/// A request that takes longer is told of; streams and waits are not counted.
+const SLOW_MS: u128 = 2_000;
+
+tokio::task_local! {
+    static CURRENT: String;
+}
+
+/// The id of the request that is being answered.
+pub(crate) fn request_id() -> Option<String> {
+    CURRENT.try_with(Clone::clone).ok()
+}
+
+pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
+    Router::new()
+        .route("/healthz", get(status::healthz))
+        .route("/readyz", get(status::readyz))
+        .route("/metrics", get(status::metrics))
+        .route("/v1/version", get(status::version))
+        .route("/v1/ca", get(status::ca))
+        .route("/v1/tokens", post(status::create_token))
+        .route("/v1/tokens/revoke", post(status::revoke_token))
+        .route("/v1/platform/regions", get(status::regions))
+        .route("/v1/apps", get(apps::list).post(apps::create))
+        .route("/v1/apps/{app}", get(apps::get).delete(apps::destroy))
+        .route("/v1/apps/{app}/status", get(apps::status))
+        .route("/v1/apps/{app}/logs", get(apps::logs))
+        .route("/v1/apps/{app}/scale", get(apps::scale).post(apps::set_scale))
+        .route("/v1/apps/{app}/secrets", get(apps::secrets).post(apps::set_secrets))
+        .route("/v1/apps/{app}/secrets/{name}", get(apps::secret).post(apps::set_secret).delete(apps::unset_secret))
+        .route("/v1/apps/{app}/builds", post(builds::build).layer(DefaultBodyLimit::disable()))
+        .route("/v1/apps/{app}/releases", get(releases::list).post(releases::create))
+        .route("/v1/apps/{app}/releases/{number}", get(releases::get))
+        .route("/v1/apps/{app}/releases/{number}/events", get(releases::events))
+        .route("/v1/apps/{app}/rollback", post(releases::rollback))
+        .route("/v1/apps/{app}/machines", get(machines::list))
+        .route("/v1/apps/{app}/machines/{id}", get(machines::get).delete(machines::destroy))
+        .route("/v1/apps/{app}/machines/{id}/start", post(machines::start))
+        .route("/v1/apps/{app}/machines/{id}/stop", post(machines::stop))
+        .route("/v1/apps/{app}/machines/{id}/restart", post(machines::restart))
+        .route("/v1/apps/{app}/machines/{id}/signal", post(machines::signal))
+        .route("/v1/apps/{app}/machines/{id}/cordon", post(machines::cordon))
+        .route("/v1/apps/{app}/machines/{id}/uncordon", post(machines::uncordon))
+        .route("/v1/apps/{app}/machines/{id}/wait", get(machines::wait))
+        .route("/v1/apps/{app}/machines/{id}/events", get(machines::events))
+        .route("/v1/apps/{app}/machines/{id}/exec", post(machines::exec))
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(from_fn_with_state((Arc::clone(&ctx), entrance), outermost))
+        .with_state(ctx)
+}
+
+/// What every request goes through: an id, authorization, the answer as JSON, one log line.
+async fn outermost(State((ctx, entrance)): State<(Arc<Ctx>, Entrance)>, mut request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    let id = take_request_id(&request);
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let answer = CURRENT.scope(id.clone(), async {
+        let response = match authorize::authorize(&ctx, entrance, &request) {
+            Ok(caller) => {
+                request.extensions_mut().insert(caller);
+                as_json(next.run(request).await).await
+            }
+            Err(failure) => failure.into_response(),
+        };
+        let status = response.status();
+        let ms = began.elapsed().as_millis();
+        ctx.requests.count(status);
+        if status.is_server_error() {
+            tracing::warn!(%method, %path, status = status.as_u16(), ms, "request failed");
+        } else if ms > SLOW_MS {
+            tracing::info!(%method, %path, status = status.as_u16(), ms, "slow request");
+        } else {
+            tracing::debug!(%method, %path, status = status.as_u16(), ms, "request");
+        }
+        response
+    });
+    // Every line that is logged on the way carries the id which the answer names.
+    let mut response = answer.instrument(tracing::info_span!("request", request_id = %id)).await;
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value.clone());
+        response.headers_mut().insert(FLY_REQUEST_ID, value);
+    }
+    response
+}
+
+/// The edge's id goes on, so that one id tells the whole story; otherwise a new one.
+fn take_request_id(request: &Request) -> String {
+    let given = request.headers().get(REQUEST_ID).and_then(|value| value.to_str().ok());
+    let is_fine = |id: &&str| {
+        (1..=MAX_REQUEST_ID_BYTES).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    match given.filter(is_fine) {
+        Some(id) => id.to_owned(),
+        None => crate::keys::random::<10>().iter().map(|byte| format!("{byte:02x}")).collect(),
+    }
+}
+
+/// Libraries refuse in plain text (a bad path, query or body); clients parse JSON.
+async fn as_json(response: Response) -> Response {
+    let status = response.status();
+    let is_error = status.is_client_error() || status.is_server_error();
+    let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    if !is_error || content_type.is_some_and(|kind| kind.starts_with("application/json")) {
+        return response;
+    }
+    let text = match axum::body::to_bytes(response.into_body(), MAX_ERROR_BYTES).await {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(_) => String::new(),
+    };
+    let (code, hint) = match status {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            (ErrorCode::TooLarge, Some(format!("a body may have {} MiB", MAX_BODY_BYTES / (1024 * 1024))))
+        }
+        StatusCode::UNPROCESSABLE_ENTITY => (ErrorCode::Invalid, None),
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => {
+            (ErrorCode::BadRequest, Some("send `content-type: application/json`".to_owned()))
+        }
+        StatusCode::NOT_FOUND => (ErrorCode::NotFound, None),
+        status if status.is_server_error() => (ErrorCode::Internal, None),
+        _ => (ErrorCode::BadRequest, None),
+    };
+    let error = if text.is_empty() { status.to_string() } else { text };
+    let body = ErrorBody { error, status: code, hint, request_id: request_id() };
+    (status, axum::Json(body)).into_response()
+}
+
+async fn no_such_path(uri: Uri) -> Failure {
+    Failure::not_found(format!("there is nothing at {}", uri.path()))
+        .hint("is the client of a newer version than the server? see `dunlin version`")
+}
+
+async fn no_such_method(method: Method, uri: Uri) -> Response {
+    let failure = Failure::bad_request(format!("{} does not take {method}", uri.path()));
+    let mut response = failure.into_response();
+    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    response
+}
+
+/// A stream of JSON lines.
+pub(crate) fn ndjson<T, S>(lines: S) -> Response
+where
+    T: serde::Serialize,
+    S: futures_util::Stream<Item = T> + Send + 'static,
+{
+    use futures_util::StreamExt;
+    let bytes = lines.map(|line| {
+        let mut json = serde_json::to_vec(&line).map_err(std::io::Error::other)?;
+        json.push(b'\n');
+        Ok::<_, std::io::Error>(bytes::Bytes::from(json))
+    });
+    ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(bytes)).into_response()
+}

@@ -1,0 +1,95 @@
+//! The control role: the HTTP API, and the reconcilers that make hosts do what desired state says.
+//!
+//! Owns desired state: it alone opens the store. Never starts a process, never routes a request; it
+//! meets hosts through [`HostApi`] and everybody else through the view. What it promises over the API
+//! is durable before it answers, and what it began goes on after a `kill -9` at any moment: see
+//! [`kill_points`].
+//!
+//! IO enters through the store, the key and certificate files under the data directory, and the router
+//! that the binary serves. Tested with a real store and view, and a small host that lives in memory
+//! (`tests/`).
+#![forbid(unsafe_code)]
+
+mod api;
+mod certificates;
+mod events;
+mod failure;
+mod forget;
+mod images;
+pub mod issue;
+mod keys;
+mod kill;
+mod project;
+mod reconcile;
+mod registry;
+mod releases;
+mod rows;
+mod secret_sets;
+mod secrets;
+mod spec;
+mod start;
+mod tokens;
+
+pub use certificates::CertificateError;
+pub use failure::Failure;
+pub use images::{BaseImages, ResolveImage, Wanted};
+pub use keys::KeyError;
+pub use kill::kill_points;
+pub use registry::resolver;
+pub use start::{BuilderSettings, Control, ControlConfig, Metrics, Parts, Ready, StartError};
+
+use dunlin_api::HostApi;
+use dunlin_cluster::View;
+use dunlin_model::OrgName;
+use dunlin_model::desired::HostRow;
+use dunlin_registry::ContentStore;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+/// What every part of control works with.
+pub(crate) struct Ctx {
+    pub state: rows::State,
+    pub view: View,
+    pub host: Arc<dyn HostApi>,
+    pub images: images::Images,
+    /// The registry's: control removes from it what no app needs.
+    pub content: ContentStore,
+    pub keys: keys::Keys,
+    pub tokens: tokens::Tokens,
+    pub authority: certificates::Authority,
+    pub events: events::Events,
+    pub room: reconcile::Room,
+    pub kill: kill::KillPoints,
+    pub org: OrgName,
+    pub domain: String,
+    pub http_port: u16,
+    pub https_port: u16,
+    pub host_row: HostRow,
+    pub version: String,
+    pub commit: String,
+    pub data_dir: PathBuf,
+    pub builder: Option<BuilderSettings>,
+    pub base_images: BaseImages,
+    pub metrics: Vec<Metrics>,
+    pub ready: Vec<Ready>,
+    pub requests: api::Requests,
+    /// Rings when there is work for the reconciler.
+    pub work: Notify,
+    /// Secrets are read, changed and written by one request at a time.
+    pub secrets_writer: Mutex<()>,
+    /// One build at a time.
+    pub build_slot: Arc<Semaphore>,
+    pub published: AtomicBool,
+    /// When this process began to look after desired state.
+    pub started_ms: u64,
+    pub stop: CancellationToken,
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}

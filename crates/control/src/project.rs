@@ -1,0 +1,87 @@
+//! From every change of desired state to config facts in the view.
+
+use crate::certificates::StoredCertificate;
+use crate::failure::Failure;
+use crate::rows::SecretsVersionRow;
+use crate::secret_sets::SealedCache;
+use crate::{Ctx, now_ms};
+use dunlin_model::desired::{AppRow, HostRow, TombstoneRow};
+use dunlin_model::{AppName, Generation};
+use dunlin_view::{Desired, project};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// A watch that says nothing is not believed for longer than this.
+const RELIST: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Publishes until `stop`.
+pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
+    let mut cache = SealedCache::default();
+    let mut changes = ctx.state.changes();
+    let mut published = None;
+    loop {
+        let pause = match publish(&ctx, &mut cache, &mut published).await {
+            Ok(()) => RELIST,
+            Err(failure) => {
+                tracing::error!(%failure, "desired state could not be published");
+                RETRY
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            Ok(()) = changes.changed() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+async fn publish(ctx: &Ctx, cache: &mut SealedCache, published: &mut Option<Generation>) -> Result<(), Failure> {
+    let (desired, revoked) = load(ctx, cache).await?;
+    if *published == Some(desired.generation) {
+        return Ok(());
+    }
+    let generation = desired.generation;
+    ctx.tokens.revoke(revoked);
+    ctx.kill.pass("publish", "before");
+    ctx.view.publish_config(project(desired), now_ms()).map_err(|refused| Failure::internal("the view refuses desired state", &refused))?;
+    ctx.kill.pass("publish", "after");
+    *published = Some(generation);
+    ctx.published.store(true, Ordering::Release);
+    tracing::debug!(%generation, "desired state published");
+    Ok(())
+}
+
+/// All rows that others may know of, read at one revision: config facts are those of one revision. Sets of secrets are
+/// read beside them, as they never change.
+async fn load(ctx: &Ctx, cache: &mut SealedCache) -> Result<(Desired, Vec<String>), Failure> {
+    let prefixes =
+        ["apps/", "hosts/", "machines/", "secrets_version/", "revoked/", "tombstones/", "certificates/"];
+    let (rows, generation) = ctx.state.at_once(prefixes).await?;
+    let [apps, hosts, machines, versions, revoked, tombstones, certificates] = rows;
+    let apps: Vec<AppRow> = apps.values()?;
+    let hosts: Vec<HostRow> = hosts.values()?;
+    let exists = |name: &AppName| apps.iter().any(|app| app.name == *name);
+    let sets: BTreeMap<AppName, BTreeSet<u64>> = versions
+        .keyed::<SecretsVersionRow>()?
+        .into_iter()
+        .filter_map(|(key, row)| Some((key.strip_prefix("secrets_version/")?.parse().ok()?, row.value.sets)))
+        .filter(|(app, _)| exists(app))
+        .collect();
+    let revoked: Vec<String> = revoked.keys().filter_map(|key| Some(key.strip_prefix("revoked/")?.to_owned())).collect();
+    let certificates = certificates.values::<StoredCertificate>()?;
+    let desired = Desired {
+        generation,
+        domain: ctx.domain.clone(),
+        secrets: cache.facts(ctx, &sets, &hosts).await?,
+        apps,
+        machines: machines.machines(generation.incarnation)?,
+        tombstones: tombstones.values::<TombstoneRow>()?,
+        certificates: certificates.into_iter().map(|row| row.certificate).collect(),
+        revoked_tokens: revoked.clone(),
+    };
+    Ok((desired, revoked))
+}

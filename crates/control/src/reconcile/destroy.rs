@@ -1,0 +1,51 @@
+//! Destroying an app: first its machines, in several transactions, then the app. The mark in the app's
+//! row makes it durable work, so that a crash half way leaves nothing half there.
+
+use super::Turn;
+use super::act::destroy_machine;
+use crate::failure::Failure;
+use crate::rows::{Change, Row, SecretsVersionRow, key};
+use crate::{Ctx, api, registry};
+use dunlin_model::desired::{AppRow, TombstoneReason};
+
+/// Each machine takes three operations of the store's hundred.
+const MACHINES_A_TURN: usize = 20;
+const ROWS_A_TURN: usize = 80;
+
+pub(crate) async fn turn(ctx: &Ctx, app: &Row<AppRow>) -> Result<Turn, Failure> {
+    let name = &app.value.name;
+    let rows = ctx.state.machines().await?;
+    let machines: Vec<_> = rows.into_iter().filter(|row| row.value.spec.app == *name).take(MACHINES_A_TURN).collect();
+    if !machines.is_empty() {
+        ctx.kill.pass("app-destroy", "before");
+        let change = machines.iter().fold(Change::default(), |change, row| change.also(destroy_machine(row, TombstoneReason::Person)));
+        ctx.state.commit(change).await?;
+        ctx.kill.pass("app-destroy", "after");
+        return Ok(Turn::Again);
+    }
+    let mut keys = vec![key::plan(name), key::progress(name)];
+    for prefix in [key::releases(name), key::secrets(name), key::secrets_sets(name), key::all_events(name)] {
+        keys.extend(ctx.state.keys(&prefix).await?);
+    }
+    let is_last = keys.len() <= ROWS_A_TURN;
+    let mut change = Change::default().unchanged(key::app(name), app.modified);
+    for key in keys.into_iter().take(ROWS_A_TURN) {
+        change = change.delete(key);
+    }
+    if is_last {
+        registry::forget_repository(ctx, name).await?;
+        api::forget_builds(ctx, name);
+        let version = ctx.state.get::<SecretsVersionRow>(&key::secrets_version(name)).await?;
+        if let Some(row) = version {
+            let emptied = SecretsVersionRow { sets: Default::default(), ..row.value };
+            change = change.put(key::secrets_version(name), &emptied);
+        }
+        change = change.delete(key::app(name));
+    }
+    ctx.state.commit(change).await?;
+    if is_last {
+        ctx.events.forget(name);
+        tracing::info!(app = %name, "app destroyed");
+    }
+    Ok(Turn::Again)
+}

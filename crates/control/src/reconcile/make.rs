@@ -1,0 +1,156 @@
+//! Making a plan: what is read, what is drawn, what is saved.
+
+use super::story::events_of;
+use crate::failure::Failure;
+use crate::rows::{AddressRow, Change, Row, key};
+use crate::{Ctx, now_ms, spec};
+use dunlin_model::config::Strategy;
+use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow};
+use dunlin_model::{AppName, HostId, MachineId, MachineVersion};
+use dunlin_planner::{Desired, Observed, Plan, PlanError, Pool, Progress, Purpose, check, plan};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Addresses drawn beyond those that are needed, because other apps draw at the same time.
+const SPARE_ADDRESSES: usize = 8;
+
+/// A plan that was checked, with its first progress.
+pub(crate) struct Made {
+    pub plan: Plan,
+    pub progress: Progress,
+    /// Why the release cannot be planned; the plan is then empty.
+    pub impossible: Option<String>,
+    /// There is no room as far as is known; by then, newer facts say whether that is so.
+    pub doubtful_until_ms: Option<u64>,
+}
+
+pub(crate) async fn make(
+    ctx: &Ctx,
+    app: &AppRow,
+    release: &ReleaseRow,
+    purpose: Purpose,
+) -> Result<Made, Failure> {
+    let desired = desired(ctx, app, release, purpose).await?;
+    let refused = ctx.room.refused(&app.name, release.number, now_ms());
+    let observed = Observed { refused, ..observe(ctx, &app.name).await? };
+    let pool = draw(&desired);
+    let made = plan(&desired, &observed, pool);
+    let doubtful_until_ms = match &made {
+        Err(PlanError::NoCapacity(_)) => ctx.room.doubt(&app.name, desired.sequence, &observed, now_ms()),
+        _ => None,
+    };
+    let made = made.map_err(|error| error.to_string()).and_then(|made| {
+        check(&made, &desired, &observed).map(|()| made).map_err(|problems| {
+            let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+            let problems = problems.join("; ");
+            tracing::error!(app = %app.name, plan = desired.sequence, problems, "the planner made a bad plan");
+            format!("the server made a plan that it must not carry out: {problems}")
+        })
+    });
+    let (plan, impossible) = match made {
+        Ok(plan) => (plan, None),
+        Err(reason) => (empty_plan(&desired), Some(reason)),
+    };
+    let progress = Progress::new(&plan, now_ms());
+    Ok(Made { plan, progress, impossible, doubtful_until_ms })
+}
+
+pub(crate) fn empty_plan(desired: &Desired) -> Plan {
+    Plan {
+        app: desired.app.clone(),
+        sequence: desired.sequence,
+        purpose: desired.purpose,
+        release: desired.release,
+        from_release: desired.from_release,
+        wait_timeout_ms: desired.wait_timeout_ms,
+        strategy: desired.strategy,
+        specs: BTreeMap::new(),
+        left: desired.left.clone(),
+        steps: vec![],
+    }
+}
+
+/// The change that makes a plan the app's plan.
+pub(crate) async fn save(ctx: &Ctx, made: &Made) -> Result<Change, Failure> {
+    let app = &made.plan.app;
+    let before = ctx.state.get::<Progress>(&key::progress(app)).await?;
+    let change = Change::default()
+        .if_as_read(key::progress(app), before.as_ref())
+        .put(key::plan(app), &made.plan)
+        .put(key::progress(app), &made.progress)
+        .also(events_of(ctx, &made.plan).await?);
+    Ok(change)
+}
+
+pub(crate) async fn desired(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, purpose: Purpose) -> Result<Desired, Failure> {
+    let last = ctx.state.get::<Plan>(&key::plan(&app.name)).await?.map(|row| row.value);
+    let progress = ctx.state.get::<Progress>(&key::progress(&app.name)).await?.map(|row| row.value);
+    let left = last.as_ref().zip(progress).map(|(plan, progress)| plan.leaves(&progress)).unwrap_or_default();
+    let machines = ctx.state.machines().await?;
+    let addresses = addresses_in_use(ctx).await?;
+    let hosts = ctx.state.list::<HostRow>("hosts/").await?;
+    let of_app = |row: &Row<MachineRow>| row.value.spec.app == app.name && row.value.spec.release != 0;
+    Ok(Desired {
+        app: app.name.clone(),
+        sequence: last.as_ref().map_or(1, |plan| plan.sequence + 1),
+        purpose,
+        release: release.number,
+        from_release: last.map_or(0, |plan| plan.release),
+        left,
+        groups: spec::groups(app, release),
+        used_addresses: addresses,
+        machines: machines.into_iter().filter(of_app).map(|row| row.value).collect(),
+        hosts: hosts.into_iter().map(|row| row.value).collect(),
+        primary_region: release.config.primary_region.clone(),
+        wait_timeout_ms: release.config.deploy.wait_timeout_ms,
+        strategy: match purpose {
+            Purpose::Deploy => release.config.deploy.strategy,
+            // What comes back is proven, one by one.
+            Purpose::Return { .. } | Purpose::Repair => Strategy::Rolling,
+        },
+    })
+}
+
+async fn addresses_in_use(ctx: &Ctx) -> Result<BTreeSet<std::net::Ipv4Addr>, Failure> {
+    let machines = ctx.state.machines().await?;
+    let rows = ctx.state.list_keyed::<AddressRow>("addresses/").await?;
+    let now_ms = now_ms();
+    let resting = rows.iter().filter(|(_, row)| !row.value.is_free(now_ms));
+    let resting = resting.filter_map(|(key, _)| key.strip_prefix("addresses/")?.parse().ok());
+    Ok(resting.chain(machines.iter().map(|row| row.value.address)).collect())
+}
+
+/// Random ids, and free addresses of each host.
+fn draw(desired: &Desired) -> Pool {
+    let wanted = Pool::wanted(desired);
+    let mut pool = Pool::default();
+    for _ in 0..wanted {
+        pool.ids.push(MachineId::from_random(crate::keys::random()));
+        pool.versions.push(MachineVersion::new(now_ms(), crate::keys::random()));
+    }
+    for host in &desired.hosts {
+        let all = (0u32..).map_while(|n| host.prefix.nth(n));
+        let free = all.filter(|address| !desired.used_addresses.contains(address));
+        let mut free: Vec<_> = free.take(wanted + SPARE_ADDRESSES).collect();
+        free.reverse(); // the planner takes from the end
+        pool.addresses.insert(host.id.clone(), free);
+    }
+    pool
+}
+
+pub(crate) async fn observe(ctx: &Ctx, app: &AppName) -> Result<Observed, Failure> {
+    let view = ctx.view.current();
+    let rows = ctx.state.machines().await?;
+    let of_app = rows.iter().filter(|row| row.value.spec.app == *app);
+    let mut assigned_memory_mb: BTreeMap<HostId, u64> = BTreeMap::new();
+    for row in &rows {
+        *assigned_memory_mb.entry(row.value.host.clone()).or_default() += u64::from(row.value.spec.guest.memory_mb);
+    }
+    Ok(Observed {
+        assigned: of_app.map(|row| row.value.id.clone()).collect(),
+        machines: view.machines_of(app).map(|fact| (fact.id.clone(), Arc::clone(fact))).collect(),
+        hosts: view.hosts.clone(),
+        refused: BTreeMap::new(),
+        assigned_memory_mb,
+    })
+}

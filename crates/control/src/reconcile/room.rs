@@ -1,0 +1,83 @@
+//! What is known of the room on hosts beyond their facts, which are a few seconds old. In memory only: losing it costs
+//! one more question.
+
+use dunlin_api::Refusal;
+use dunlin_model::{AppName, HostId};
+use dunlin_planner::Observed;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A host that refused is not asked again for the same release for this long; its next fact is there by then. Another
+/// release asks anew: its maker may have made room.
+const REFUSED_MS: u64 = 10_000;
+/// A host speaks of itself every 5 s: one that has not for this long has nothing better to say.
+const SPEAKS_WITHIN_MS: u64 = 12_000;
+
+#[derive(Default)]
+pub(crate) struct Room(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    refused: BTreeMap<(AppName, u32), BTreeMap<HostId, Refused>>,
+    doubts: BTreeMap<AppName, Doubt>,
+}
+
+struct Refused {
+    why: String,
+    until_ms: u64,
+}
+
+/// Facts from which it follows that a plan finds no room.
+struct Doubt {
+    sequence: u64,
+    spoke_at_ms: BTreeMap<HostId, u64>,
+    until_ms: u64,
+}
+
+impl Room {
+    /// A host refused a reservation for a release.
+    pub fn refused_by(&self, host: &HostId, app: &AppName, release: u32, refusal: &Refusal, now_ms: u64) {
+        let why = match refusal {
+            Refusal::InsufficientCapacity { why, .. } => why.clone(),
+            other => other.to_string(),
+        };
+        let refused = Refused { why, until_ms: now_ms + REFUSED_MS };
+        self.lock().refused.entry((app.clone(), release)).or_default().insert(host.clone(), refused);
+    }
+
+    /// Who refused the release lately, and why.
+    pub fn refused(&self, app: &AppName, release: u32, now_ms: u64) -> BTreeMap<HostId, String> {
+        let mut known = self.lock();
+        for refused in known.refused.values_mut() {
+            refused.retain(|_, refused| now_ms < refused.until_ms);
+        }
+        known.refused.retain(|_, refused| !refused.is_empty());
+        let refused = known.refused.get(&(app.clone(), release));
+        refused.into_iter().flatten().map(|(host, refused)| (host.clone(), refused.why.clone())).collect()
+    }
+
+    /// No room, say the facts of hosts: may they be older than what made room? Then until when to wait for newer ones.
+    /// `None`: every host that did not refuse has spoken since, or has had its time.
+    pub fn doubt(&self, app: &AppName, sequence: u64, observed: &Observed, now_ms: u64) -> Option<u64> {
+        let mut known = self.lock();
+        let unasked = observed.hosts.iter().filter(|(host, _)| !observed.refused.contains_key(*host));
+        let spoke_at_ms: BTreeMap<HostId, u64> = unasked.map(|(id, fact)| (id.clone(), fact.updated_at_ms)).collect();
+        if let Some(doubt) = known.doubts.get_mut(app).filter(|doubt| doubt.sequence == sequence) {
+            let is_new = |(host, at_ms): (&HostId, &u64)| doubt.spoke_at_ms.get(host).is_none_or(|before| at_ms > before);
+            if spoke_at_ms.iter().all(is_new) {
+                doubt.until_ms = 0; // over, for this plan and for the way back that it may become
+            }
+            return Some(doubt.until_ms).filter(|until_ms| now_ms < *until_ms);
+        }
+        if spoke_at_ms.is_empty() {
+            return None;
+        }
+        let until_ms = now_ms + SPEAKS_WITHIN_MS;
+        known.doubts.insert(app.clone(), Doubt { sequence, spoke_at_ms, until_ms });
+        Some(until_ms)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

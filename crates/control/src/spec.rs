@@ -1,0 +1,56 @@
+//! From a release to what each process group should be.
+
+use dunlin_model::config::AppConfig;
+use dunlin_model::desired::{AppRow, ReleaseRow};
+use dunlin_model::{MachineSpec, MachineVersion};
+use dunlin_planner::GroupTarget;
+use std::collections::BTreeMap;
+
+/// Machines of a group that nobody scaled.
+const DEFAULT_COUNT: u32 = 1;
+
+/// The wanted count of every group that the release has.
+pub(crate) fn counts(config: &AppConfig, scale: &BTreeMap<String, u32>) -> BTreeMap<String, u32> {
+    let count = |group: &str| scale.get(group).copied().unwrap_or(DEFAULT_COUNT);
+    config.process_groups().into_iter().map(|group| (group.to_owned(), count(group))).collect()
+}
+
+/// Targets for the planner, which fills in machine versions.
+pub(crate) fn groups(app: &AppRow, release: &ReleaseRow) -> BTreeMap<String, GroupTarget> {
+    let target = |(group, count): (String, u32)| {
+        let spec = machine_spec(app, release, &group);
+        (group, GroupTarget { count, spec })
+    };
+    counts(&release.config, &app.scale).into_iter().map(target).collect()
+}
+
+fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec {
+    let config = &release.config;
+    MachineSpec {
+        version: MachineVersion::new(0, [0; 10]),
+        org: app.org.clone(),
+        app: app.name.clone(),
+        process_group: group.to_owned(),
+        release: release.number,
+        image: release.image.clone(),
+        entrypoint: None,
+        command: config.command_for(group),
+        env: env(config),
+        guest: config.guest_for(group),
+        services: config.services_for(group),
+        checks: config.checks_for(group),
+        restart: config.restart_for(group),
+        stop: config.stop(),
+        secrets_version: release.secrets_version,
+        metadata: BTreeMap::new(),
+    }
+}
+
+fn env(config: &AppConfig) -> BTreeMap<String, String> {
+    let mut env = config.env.clone();
+    if let Some(region) = &config.primary_region {
+        // The configured one, as on Fly: apps compare it with the region that they are in. An app's own word wins.
+        env.entry("PRIMARY_REGION".to_owned()).or_insert_with(|| region.to_string());
+    }
+    env
+}
