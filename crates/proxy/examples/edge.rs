@@ -1,0 +1,173 @@
+//! An edge with a fixed machine: what `cargo xtask bench` measures beside other proxies.
+//!
+//! ```text
+//! edge --http 127.0.0.1:8080 --https 127.0.0.1:8443 --upstream 127.0.0.1:9000 \
+//!      --cert cert.pem --key key.pem --log access.log [--threads 2] [--sockets 2] [--host web.example.test]
+//! ```
+//! Everything that a server has is on: limits, timeouts, counters, the last hop's admission, the access log.
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use dunlin_api::{Admission, AdmitRefusal, AdmitRequest, LastHop};
+use dunlin_model::{
+    Concurrency, ConcurrencyKind, Generation, Guest, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
+    Service,
+};
+use dunlin_proxy::{AccessLog, CertSource, CertStore, Limits, LogFormat, Proxy, ProxyConfig, Routes};
+use dunlin_view::{AppFact, ConfigState, MachineAssignment, MachineFact, Snapshot};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use std::collections::HashMap;
+use std::error::Error;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+const BACKLOG: i32 = 4096;
+const HARD_LIMIT: u32 = 1_000;
+
+/// The host's side of every request: it counts, and refuses above the limit.
+struct Host {
+    address: SocketAddr,
+    in_flight: Arc<AtomicU32>,
+}
+
+struct InFlight(Arc<AtomicU32>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+#[async_trait]
+impl LastHop for Host {
+    fn admit(&self, _request: &AdmitRequest) -> Result<Admission, AdmitRefusal> {
+        let guard = InFlight(self.in_flight.clone());
+        if self.in_flight.fetch_add(1, Ordering::AcqRel) >= HARD_LIMIT {
+            return Err(AdmitRefusal::AtLimit);
+        }
+        Ok(Admission { address: self.address, guard: Box::new(guard) })
+    }
+
+    async fn wake(&self, _machine: &MachineId, _deadline_ms: u64) -> Result<(), AdmitRefusal> {
+        Ok(())
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: HashMap<&str, &str> =
+        args.chunks_exact(2).map(|pair| (pair[0].trim_start_matches('-'), pair[1].as_str())).collect();
+    let arg = |name: &str| args.get(name).copied().ok_or_else(|| format!("--{name} is missing"));
+    let host_name = args.get("host").copied().unwrap_or("web.example.test");
+    let log = std::fs::File::options().create(true).append(true).open(arg("log")?)?;
+    let (http, https): (SocketAddr, SocketAddr) = (arg("http")?.parse()?, arg("https")?.parse()?);
+    let upstream: SocketAddr = arg("upstream")?.parse()?;
+    let cert = CertSource {
+        chain_pem: std::fs::read_to_string(arg("cert")?)?,
+        key_pem: std::fs::read_to_string(arg("key")?)?,
+        names: vec![host_name.into()],
+    };
+    let sockets = args.get("sockets").map_or(Ok(1), |n| n.parse())?;
+    let routes = Routes::new("local".parse()?);
+    routes.update(&snapshot(host_name, upstream.port())?);
+    let config = ProxyConfig {
+        http: bind(http, sockets)?,
+        https: bind(https, sockets)?,
+        http_port: http.port(),
+        https_port: https.port(),
+        threads: args.get("threads").map_or(Ok(0), |n| n.parse())?,
+        limits: Limits::default(),
+        internal_hosts: Vec::new(),
+        access_log: Some(AccessLog { format: LogFormat::Text, sink: Box::new(log) }),
+    };
+    let last_hop = Arc::new(Host { address: upstream, in_flight: Arc::default() });
+    let certs = Arc::new(ArcSwap::from_pointee(CertStore::build(&[cert])?));
+    let proxy = Proxy::start(config, routes, last_hop, certs)?;
+    tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?.recv().await;
+    let mut text = String::new();
+    proxy.metrics().render(&mut text);
+    print!("{text}");
+    Ok(())
+}
+
+/// So many sockets at one address, as the keeper of a server binds them.
+fn bind(address: SocketAddr, sockets: usize) -> rustix::io::Result<Vec<TcpListener>> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let bind_one = || {
+        let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        sockopt::set_socket_reuseport(&socket, true)?;
+        rustix::net::bind(&socket, &address)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(socket.into())
+    };
+    (0..sockets).map(|_| bind_one()).collect()
+}
+
+fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
+    let (id, version) = (MachineId::from_random([0; 7]), MachineVersion::new(1, [0; 10]));
+    let app = AppFact { org: "personal".parse()?, hostnames: vec![host_name.into()], current_release: 1 };
+    let concurrency =
+        Concurrency { kind: ConcurrencyKind::Requests, soft_limit: HARD_LIMIT / 2, hard_limit: Some(HARD_LIMIT) };
+    let service = Service {
+        internal_port: port,
+        force_https: false,
+        autostart: true,
+        autostop: false,
+        min_machines_running: 0,
+        concurrency,
+    };
+    let spec = MachineSpec {
+        version: version.clone(),
+        org: "personal".parse()?,
+        app: "web".parse()?,
+        process_group: "app".into(),
+        release: 1,
+        image: ImageRef { repository: "web".into(), digest: format!("sha256:{}", "0".repeat(64)), tag: None },
+        entrypoint: None,
+        command: None,
+        env: Default::default(),
+        guest: Guest::default(),
+        services: vec![service],
+        checks: vec![],
+        restart: Default::default(),
+        stop: Default::default(),
+        secrets_version: 0,
+        metadata: Default::default(),
+    };
+    let assignment = MachineAssignment {
+        id: id.clone(),
+        name: "m0".into(),
+        host: "h1".parse()?,
+        region: "local".parse()?,
+        address: Ipv4Addr::LOCALHOST,
+        placement: Generation::default(),
+        created_at_ms: 0,
+        spec,
+    };
+    let fact = MachineFact {
+        id: id.clone(),
+        host: "h1".parse()?,
+        app: "web".parse()?,
+        sequence: 1,
+        placement: Generation::default(),
+        state: MachineState::Started,
+        version,
+        release: 1,
+        process_group: "app".into(),
+        attempt: 1,
+        address: Ipv4Addr::LOCALHOST,
+        cordoned: false,
+        checks: vec![],
+        exit: None,
+        restarts: 0,
+        problem: None,
+        updated_at_ms: 0,
+    };
+    let mut config = ConfigState::default();
+    config.apps.insert("web".parse()?, app);
+    config.machines.insert(id, assignment);
+    Ok(Snapshot::default().with_machine(Arc::new(fact))?.with_config(Arc::new(config), 1)?)
+}

@@ -1,0 +1,353 @@
+//! From a request to an admitted place on a machine: routing, waking, waiting, asking the last hop.
+
+use crate::access::Record;
+use crate::answer::fault;
+use crate::listen::{Edge, Worker};
+use crate::metrics::count;
+use crate::queue::{Patience, Waiting};
+use crate::time::now_ms;
+use crate::upstream::{Conn, Upstream};
+use dunlin_api::{Admission, AdmitRefusal, AdmitRequest};
+use dunlin_model::MachineId;
+use dunlin_routing::{Availability, Candidate, Decision, Head, Reject, Route, Ticket, WaitReason};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// How often a request that waits looks again although nothing was heard: other edges give places back, too.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Machines that one request is offered to before it is given up.
+const MAX_OFFERS: u32 = 8;
+
+/// A place on a machine: of a request until its answer has ended, or of a connection until it is closed. The
+/// host's count goes down before the edge's (fields are dropped in their order): whoever gets the edge's ticket
+/// then finds room at the host.
+pub(crate) struct Held {
+    _admission: Admission,
+    _ticket: Ticket,
+    _freed: Freed,
+}
+
+/// Tells one that waits that a place is free.
+struct Freed {
+    worker: Weak<Worker>,
+    target: Arc<Candidate>,
+}
+
+impl Drop for Freed {
+    fn drop(&mut self) {
+        if let Some(worker) = self.worker.upgrade()
+            && worker.edge.metrics.waiting.load(Relaxed) > 0
+        {
+            worker.edge.queues.freed(&self.target.app);
+        }
+    }
+}
+
+pub(crate) enum Choice {
+    /// The record holds the place. The connection is one that has it already.
+    Place(Upstream, Option<Conn>),
+    ToHttps,
+}
+
+/// What one look at the table came to.
+enum Look {
+    Done(Result<Choice, Reject>),
+    /// It sleeps: to be woken, and asked again.
+    Wake { target: Arc<Candidate>, ticket: Ticket },
+    Wait { route: Arc<Route>, reason: WaitReason },
+    /// A host refused; the table may know another machine.
+    Again,
+}
+
+/// What was learned while looking for a place.
+#[derive(Default)]
+pub(crate) struct Search {
+    /// Machines that refused or failed, true for the table with this serial.
+    tried: Vec<MachineId>,
+    /// Machines whose host says that they are full: passed over until the next look.
+    full: Vec<MachineId>,
+    serial: u64,
+    offers: u32,
+    waiting: Option<Waiting>,
+    patience: Patience,
+    /// Told to the client when nothing better comes.
+    pub last_fault: Option<Box<Reject>>,
+}
+
+/// Nearly always the first look finds a place; what takes longer is boxed.
+pub(crate) async fn choose(
+    worker: &Rc<Worker>,
+    record: &mut Record,
+    search: &mut Search,
+) -> Result<Choice, Reject> {
+    if let Some(conn) = own(worker, record) {
+        return Ok(Choice::Place(conn.to.clone(), Some(conn)));
+    }
+    match search.look(worker, record) {
+        Look::Done(choice) => choice,
+        first => Box::pin(search.look_until_done(worker, record, first)).await,
+    }
+}
+
+/// A kept connection of this client to a machine where a request for this app may go.
+fn own(worker: &Worker, record: &mut Record) -> Option<Conn> {
+    let Record { request, client, .. } = record;
+    let table = worker.edge.routes.load();
+    let route = table.find(&request.host)?;
+    let wanted = request.force_instance.as_deref().or(request.prefer_instance.as_deref());
+    let (conn, held) = worker.pool.take_own(client.id, |target| {
+        let is_current = |c: &&Arc<Candidate>| c.machine == target.machine && c.version == target.version;
+        let current = route.candidates.iter().find(is_current);
+        current.is_some_and(|c| c.availability == Availability::Ready && c.service == target.service)
+            && wanted.is_none_or(|wanted| wanted == target.machine.as_str())
+            && (client.is_tls || !route.force_https)
+    })?;
+    record.route = Some(route.clone());
+    record.held = Some(held);
+    if let Upstream::Machine { target, .. } = &conn.to {
+        record.target = Some(target.clone());
+    }
+    Some(conn)
+}
+
+impl Search {
+    pub fn failed(&mut self, machine: &MachineId, fault: Reject) {
+        self.tried.push(machine.clone());
+        self.last_fault = Some(Box::new(fault));
+    }
+
+    async fn look_until_done(
+        &mut self,
+        worker: &Rc<Worker>,
+        record: &mut Record,
+        mut look: Look,
+    ) -> Result<Choice, Reject> {
+        let edge = &worker.edge;
+        let mut changed = None;
+        loop {
+            match look {
+                Look::Done(choice) => return choice,
+                Look::Again => {}
+                Look::Wake { target, ticket } => {
+                    self.queue(edge, record.route.as_ref())?;
+                    let woken = wake(worker, &target, self.patience.until(edge)).await;
+                    match woken.and_then(|()| admit(edge, &target)) {
+                        Ok(admission) => return Ok(self.place(worker, record, (target, ticket, admission))),
+                        Err(refusal) => {
+                            drop(ticket);
+                            self.refused(record, &target, &refusal)?;
+                            self.end_if_late(edge)?;
+                        }
+                    }
+                }
+                Look::Wait { route, reason } => {
+                    self.queue(edge, Some(&route))?;
+                    if reason == WaitReason::AtLimit {
+                        worker.pool.give_up_kept(&route.app);
+                    }
+                    self.wait(edge, &route, reason, &mut changed).await?;
+                }
+            }
+            look = self.look(worker, record);
+        }
+    }
+
+    fn look(&mut self, worker: &Rc<Worker>, record: &mut Record) -> Look {
+        let edge = &worker.edge;
+        let (target, ticket) = match self.route(worker, record) {
+            Decision::Redirect { .. } => return Look::Done(Ok(Choice::ToHttps)),
+            Decision::Reject(reject) => return Look::Done(Err(self.last_fault.take().map_or(reject, |fault| *fault))),
+            Decision::Wake { target, ticket } => {
+                record.preferred_unavailable = false;
+                return Look::Wake { target, ticket };
+            }
+            Decision::Wait { route, reason } => {
+                let reason = if self.full.is_empty() { reason } else { WaitReason::AtLimit };
+                self.full.clear();
+                return Look::Wait { route, reason };
+            }
+            Decision::Forward { target, ticket, preferred_unavailable, also_wake } => {
+                if let Some(other) = also_wake {
+                    wake_beside(worker, &other);
+                }
+                record.preferred_unavailable = preferred_unavailable;
+                (target, ticket)
+            }
+        };
+        match admit(edge, &target) {
+            Ok(admission) => Look::Done(Ok(self.place(worker, record, (target, ticket, admission)))),
+            // It went to sleep since the table was made.
+            Err(AdmitRefusal::Asleep) if target.service.autostart => Look::Wake { target, ticket },
+            Err(refusal) => match self.refused(record, &target, &refusal) {
+                Ok(()) => Look::Again,
+                Err(reject) => Look::Done(Err(reject)),
+            },
+        }
+    }
+
+    fn route(&mut self, worker: &Worker, record: &mut Record) -> Decision {
+        let Record { request, route, client, .. } = record;
+        let head = Head {
+            host: &request.host,
+            is_tls: client.is_tls,
+            force_instance: request.force_instance.as_deref(),
+            prefer_instance: request.prefer_instance.as_deref(),
+        };
+        let routes = &worker.edge.routes;
+        let table = routes.load();
+        if table.serial != self.serial {
+            self.serial = table.serial;
+            self.tried.clear();
+        }
+        if route.is_none() {
+            *route = table.find(head.host).cloned();
+        }
+        let random = worker.random.next();
+        if self.full.is_empty() {
+            return table.route(&head, &routes.region, &self.tried, random, now_ms());
+        }
+        table.route(&head, &routes.region, &[&self.tried[..], &self.full].concat(), random, now_ms())
+    }
+
+    fn place(
+        &mut self,
+        worker: &Rc<Worker>,
+        record: &mut Record,
+        (target, ticket, admission): (Arc<Candidate>, Ticket, Admission),
+    ) -> Choice {
+        self.waiting = None;
+        let address = admission.address;
+        let freed = Freed { worker: Rc::downgrade(worker), target: target.clone() };
+        record.held = Some(Held { _admission: admission, _ticket: ticket, _freed: freed });
+        record.target = Some(target.clone());
+        Choice::Place(Upstream::Machine { target, address }, None)
+    }
+
+    fn refused(&mut self, record: &Record, target: &Candidate, refusal: &AdmitRefusal) -> Result<(), Reject> {
+        let (id, machine) = (record.request.id.as_str(), &target.machine);
+        tracing::debug!(request_id = id, %machine, %refusal, "refused by the last hop");
+        if *refusal == AdmitRefusal::AtLimit {
+            // Nothing is wrong with it: other edges send it requests, too, and a place becomes free again.
+            self.full.push(machine.clone());
+            return Ok(());
+        }
+        self.failed(machine, why(target, refusal));
+        self.count_offer()
+    }
+
+    fn count_offer(&mut self) -> Result<(), Reject> {
+        self.offers += 1;
+        if self.offers <= MAX_OFFERS {
+            return Ok(());
+        }
+        Err(self.last_fault.take().map_or_else(
+            || fault(503, "PR09", "no machine took the request", "`dunlin status` shows the machines' states"),
+            |fault| *fault,
+        ))
+    }
+
+    /// Several machines that do not wake take no longer than one.
+    fn end_if_late(&mut self, edge: &Edge) -> Result<(), Reject> {
+        if Instant::now() < self.patience.until(edge) {
+            return Ok(());
+        }
+        Err(self.last_fault.take().map_or_else(
+            || fault(503, "PR09", "no machine took the request in time", "`dunlin status` shows the machines' states"),
+            |fault| *fault,
+        ))
+    }
+
+    /// Takes a place in the bounded queue, once.
+    fn queue(&mut self, edge: &Arc<Edge>, route: Option<&Arc<Route>>) -> Result<(), Reject> {
+        if self.waiting.is_none() {
+            self.waiting = Some(Waiting::begin(edge, route)?);
+        }
+        Ok(())
+    }
+
+    async fn wait(
+        &mut self,
+        edge: &Edge,
+        route: &Route,
+        reason: WaitReason,
+        changed: &mut Option<watch::Receiver<u64>>,
+    ) -> Result<(), Reject> {
+        let Some(changed) = changed else {
+            // Look once more after subscribing: no change is missed.
+            *changed = Some(edge.routes.subscribe());
+            return Ok(());
+        };
+        let left = self.patience.left(reason, Instant::now(), edge.limits.wait_timeout);
+        if left.is_zero() {
+            return Err(self.last_fault.take().map_or_else(|| reason.reject(route), |fault| *fault));
+        }
+        let freed = async {
+            match &self.waiting {
+                Some(Waiting { freed: Some(freed), .. }) => freed.notified().await,
+                _ => std::future::pending().await,
+            }
+        };
+        // Whatever happens first: it means to look again.
+        tokio::select! {
+            () = freed => {}
+            _ = changed.changed() => {}
+            () = tokio::time::sleep(LOOK_AGAIN.min(left)) => {}
+        }
+        Ok(())
+    }
+}
+
+fn admit(edge: &Edge, target: &Candidate) -> Result<Admission, AdmitRefusal> {
+    edge.last_hop.admit(&AdmitRequest {
+        machine: target.machine.clone(),
+        version: target.version.clone(),
+        placement: target.placement,
+        internal_port: target.service.internal_port,
+    })
+}
+
+/// The host starts it once, however many ask.
+async fn wake(worker: &Worker, target: &Candidate, until: Instant) -> Result<(), AdmitRefusal> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(AdmitRefusal::DidNotWake("the request had waited for others already".into()));
+    }
+    count(&worker.counters.wakes);
+    let deadline_ms = now_ms() + left.as_millis() as u64;
+    match tokio::time::timeout(left, worker.edge.last_hop.wake(&target.machine, deadline_ms)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(AdmitRefusal::DidNotWake(format!("not started within {} s", left.as_secs()))),
+    }
+}
+
+/// Starts one more without waiting for it; one such start a machine at a time, and after one that failed
+/// none for a while: every request above the soft limit asks for it.
+fn wake_beside(worker: &Rc<Worker>, target: &Arc<Candidate>) {
+    if !worker.edge.waking().insert(target.machine.clone()) {
+        return;
+    }
+    let (worker, target) = (worker.clone(), target.clone());
+    tokio::task::spawn_local(async move {
+        let limits = &worker.edge.limits;
+        if let Err(refusal) = wake(&worker, &target, Instant::now() + limits.wait_timeout).await {
+            tracing::warn!(machine = %target.machine, app = %target.app, %refusal, "one more machine could not be started");
+            tokio::time::sleep(limits.wake_backoff).await;
+        }
+        worker.edge.waking().remove(&target.machine);
+    });
+}
+
+fn why(target: &Candidate, refusal: &AdmitRefusal) -> Reject {
+    let Candidate { app, machine, .. } = target;
+    let hint = format!("`dunlin status -a {app}` and `dunlin logs -a {app} --machine {machine}` show why");
+    let code = match refusal {
+        AdmitRefusal::DidNotWake(_) => "PM01",
+        AdmitRefusal::InsufficientCapacity(_) => "PM02",
+        _ => "PM03",
+    };
+    fault(503, code, format!("machine {machine} of app {app} did not take the request: {refusal}"), hint)
+}

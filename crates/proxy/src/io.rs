@@ -1,0 +1,87 @@
+//! Sockets to clients and to machines.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Sleep;
+use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
+
+/// A client's socket that speaks HTTP/1: plain, or below TLS.
+pub(crate) type ClientIo = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+
+/// A machine's socket, or that of a part of this server.
+pub(crate) type UpstreamIo = Either<TcpStream, UnixStream>;
+
+/// Looks without waiting whether the other side closed it, or sent what nobody asked for.
+pub(crate) fn is_quiet(io: &UpstreamIo) -> bool {
+    let mut byte = [0];
+    let read = match io {
+        Either::Left(stream) => stream.try_read(&mut byte),
+        Either::Right(stream) => stream.try_read(&mut byte),
+    };
+    matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+}
+
+/// A socket below HTTP/2 that notices when the client takes no bytes at all. (A single stream that it does
+/// not take is noticed where the stream is served.)
+pub(crate) struct Watched<T> {
+    inner: T,
+    stall_after: Duration,
+    /// Armed while a write waits; a socket that flows costs no timer.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl<T> Watched<T> {
+    pub fn new(inner: T, stall_after: Duration) -> Self {
+        Self { inner, stall_after, stalled: None }
+    }
+
+    fn watch<R>(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<R>>) -> Poll<io::Result<R>> {
+        if result.is_ready() {
+            self.stalled = None;
+            return result;
+        }
+        let stall_after = self.stall_after;
+        let timer = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall_after)));
+        timer.as_mut().poll(cx).map(|()| Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes no bytes")))
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_read(cx, buf)
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.inner).poll_write(cx, buf);
+        self.watch(cx, result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        self.watch(cx, result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.inner).poll_flush(cx);
+        self.watch(cx, result)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,297 @@
+//! One request, from its head to the end of its answer.
+
+use crate::access::Record;
+use crate::answer::{self, fault};
+use crate::choose::{Choice, Search, choose};
+use crate::downstream::Downstream;
+use crate::exchange::{ClientFault, Exchange, Fault};
+use crate::listen::Worker;
+use crate::metrics::count;
+use crate::time::now_ms;
+use crate::upstream::{Conn, Upstream, is_own_fault};
+use dunlin_model::AppName;
+use dunlin_routing::{Candidate, Reject};
+use std::future::poll_fn;
+use std::io;
+use std::path::Path;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+/// Machines that a request is sent to in vain before it is given up.
+const MAX_ATTEMPTS: u32 = 4;
+/// Builds and log streams of the API may be silent for long before they answer.
+const INTERNAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Between lines in the log that say the same.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
+
+pub(crate) async fn serve(mut record: Box<Record>, down: &mut Downstream<'_>) {
+    let worker = &record.worker.clone();
+    let served = match handle(worker, &mut record, down).await {
+        Ok(()) => Ok(()),
+        Err(End::Refused(reject)) => {
+            record.code = reject.code;
+            record.status = reject.status;
+            Box::pin(answer::refuse(worker, &record.request, &reject, down)).await
+        }
+        Err(End::ToHttps) => {
+            record.status = 308;
+            Box::pin(answer::to_https(worker, &record.request, down)).await
+        }
+        Err(End::Broken(error)) => Err(error),
+    };
+    match served {
+        Ok(()) => record.is_complete = true,
+        Err(error) => {
+            tracing::debug!(request_id = record.request.id.as_str(), %error, "an answer broke off");
+            down.fail();
+        }
+    }
+}
+
+/// How a request ends that was not answered by a machine.
+enum End {
+    Refused(Reject),
+    ToHttps,
+    /// Nobody is there to be told anything.
+    Broken(io::Error),
+}
+
+impl From<Reject> for End {
+    fn from(reject: Reject) -> Self {
+        Self::Refused(reject)
+    }
+}
+
+async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<'_>) -> Result<(), End> {
+    if let Some(fault) = record.request.fault.take() {
+        return Err(End::Refused(*fault));
+    }
+    if let Some(socket) = worker.edge.internal.get(&*record.request.host) {
+        return Box::pin(internal(worker, record, down, socket.clone())).await;
+    }
+    let timeout = worker.edge.limits.response_timeout;
+    let mut search = Search::default();
+    let mut may_repeat = record.request.may_repeat();
+    for attempt in 1..=MAX_ATTEMPTS {
+        record.attempts = attempt;
+        if attempt > 1 {
+            count(&worker.counters.retries);
+        }
+        let (to, own) = match unless_gone(down, pin!(choose(worker, record, &mut search))).await?? {
+            Choice::Place(to, own) => (to, own),
+            Choice::ToHttps => return Err(End::ToHttps),
+        };
+        let (fault, was_reused) = match forward(worker, record, down, (&to, own), timeout).await {
+            Ok(()) => return Ok(()),
+            Err(Unanswered::Broken(error)) => return Err(End::Broken(error)),
+            Err(Unanswered::Fault { fault, was_reused }) => (fault, was_reused),
+        };
+        record.held = None;
+        let Some(target) = record.target.clone() else { return Err(lost().into()) };
+        let load = &target.load;
+        match fault {
+            Fault::Client(fault) => return Err(blamed(fault)),
+            Fault::TooSlow => {
+                load.record_failure(now_ms());
+                return Err(too_slow(&target.app, timeout).into());
+            }
+            Fault::Unsent(error) if is_own_fault(&error) => return Err(out_of_sockets(worker, &error).into()),
+            Fault::Unsent(error) => {
+                load.record_failure(now_ms());
+                let (id, machine) = (record.request.id.as_str(), &target.machine);
+                tracing::debug!(request_id = id, %machine, %error, "not reached");
+                search.failed(machine, not_reached(&target, &error));
+            }
+            Fault::Broken(error) => {
+                let broken = broke_off(&target, &error);
+                if !was_reused {
+                    load.record_failure(now_ms());
+                    search.failed(&target.machine, broken.clone());
+                }
+                // Only what changes nothing, and only once: it may have been carried out.
+                if !std::mem::take(&mut may_repeat) {
+                    return Err(broken.into());
+                }
+            }
+        }
+    }
+    Err(search.last_fault.map_or_else(lost, |fault| *fault).into())
+}
+
+/// Why a request was not answered, or not to the end.
+enum Unanswered {
+    /// The client has seen nothing of an answer yet.
+    Fault { fault: Fault, was_reused: bool },
+    /// The answer had begun.
+    Broken(io::Error),
+}
+
+/// Sends the request, and passes the answer on to its end.
+async fn forward(
+    worker: &Rc<Worker>,
+    record: &mut Record,
+    down: &mut Downstream<'_>,
+    (to, mut own): (&Upstream, Option<Conn>),
+    timeout: Duration,
+) -> Result<(), Unanswered> {
+    loop {
+        let kept = if to.counts_connections() { own.take() } else { worker.pool.take(to) };
+        let mut conn = match kept {
+            Some(conn) => conn,
+            None => match unless_gone(down, Box::pin(worker.pool.connect(to)).as_mut()).await {
+                Ok(Ok(conn)) => conn,
+                Ok(Err(error)) => return Err(Unanswered::Fault { fault: Fault::Unsent(error), was_reused: false }),
+                Err(_) => {
+                    let fault = Fault::Client(ClientFault::Gone);
+                    return Err(Unanswered::Fault { fault, was_reused: false });
+                }
+            },
+        };
+        let was_reused = conn.is_reused;
+        let mut exchange = Exchange::new(worker, &record.request, &record.traffic, down, &mut conn);
+        let preferred = record.request.prefer_instance.as_deref().filter(|_| record.preferred_unavailable);
+        let status = match exchange.head(timeout, preferred).await {
+            Ok(status) => status,
+            // The machine had just closed it: the next one, or a new one.
+            Err(Fault::Unsent(_)) if was_reused => continue,
+            Err(fault) => return Err(Unanswered::Fault { fault, was_reused }),
+        };
+        record.status = status;
+        worker.counters.head_seconds.observe(record.started.elapsed());
+        if let Some(target) = &record.target {
+            target.load.record_success();
+        }
+        let passed = if status == 101 {
+            let _tunnel = Tunnel::begin(worker);
+            Box::pin(exchange.tunnel()).await
+        } else {
+            exchange.body().await
+        };
+        if passed.is_ok() && exchange.may_keep() {
+            match record.held.take_if(|_| to.counts_connections()) {
+                Some(held) => worker.pool.keep_own(record.client.id, conn, held),
+                None => worker.pool.keep(conn),
+            }
+        }
+        return passed.map_err(Unanswered::Broken);
+    }
+}
+
+/// Counts an upgraded connection while it lives.
+struct Tunnel<'a>(&'a AtomicUsize);
+
+impl<'a> Tunnel<'a> {
+    fn begin(worker: &'a Worker) -> Self {
+        let tunnels = &worker.edge.metrics.tunnels;
+        tunnels.fetch_add(1, Relaxed);
+        Self(tunnels)
+    }
+}
+
+impl Drop for Tunnel<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// To a part of this server that listens at a unix socket.
+async fn internal(
+    worker: &Rc<Worker>,
+    record: &mut Record,
+    down: &mut Downstream<'_>,
+    socket: Arc<Path>,
+) -> Result<(), End> {
+    let client = &record.client;
+    if !client.is_tls && !client.address.ip().is_loopback() {
+        // What is asked here carries a token, which the network between must not see.
+        let hint = "use the same address with https://, and replace the token that was sent in clear";
+        return Err(fault(403, "PI04", "the platform's own API and registry answer over TLS only", hint).into());
+    }
+    let hint = "the apps go on meanwhile; `systemctl status dunlin` and its log show what the server does";
+    let refusal = |status, code, reason| End::Refused(fault(status, code, reason, hint));
+    match forward(worker, record, down, (&Upstream::Internal(socket), None), INTERNAL_RESPONSE_TIMEOUT).await {
+        Ok(()) => Ok(()),
+        Err(Unanswered::Broken(error)) => Err(End::Broken(error)),
+        Err(Unanswered::Fault { fault, .. }) => Err(match fault {
+            Fault::Client(fault) => blamed(fault),
+            Fault::Unsent(error) => refusal(503, "PI01", format!("the control plane does not answer: {error}")),
+            Fault::Broken(error) => refusal(502, "PI02", format!("the control plane broke off: {error}")),
+            Fault::TooSlow => refusal(504, "PI03", "the control plane did not answer in time".into()),
+        }),
+    }
+}
+
+/// Waits for something, unless the client leaves meanwhile.
+async fn unless_gone<T>(down: &mut Downstream<'_>, mut future: Pin<&mut impl Future<Output = T>>) -> Result<T, End> {
+    poll_fn(|cx| {
+        if let Poll::Ready(done) = future.as_mut().poll(cx) {
+            return Poll::Ready(Ok(done));
+        }
+        down.poll_gone(cx).map(|()| Err(blamed(ClientFault::Gone)))
+    })
+    .await
+}
+
+fn blamed(fault: ClientFault) -> End {
+    let (status, reason) = match fault {
+        ClientFault::Gone => {
+            return End::Broken(io::Error::new(io::ErrorKind::ConnectionReset, "the client left before its answer"));
+        }
+        ClientFault::Silent => (408, "the request's body ended before it was complete".to_owned()),
+        ClientFault::Malformed(reason) => (400, reason),
+    };
+    End::Refused(self::fault(status, "PC02", reason, "send the whole body, without long pauses"))
+}
+
+fn not_reached(target: &Candidate, error: &io::Error) -> Reject {
+    let (app, machine, port) = (&target.app, &target.machine, target.service.internal_port);
+    fault(
+        502,
+        "PU01",
+        format!("machine {machine} of app {app} does not accept connections on port {port}: {error}"),
+        format!("the app must listen on 0.0.0.0:{port} (internal_port); `dunlin logs -a {app}` shows what it does"),
+    )
+}
+
+fn broke_off(target: &Candidate, error: &io::Error) -> Reject {
+    let (app, machine) = (&target.app, &target.machine);
+    fault(
+        502,
+        "PU02",
+        format!("machine {machine} of app {app} closed the connection before it answered: {error}"),
+        format!("the request may have been carried out; `dunlin logs -a {app} --machine {machine}` shows what happened"),
+    )
+}
+
+fn too_slow(app: &AppName, limit: Duration) -> Reject {
+    fault(
+        504,
+        "PU03",
+        format!("app {app} did not begin to answer within {} s", limit.as_secs()),
+        format!("the request may still be carried out; `dunlin logs -a {app}` shows what it does"),
+    )
+}
+
+fn out_of_sockets(worker: &Worker, error: &io::Error) -> Reject {
+    // A person must look, but not at a line for each request.
+    let now = Instant::now();
+    if worker.complained.get().is_none_or(|last| now - last > COMPLAINT_INTERVAL) {
+        worker.complained.set(Some(now));
+        tracing::error!(%error, "no connection to a machine can be made: this server has run out of sockets");
+    }
+    fault(
+        503,
+        "PI05",
+        format!("this server cannot open another connection: {error}"),
+        "try again in a moment; its operator raises the limit of open files (LimitNOFILE, ulimit -n)",
+    )
+}
+
+fn lost() -> Reject {
+    fault(502, "PU04", "every attempt to forward the request failed", "try again; `dunlin status` shows the machines")
+}

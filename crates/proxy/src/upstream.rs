@@ -1,0 +1,213 @@
+//! Connections to machines: one pool a core, last in first out, each connection in the hands of the request
+//! that uses it.
+//!
+//! A service that counts requests shares the pool among all clients. One that counts connections has each kept
+//! connection counted until it is closed, so it is kept for a shorter time, and for the client's connection that
+//! it was made for.
+
+use crate::buffer::{Buffers, Inbox};
+use crate::choose::Held;
+use crate::io::{UpstreamIo, is_quiet};
+use crate::limits::Limits;
+use crate::metrics::{Counters, count};
+use dunlin_model::{AppName, ConcurrencyKind};
+use dunlin_routing::Candidate;
+use rustix::io::Errno;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Instant;
+use tokio_util::either::Either;
+
+/// Servers close idle connections, some after five seconds: before that, we do.
+const KEEP_IDLE: Duration = Duration::from_secs(4);
+/// Idle connections kept to one machine, on one core. As many as a burst over HTTP/2 uses: with fewer every
+/// second request of such load made a connection. There are no more than requests within `KEEP_IDLE` anyway.
+const MAX_IDLE: usize = 512;
+
+/// Where a request goes.
+#[derive(Clone)]
+pub(crate) enum Upstream {
+    Machine { target: Arc<Candidate>, address: SocketAddr },
+    Internal(Arc<Path>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Address {
+    Socket(SocketAddr),
+    Path(Arc<Path>),
+}
+
+impl Upstream {
+    /// What its limits count are connections, not requests.
+    pub fn counts_connections(&self) -> bool {
+        match self {
+            Self::Machine { target, .. } => target.service.concurrency.kind == ConcurrencyKind::Connections,
+            Self::Internal(_) => false,
+        }
+    }
+
+    fn address(&self) -> Address {
+        match self {
+            Self::Machine { address, .. } => Address::Socket(*address),
+            Self::Internal(path) => Address::Path(path.clone()),
+        }
+    }
+
+    /// The successor of a machine's version may listen at the same address.
+    fn is_same_version(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Machine { target: one, .. }, Self::Machine { target: other, .. }) => one.version == other.version,
+            (Self::Internal(_), Self::Internal(_)) => true,
+            _ => false,
+        }
+    }
+}
+
+/// This server has run out of something: it says nothing of the machine, and no other machine is better off.
+pub(crate) fn is_own_fault(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::ADDRNOTAVAIL)
+    )
+}
+
+/// A connection in use by one request.
+pub(crate) struct Conn {
+    pub io: UpstreamIo,
+    pub inbox: Inbox,
+    /// It carried a request before; the other side may just have closed it.
+    pub is_reused: bool,
+    pub to: Upstream,
+}
+
+struct Idle {
+    conn: Conn,
+    since: Instant,
+}
+
+/// A kept connection that counts, with the place that it has.
+struct Own {
+    conn: Conn,
+    since: Instant,
+    held: Held,
+}
+
+pub(crate) struct Pool {
+    idle: RefCell<HashMap<Address, Vec<Idle>>>,
+    /// By client connection.
+    own: RefCell<HashMap<u64, Vec<Own>>>,
+    buffers: Rc<Buffers>,
+    connect_timeout: Duration,
+    keep_counted: Duration,
+    counters: Arc<Counters>,
+}
+
+impl Pool {
+    pub fn new(limits: &Limits, buffers: Rc<Buffers>, counters: Arc<Counters>) -> Self {
+        let Limits { connect_timeout, keep_counted, .. } = *limits;
+        Self { idle: RefCell::default(), own: RefCell::default(), buffers, connect_timeout, keep_counted, counters }
+    }
+
+    /// The most recently used kept connection that is still good.
+    pub fn take(&self, to: &Upstream) -> Option<Conn> {
+        let mut idle = self.idle.borrow_mut();
+        let kept = idle.get_mut(&to.address())?;
+        let now = Instant::now();
+        while let Some(Idle { mut conn, since }) = kept.pop() {
+            if now.duration_since(since) > KEEP_IDLE {
+                kept.clear();
+                return None;
+            }
+            if conn.to.is_same_version(to) && is_quiet(&conn.io) {
+                count(&self.counters.upstream_reused);
+                conn.is_reused = true;
+                return Some(conn);
+            }
+        }
+        None
+    }
+
+    pub async fn connect(&self, to: &Upstream) -> io::Result<Conn> {
+        count(&self.counters.upstream_connects);
+        let connecting = async {
+            match to {
+                Upstream::Machine { address, .. } => {
+                    let stream = TcpStream::connect(address).await?;
+                    stream.set_nodelay(true)?;
+                    Ok(Either::Left(stream))
+                }
+                Upstream::Internal(path) => UnixStream::connect(path).await.map(Either::Right),
+            }
+        };
+        let io = tokio::time::timeout(self.connect_timeout, connecting)
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer to the connection attempt")))?;
+        Ok(Conn { io, inbox: Inbox::new(self.buffers.clone()), is_reused: false, to: to.clone() })
+    }
+
+    /// Keeps a connection whose last answer was read to its end.
+    pub fn keep(&self, conn: Conn) {
+        if !conn.inbox.is_empty() {
+            return; // it says more than it was asked: not to be trusted with another request
+        }
+        let mut idle = self.idle.borrow_mut();
+        let kept = idle.entry(conn.to.address()).or_default();
+        if kept.len() < MAX_IDLE {
+            kept.push(Idle { conn, since: Instant::now() });
+        }
+    }
+
+    /// A connection kept for this client's connection, to a machine that still `suits`.
+    pub fn take_own(&self, client: u64, suits: impl Fn(&Candidate) -> bool) -> Option<(Conn, Held)> {
+        let mut own = self.own.borrow_mut();
+        let kept = own.get_mut(&client)?;
+        while let Some(Own { mut conn, held, .. }) = kept.pop() {
+            let still_suits = matches!(&conn.to, Upstream::Machine { target, .. } if suits(target));
+            if still_suits && is_quiet(&conn.io) {
+                count(&self.counters.upstream_reused);
+                conn.is_reused = true;
+                return Some((conn, held));
+            }
+        }
+        None
+    }
+
+    pub fn keep_own(&self, client: u64, conn: Conn, held: Held) {
+        if conn.inbox.is_empty() {
+            self.own.borrow_mut().entry(client).or_default().push(Own { conn, held, since: Instant::now() });
+        }
+    }
+
+    /// The client's connection has ended.
+    pub fn forget(&self, client: u64) {
+        // Dropped after the map is free again.
+        let _ended = self.own.borrow_mut().remove(&client);
+    }
+
+    /// Somebody waits for a place in this app: those that are only kept are given back.
+    pub fn give_up_kept(&self, app: &AppName) {
+        for kept in self.own.borrow_mut().values_mut() {
+            kept.retain(|own| !matches!(&own.conn.to, Upstream::Machine { target, .. } if target.app == *app));
+        }
+    }
+
+    /// Closes what was idle for too long. Called from time to time.
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        self.own.borrow_mut().retain(|_, kept| {
+            kept.retain(|own| now.duration_since(own.since) <= self.keep_counted);
+            !kept.is_empty()
+        });
+        self.idle.borrow_mut().retain(|_, kept| {
+            kept.retain(|idle| now.duration_since(idle.since) <= KEEP_IDLE);
+            !kept.is_empty()
+        });
+    }
+}
