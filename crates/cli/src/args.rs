@@ -1,0 +1,303 @@
+//! The command line.
+
+use clap::{Args, Subcommand};
+use dunlin_model::{AppName, MachineId};
+use std::path::{Path, PathBuf};
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Globals {
+    /// The server: https://api.example.org, or the path of its API socket
+    #[arg(long, env = "DUNLIN_API", value_name = "URL", global = true)]
+    pub api: Option<String>,
+    /// Token for a server elsewhere (`dunlin tokens create` makes one)
+    #[arg(long, env = "DUNLIN_TOKEN", value_name = "TOKEN", global = true, hide_env_values = true)]
+    pub token: Option<String>,
+    /// PEM file of a certificate authority to trust besides the system's
+    #[arg(long, env = "DUNLIN_CA", value_name = "FILE", global = true)]
+    pub ca: Option<PathBuf>,
+    /// Where the state of the server on this computer is, used without --api [default: /var/lib/dunlin]
+    #[arg(long, env = "DUNLIN_DATA_DIR", value_name = "DIR", global = true)]
+    pub data_dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// Of a server that was told of no other.
+pub const DEFAULT_DATA_DIR: &str = "/var/lib/dunlin";
+
+impl Globals {
+    pub fn data_dir(&self) -> &Path {
+        self.data_dir.as_deref().unwrap_or(Path::new(DEFAULT_DATA_DIR))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Look at an app's source, show what would be done, write its files and deploy it
+    Launch(LaunchArgs),
+    /// Build the app in this directory and release it
+    Deploy(DeployArgs),
+    /// List, create and destroy apps
+    #[command(subcommand)]
+    Apps(AppsCommand),
+    /// Show an app's release, URL and machines
+    Status(AppArgs),
+    /// Show what an app's machines print
+    Logs(LogsArgs),
+    /// List, inspect and control machines
+    #[command(subcommand, visible_alias = "machines")]
+    Machine(MachineCommand),
+    /// Show or change how many machines run
+    #[command(subcommand)]
+    Scale(ScaleCommand),
+    /// Set, list and unset secrets
+    #[command(subcommand)]
+    Secrets(SecretsCommand),
+    /// List an app's releases
+    Releases(AppArgs),
+    /// Return to an earlier release
+    Rollback(RollbackArgs),
+    /// Open the app's URL in a browser
+    Open(AppArgs),
+    /// Show or check the app's configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Create and revoke tokens
+    #[command(subcommand)]
+    Tokens(TokensCommand),
+}
+
+#[derive(Debug, Clone, Default, Args)]
+pub struct AppArgs {
+    /// The app; without it, the one that the configuration in this directory names
+    #[arg(short, long)]
+    pub app: Option<AppName>,
+    /// Configuration file [default: dunlin.toml or fly.toml in this directory]
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct LaunchArgs {
+    /// Directory with the app's source
+    #[arg(default_value = ".")]
+    pub path: PathBuf,
+    /// Name of the app [default: the directory's]
+    #[arg(long)]
+    pub name: Option<AppName>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Print the proposal and change nothing
+    #[arg(long)]
+    pub manifest: bool,
+    /// Write the files but do not deploy
+    #[arg(long)]
+    pub no_deploy: bool,
+    /// Run this image instead of building one
+    #[arg(long)]
+    pub image: Option<String>,
+    /// The port that the image's program listens on [default: 8080]
+    #[arg(long, requires = "image")]
+    pub port: Option<u16>,
+    #[command(flatten)]
+    pub build: BuildArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct DeployArgs {
+    /// Directory with the app's source
+    #[arg(default_value = ".")]
+    pub path: PathBuf,
+    #[command(flatten)]
+    pub target: AppArgs,
+    /// Release this image instead of building
+    #[arg(long)]
+    pub image: Option<String>,
+    #[command(flatten)]
+    pub build: BuildArgs,
+    /// Return once the release is written, without following it
+    #[arg(long)]
+    pub detach: bool,
+}
+
+#[derive(Debug, Default, Args)]
+pub struct BuildArgs {
+    /// Set a variable for the build only (NAME=VALUE)
+    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
+    pub build_arg: Vec<(String, String)>,
+    /// Give the build a secret for RUN --mount=type=secret; it never reaches the image
+    ///
+    /// NAME=VALUE, NAME=@FILE, or NAME=- to read the value from standard input.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
+    pub build_secret: Vec<(String, String)>,
+    /// Stop at this stage of the Dockerfile
+    #[arg(long)]
+    pub build_target: Option<String>,
+    /// Build every layer again
+    #[arg(long)]
+    pub no_cache: bool,
+    /// Go on although this key of the configuration is not honoured yet
+    #[arg(long, value_name = "KEY")]
+    pub ignore: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AppsCommand {
+    List,
+    Create { name: AppName },
+    /// Destroy an app and all its machines
+    Destroy {
+        name: AppName,
+        #[arg(short, long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    #[command(flatten)]
+    pub target: AppArgs,
+    /// Go on as lines come
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only this machine's
+    #[arg(long)]
+    pub machine: Option<MachineId>,
+    /// Only lines of this last time, such as 10m or 2h
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// At most this many of the newest lines [default: 100, or all since the time that --since names]
+    #[arg(short = 'n', long)]
+    pub tail: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MachineCommand {
+    List(AppArgs),
+    Status { id: MachineId },
+    Start { id: MachineId },
+    Stop {
+        id: MachineId,
+        /// First signal, such as SIGTERM
+        #[arg(long)]
+        signal: Option<String>,
+        /// Seconds until it is killed
+        #[arg(long)]
+        timeout: Option<u64>,
+    },
+    Restart { id: MachineId },
+    /// Run a command in a running machine; its exit code becomes this one's
+    Exec {
+        id: MachineId,
+        /// Seconds until it is ended
+        #[arg(long, default_value_t = 60)]
+        timeout: u64,
+        #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    Destroy {
+        id: MachineId,
+        /// Also when it runs
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ScaleCommand {
+    /// Set the number of machines: `3`, or by process group `app=3 worker=1`
+    Count {
+        #[arg(required = true)]
+        counts: Vec<String>,
+        #[command(flatten)]
+        target: AppArgs,
+        /// Return once the release is written, without following it
+        #[arg(long)]
+        detach: bool,
+    },
+    Show(AppArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SecretsCommand {
+    /// Set secrets and release them: NAME=VALUE, or NAME=- to read the value from standard input
+    Set {
+        #[arg(required = true, value_parser = pair)]
+        pairs: Vec<(String, String)>,
+        #[command(flatten)]
+        target: AppArgs,
+        #[arg(long)]
+        detach: bool,
+        /// Store them; the next release brings them to the machines
+        #[arg(long)]
+        stage: bool,
+    },
+    /// Set secrets from standard input, one NAME=VALUE a line, and release them
+    Import {
+        #[command(flatten)]
+        target: AppArgs,
+        #[arg(long)]
+        detach: bool,
+        /// Store them; the next release brings them to the machines
+        #[arg(long)]
+        stage: bool,
+    },
+    /// Names and digests; values are never shown
+    List(AppArgs),
+    Unset {
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[command(flatten)]
+        target: AppArgs,
+        #[arg(long)]
+        detach: bool,
+        /// Take them out of the store; the next release takes them from the machines
+        #[arg(long)]
+        stage: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct RollbackArgs {
+    /// The release to return to [default: the last good one before the current]
+    pub version: Option<u32>,
+    #[command(flatten)]
+    pub target: AppArgs,
+    #[arg(long)]
+    pub detach: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print the configuration as it is understood
+    Show(AppArgs),
+    /// Check it without deploying
+    Validate(AppArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokensCommand {
+    /// Print a new token
+    Create {
+        /// What it may do: read, deploy, admin, exec, pull, push; several, or separated by commas
+        #[arg(long = "verb", value_delimiter = ',', default_value = "read,deploy,pull,push")]
+        verbs: Vec<String>,
+        /// Only this app; several, or separated by commas [default: all]
+        #[arg(short, long = "app", value_delimiter = ',')]
+        apps: Vec<AppName>,
+        /// Days until it expires
+        #[arg(long, default_value_t = 30)]
+        days: u64,
+    },
+    Revoke { id: String },
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".into()),
+    }
+}

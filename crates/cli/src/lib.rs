@@ -1,0 +1,79 @@
+//! What a person types at any computer: the commands that talk to a server through its API.
+//!
+//! Owns arguments, progress, tables and error texts. Links only core and `api`, so it builds where no
+//! server runs. Standard output carries data only, everything else goes to standard error; with
+//! `--json` standard output is JSON. Tested here for what it decides, and end to end for what it does.
+#![forbid(unsafe_code)]
+
+mod apps;
+mod args;
+mod config_file;
+mod context;
+mod deploy;
+mod exit;
+mod launch;
+mod logs;
+mod machines;
+mod secrets;
+mod ui;
+
+pub use args::{Command, DEFAULT_DATA_DIR, Globals};
+pub use exit::{CliError, Exit};
+
+use dunlin_api::client::{Client, ClientConfig, Target};
+
+/// Runs one command; prints its errors. The exit code says what became of it (see [`Exit`]).
+pub async fn run(command: Command, globals: Globals) -> Exit {
+    let json = globals.json;
+    match dispatch(command, globals).await {
+        Ok(exit) => exit,
+        Err(error) => {
+            ui::print_error(&error, json);
+            error.exit
+        }
+    }
+}
+
+async fn dispatch(command: Command, globals: Globals) -> Result<Exit, CliError> {
+    let session = Session::new(globals)?;
+    match command {
+        Command::Launch(args) => launch::launch(&session, args).await,
+        Command::Deploy(args) => deploy::deploy(&session, args).await,
+        Command::Apps(command) => apps::apps(&session, command).await,
+        Command::Status(args) => apps::status(&session, args).await,
+        Command::Logs(args) => logs::logs(&session, args).await,
+        Command::Machine(command) => machines::machine(&session, command).await,
+        Command::Scale(command) => apps::scale(&session, command).await,
+        Command::Secrets(command) => secrets::secrets(&session, command).await,
+        Command::Releases(args) => deploy::releases(&session, args).await,
+        Command::Rollback(args) => deploy::rollback(&session, args).await,
+        Command::Open(args) => apps::open(&session, args).await,
+        Command::Config(command) => config_file::config(&session, command).await,
+        Command::Tokens(command) => secrets::tokens(&session, command).await,
+    }
+}
+
+/// One command's connection and manner of speaking.
+struct Session {
+    client: Client,
+    json: bool,
+}
+
+impl Session {
+    fn new(globals: Globals) -> Result<Self, CliError> {
+        let target = match &globals.api {
+            Some(text) => Target::parse(text).map_err(|e| {
+                CliError::usage(format!("--api: {e}")).hint("for example --api https://api.example.org")
+            })?,
+            None => Target::Unix(globals.data_dir().join("run/api.sock")),
+        };
+        let extra_roots_pem = match &globals.ca {
+            None => None,
+            Some(path) => Some(std::fs::read(path).map_err(|e| {
+                CliError::usage(format!("the CA file {} cannot be read: {e}", path.display()))
+            })?),
+        };
+        let client = Client::new(ClientConfig { target, token: globals.token, extra_roots_pem })?;
+        Ok(Self { client, json: globals.json })
+    }
+}

@@ -1,0 +1,123 @@
+//! `machine`: list, status, start, stop, restart, exec, destroy.
+
+use crate::args::MachineCommand;
+use crate::config_file::app_name;
+use crate::{CliError, Exit, Session, apps, ui};
+use dunlin_api::wire::{AppList, ExecAnswer, ExecBody, Machine, StopMachine};
+use dunlin_model::{AppName, MachineId};
+use serde_json::{Value, json};
+use std::io::Write;
+
+pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit, CliError> {
+    match command {
+        MachineCommand::List(args) => {
+            let app = app_name(&args)?;
+            let machines: Vec<Machine> = session.client.get(&format!("/v1/apps/{app}/machines")).await?;
+            if session.json {
+                ui::print_json(&machines);
+            } else {
+                apps::print_machines(&machines);
+            }
+            Ok(Exit::Ok)
+        }
+        MachineCommand::Status { id } => {
+            let machine = find(session, &id).await?;
+            if session.json {
+                ui::print_json(&machine);
+            } else {
+                print_machine(&machine);
+            }
+            Ok(Exit::Ok)
+        }
+        MachineCommand::Start { id } => act(session, &id, "start", &json!({})).await,
+        MachineCommand::Stop { id, signal, timeout } => {
+            act(session, &id, "stop", &StopMachine { signal, timeout: timeout.map(Value::from) }).await
+        }
+        MachineCommand::Restart { id } => act(session, &id, "restart", &json!({})).await,
+        MachineCommand::Exec { id, timeout, command } => exec(session, &id, timeout, command).await,
+        MachineCommand::Destroy { id, force } => {
+            let app = find(session, &id).await?.config.app;
+            session.client.delete::<Value>(&format!("/v1/apps/{app}/machines/{id}?force={force}")).await?;
+            if session.json {
+                ui::print_json(&json!({ "id": id, "destroyed": true }));
+            } else {
+                ui::print_line(&format!("destroyed {id}"));
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+/// A machine by its id alone: ids are unique on the platform.
+async fn find(session: &Session, id: &MachineId) -> Result<Machine, CliError> {
+    let list: AppList = session.client.get("/v1/apps").await?;
+    for app in &list.apps {
+        let machines: Vec<Machine> = session.client.get(&format!("/v1/apps/{}/machines", app.name)).await?;
+        if let Some(machine) = machines.into_iter().find(|machine| machine.id == *id) {
+            return Ok(machine);
+        }
+    }
+    Err(CliError::failed(format!("there is no machine {id}")).hint("`dunlin machine list --app APP` shows an app's machines"))
+}
+
+async fn act(session: &Session, id: &MachineId, verb: &str, body: &impl serde::Serialize) -> Result<Exit, CliError> {
+    let app: AppName = find(session, id).await?.config.app;
+    session.client.post::<Value>(&format!("/v1/apps/{app}/machines/{id}/{verb}"), body).await?;
+    let wanted = if verb == "stop" { "stopped" } else { "started" };
+    let wait = format!("/v1/apps/{app}/machines/{id}/wait?state={wanted}&timeout=60");
+    session.client.get::<Value>(&wait).await?;
+    let machine: Machine = session.client.get(&format!("/v1/apps/{app}/machines/{id}")).await?;
+    if session.json {
+        ui::print_json(&machine);
+    } else {
+        ui::print_line(&format!("{id} is {}", machine.state.as_str()));
+    }
+    Ok(Exit::Ok)
+}
+
+async fn exec(session: &Session, id: &MachineId, timeout: u64, command: Vec<String>) -> Result<Exit, CliError> {
+    let app = find(session, id).await?.config.app;
+    let body = ExecBody { command, cmd: None, stdin: None, timeout: Some(timeout) };
+    let answer: ExecAnswer = session.client.post(&format!("/v1/apps/{app}/machines/{id}/exec"), &body).await?;
+    if session.json {
+        ui::print_json(&answer);
+    } else {
+        let _ = std::io::stdout().write_all(answer.stdout.as_bytes());
+        let _ = std::io::stderr().write_all(answer.stderr.as_bytes());
+    }
+    if answer.exit_code == 0 {
+        return Ok(Exit::Ok);
+    }
+    let _ = std::io::stdout().flush();
+    // The command's own code is the answer that scripts want; it is none of ours.
+    std::process::exit(answer.exit_code.clamp(1, 255))
+}
+
+fn print_machine(machine: &Machine) {
+    let line = |name: &str, value: &str| ui::print_line(&format!("{name:9} {value}"));
+    line("machine", machine.id.as_str());
+    line("app", machine.config.app.as_str());
+    line("state", machine.state.as_str());
+    line("release", &format!("v{}", machine.release));
+    line("version", &machine.instance_id);
+    line("image", &format!("{}@{}", machine.image_ref.repository, machine.image_ref.digest));
+    line("address", &machine.private_ip);
+    let guest = &machine.config.guest;
+    line("size", &format!("{} cpu, {} MiB", guest.cpus, guest.memory_mb));
+    line("restarts", &machine.restarts.to_string());
+    for check in &machine.checks {
+        line("check", &format!("{} {:?}: {}", check.name, check.status, check.output));
+    }
+    if let Some(exit) = &machine.exit {
+        let how = match (exit.exit_code, exit.signal, exit.oom_killed) {
+            (_, _, true) => "out of memory".to_owned(),
+            (Some(code), _, _) => format!("exit code {code}"),
+            (_, Some(signal), _) => format!("signal {signal}"),
+            _ => exit.error.clone().unwrap_or_else(|| "unknown".into()),
+        };
+        line("last exit", &how);
+    }
+    if let Some(problem) = &machine.problem {
+        line("problem", problem);
+    }
+}

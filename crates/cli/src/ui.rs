@@ -1,0 +1,95 @@
+//! How results, progress and errors look.
+
+use crate::CliError;
+use serde::Serialize;
+use std::io::{IsTerminal, Write};
+use std::time::Instant;
+
+/// Prints a value as JSON.
+pub fn print_json(value: &impl Serialize) {
+    let text = serde_json::to_string_pretty(value).expect("wire types are plain data");
+    // A reader that went away (`| head`) is no error of ours.
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Prints a line of data.
+pub fn print_line(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Prints rows under a heading, columns as wide as their longest cell.
+pub fn print_table(heading: &[&str], rows: &[Vec<String>]) {
+    let mut widths: Vec<usize> = heading.iter().map(|cell| cell.len()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: Vec<&str>| {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        print_line(padded.join("  ").trim_end());
+    };
+    line(heading.to_vec());
+    for row in rows {
+        line(row.iter().map(String::as_str).collect());
+    }
+}
+
+/// `error:`, causes, `hint:`, the request id. With `--json` one object on standard error.
+pub fn print_error(error: &CliError, json: bool) {
+    let mut err = std::io::stderr().lock();
+    if json {
+        let value = serde_json::json!({
+            "error": error.message, "causes": error.causes, "hint": error.hint,
+            "request_id": error.request_id, "exit_code": error.exit as u8,
+        });
+        let _ = writeln!(err, "{value}");
+        return;
+    }
+    let _ = writeln!(err, "{} {}", paint("31;1", "error:"), error.message);
+    for cause in &error.causes {
+        let _ = writeln!(err, "  {cause}");
+    }
+    if let Some(hint) = &error.hint {
+        let _ = writeln!(err, "{} {hint}", paint("36;1", "hint:"));
+    }
+    if let Some(id) = &error.request_id {
+        let _ = writeln!(err, "request id: {id}");
+    }
+}
+
+/// Steps of long work on standard error, each with the time since the start.
+pub struct Progress {
+    started: Instant,
+}
+
+impl Progress {
+    #[allow(clippy::new_without_default, reason = "starting a clock is not a default")]
+    pub fn new() -> Self {
+        Self { started: Instant::now() }
+    }
+
+    pub fn step(&self, message: &str) {
+        let seconds = self.started.elapsed().as_secs_f64();
+        eprintln!("{} {message}", paint("1", &format!("[{seconds:6.1}s]")));
+    }
+
+    pub fn detail(&self, line: &str) {
+        eprintln!("          {line}");
+    }
+}
+
+/// Asks once; anything but yes is no. Without a terminal nobody can answer.
+pub fn confirm(question: &str) -> Result<bool, CliError> {
+    if !std::io::stdin().is_terminal() {
+        return Err(CliError::usage("this needs a yes, and there is no terminal to ask at").hint("add --yes"));
+    }
+    eprint!("{question} [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).map_err(|e| CliError::failed(format!("no answer could be read: {e}")))?;
+    Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+}
+
+fn paint(code: &str, text: &str) -> String {
+    if std::io::stderr().is_terminal() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+}

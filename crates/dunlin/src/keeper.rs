@@ -1,0 +1,270 @@
+//! The keeper: a small parent without an async runtime that owns the listening sockets and restarts
+//! the server, so that a `kill -9` of the server may break requests in flight but never refuses a
+//! connection: while no server runs, connections wait in the sockets' backlog.
+//!
+//! The server is this binary again, as a hidden personality; it gets the sockets over its standard
+//! input, a socket pair whose end also tells it that the keeper is gone.
+
+use crate::settings::Settings;
+use anyhow::{Context, bail};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::fs::{self, File, OpenOptions};
+use std::io::{IoSlice, IoSliceMut, Write as _};
+use std::mem::MaybeUninit;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// First argument of the server's personality.
+pub const SERVE: &str = "__serve";
+/// A server that lived this long was well: its next restart is immediate.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+/// A predecessor's server may need this long to end after its keeper was killed.
+const TAKEOVER: Duration = Duration::from_secs(15);
+const BACKLOG: i32 = 4096;
+
+/// The sockets, as the server receives them.
+pub struct Sockets {
+    pub http: TcpListener,
+    pub https: TcpListener,
+    pub api: UnixListener,
+    /// Held as long as the server lives: a new keeper waits for it.
+    pub lock: OwnedFd,
+    /// End of file means that the keeper is gone.
+    pub keeper: UnixStream,
+}
+
+enum Input {
+    Signal(i32),
+    Exited(std::io::Result<std::process::ExitStatus>),
+}
+
+/// Binds, starts the server, restarts it when it dies; returns when it was asked to stop.
+pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
+    prepare(settings)?;
+    raise_descriptor_limit();
+    let lock = lock(settings)?;
+    let http = bind(settings.http, "http")?;
+    let https = bind(settings.https, "https")?;
+    let api = bind_api(settings)?;
+    let (inputs, input) = mpsc::channel();
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    let from_signals = inputs.clone();
+    thread::spawn(move || signals.forever().all(|signal| from_signals.send(Input::Signal(signal)).is_ok()));
+
+    let mut backoff = FIRST_BACKOFF;
+    let mut args = server_args.to_vec();
+    loop {
+        let started = Instant::now();
+        let (child, _link) = match spawn(&args, &[http.as_fd(), https.as_fd(), api.as_fd(), lock.as_fd()]) {
+            Ok(spawned) => spawned,
+            // Giving up would close the sockets; memory or processes may come back.
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "the server could not be started; trying again");
+                if stopped_meanwhile(&input, LONGEST_BACKOFF) {
+                    return Ok(());
+                }
+                continue;
+            }
+        };
+        let pid = rustix::process::Pid::from_child(&child);
+        watch(child, inputs.clone());
+        // A kill point is for one life: the next is the one that a test looks at.
+        take_kill_point(&mut args);
+        let mut asked = None;
+        let status = loop {
+            match input.recv()? {
+                Input::Exited(status) => break status?,
+                Input::Signal(signal) => {
+                    asked = Some(signal);
+                    let passed = if signal == SIGHUP { rustix::process::Signal::HUP } else { rustix::process::Signal::TERM };
+                    // Gone already: its exit is the next input.
+                    let _ = rustix::process::kill_process(pid, passed);
+                }
+            }
+        };
+        match asked {
+            Some(SIGHUP) => tracing::info!("restarting the server"),
+            Some(_) => return Ok(()),
+            None if status.code() == Some(EXIT_DO_NOT_RESTART) => bail!("the server cannot run; its reason is above"),
+            None => {
+                backoff = if started.elapsed() > HEALTHY_AFTER { FIRST_BACKOFF } else { backoff };
+                tracing::error!(%status, backoff_ms = backoff.as_millis() as u64, "the server died; restarting it");
+                if stopped_meanwhile(&input, backoff) {
+                    return Ok(());
+                }
+                backoff = (backoff * 2).min(LONGEST_BACKOFF);
+            }
+        }
+    }
+}
+
+/// With this code the server says that a restart would not help.
+pub const EXIT_DO_NOT_RESTART: i32 = 78;
+
+fn take_kill_point(args: &mut Vec<String>) {
+    if let Some(at) = args.iter().position(|arg| arg == "--kill-at") {
+        args.drain(at..(at + 2).min(args.len()));
+    }
+}
+
+fn stopped_meanwhile(input: &mpsc::Receiver<Input>, backoff: Duration) -> bool {
+    matches!(input.recv_timeout(backoff), Ok(Input::Signal(SIGTERM | SIGINT)))
+}
+
+fn watch(mut child: Child, inputs: mpsc::Sender<Input>) {
+    thread::spawn(move || inputs.send(Input::Exited(child.wait())));
+}
+
+fn prepare(settings: &Settings) -> anyhow::Result<()> {
+    let run = settings.data_dir.join("run");
+    fs::create_dir_all(&run).with_context(|| {
+        format!("the data directory {} cannot be made; choose another with --data-dir", settings.data_dir.display())
+    })?;
+    for dir in [&settings.data_dir, &run] {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    }
+    Ok(())
+}
+
+/// Shells start programs with 1,024 descriptors; an edge needs two for each request. Children inherit it.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "the limit of open files stays at {:?}", limit.current);
+    }
+}
+
+/// One server a data directory. The server inherits the lock, so the kernel drops it only when keeper
+/// and server are both gone, however they end.
+fn lock(settings: &Settings) -> anyhow::Result<File> {
+    let path = settings.data_dir.join("dunlin.lock");
+    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+    let deadline = Instant::now() + TAKEOVER;
+    while rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        let holder = fs::read_to_string(&path).unwrap_or_default();
+        let holder_lives = holder.trim().parse::<u32>().is_ok_and(|pid| fs::exists(format!("/proc/{pid}")).unwrap_or(true));
+        if holder_lives || Instant::now() > deadline {
+            bail!(
+                "another server (process {}) uses {}; stop it, or choose another --data-dir",
+                holder.trim(),
+                settings.data_dir.display()
+            );
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    file.set_len(0)?;
+    write!(file, "{}", std::process::id())?;
+    Ok(file)
+}
+
+/// The keeper or server that uses a data directory, if one does.
+pub fn holder(data_dir: &Path) -> anyhow::Result<Option<String>> {
+    let path = data_dir.join("dunlin.lock");
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(|| format!("{} cannot be read", path.display())),
+    };
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(None),
+        Err(_) => Ok(Some(fs::read_to_string(&path).unwrap_or_default().trim().to_owned())),
+    }
+}
+
+fn bind(addr: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
+    use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
+    let bound = || -> rustix::io::Result<TcpListener> {
+        let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let socket = net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        net::bind(&socket, &addr)?;
+        net::listen(&socket, BACKLOG)?;
+        Ok(TcpListener::from(socket))
+    };
+    match bound() {
+        Ok(listener) => Ok(listener),
+        Err(rustix::io::Errno::ADDRINUSE) => {
+            let owner = dunlin_runtime::net::ports::port_owner(addr.port())
+                .map_or("another process".to_owned(), |owner| format!("{} (process {})", owner.comm, owner.pid));
+            bail!(
+                "port {} for {what} is already taken by {owner}; stop it, or choose another with --{what} {}:PORT",
+                addr.port(),
+                addr.ip()
+            )
+        }
+        Err(rustix::io::Errno::ACCESS) => {
+            bail!("binding {addr} for {what} needs root; run as root or choose a port above 1023 with --{what}")
+        }
+        Err(e) => Err(std::io::Error::from(e)).with_context(|| format!("{what} cannot listen on {addr}")),
+    }
+}
+
+fn bind_api(settings: &Settings) -> anyhow::Result<UnixListener> {
+    let path = settings.api_socket();
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).context("the old API socket is in the way"),
+        _ => {}
+    }
+    let listener =
+        UnixListener::bind(&path).with_context(|| format!("the API cannot listen on {}", path.display()))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+fn spawn(args: &[String], sockets: &[std::os::fd::BorrowedFd<'_>]) -> anyhow::Result<(Child, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(sockets));
+    rustix::net::sendmsg(&ours, &[IoSlice::new(b"s")], &mut ancillary, rustix::net::SendFlags::empty())?;
+    let child = Command::new(own_path()?)
+        .arg(SERVE)
+        .args(args)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()
+        .context("the server could not be started")?;
+    Ok((child, ours))
+}
+
+/// Where this binary is, or the one that an upgrade put in its place.
+fn own_path() -> anyhow::Result<std::path::PathBuf> {
+    use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+    let path = std::env::current_exe().context("the path of this binary is not known")?.into_os_string().into_vec();
+    let path = path.strip_suffix(b" (deleted)").unwrap_or(&path);
+    Ok(std::ffi::OsStr::from_bytes(path).into())
+}
+
+/// The server's side: takes the sockets off standard input.
+pub fn receive_sockets() -> anyhow::Result<Sockets> {
+    let keeper = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0; 1];
+    rustix::net::recvmsg(
+        &keeper,
+        &mut [IoSliceMut::new(&mut byte)],
+        &mut ancillary,
+        rustix::net::RecvFlags::CMSG_CLOEXEC,
+    )
+    .context("this personality is started by `dunlin server` only")?;
+    let mut sockets = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let mut fds = sockets.next().context("the keeper sent no sockets")?;
+    let (Some(http), Some(https), Some(api), Some(lock)) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
+        bail!("the keeper sent too few sockets");
+    };
+    Ok(Sockets { http: http.into(), https: https.into(), api: api.into(), lock, keeper })
+}

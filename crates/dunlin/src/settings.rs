@@ -1,0 +1,313 @@
+//! The server's settings: flag > environment > file > default, resolved and validated before a port
+//! is bound. Every variable that Dunlin reads is declared here.
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use dunlin_cli::DEFAULT_DATA_DIR;
+use dunlin_model::desired::Ipv4Prefix;
+use dunlin_model::{HostId, Region};
+use serde::Deserialize;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+pub const DEFAULT_MACHINE_PREFIX: &str = "10.201.0.0/16";
+
+/// Flags of `dunlin server`; each has a variable and a key of the settings file.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ServerArgs {
+    /// Settings file (TOML); its keys are the flags' names with underscores
+    #[arg(long, env = "DUNLIN_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Address of the edge for HTTP [default: 0.0.0.0:80]
+    #[arg(long, env = "DUNLIN_HTTP", value_name = "ADDR:PORT")]
+    pub http: Option<String>,
+    /// Address of the edge for HTTPS [default: 0.0.0.0:443]
+    #[arg(long, env = "DUNLIN_HTTPS", value_name = "ADDR:PORT")]
+    pub https: Option<String>,
+    /// Apps are served as <app>.<domain> [default: localhost]
+    #[arg(long, env = "DUNLIN_DOMAIN", value_name = "NAME")]
+    pub domain: Option<String>,
+    /// This server's id [default: h1]
+    #[arg(long, env = "DUNLIN_HOST_ID", value_name = "ID")]
+    pub host_id: Option<String>,
+    /// The region that this server is in [default: local]
+    #[arg(long, env = "DUNLIN_REGION", value_name = "CODE")]
+    pub region: Option<String>,
+    /// What this server does: control, host, proxy [default: all three]
+    ///
+    /// host,proxy runs apps and serves traffic from what the server last knew, with no API.
+    #[arg(long = "role", env = "DUNLIN_ROLE", value_name = "ROLE", value_delimiter = ',')]
+    pub roles: Option<Vec<Role>>,
+    /// Block of private addresses for machines [default: 10.201.0.0/16]
+    #[arg(long, env = "DUNLIN_MACHINE_PREFIX", value_name = "NET/LEN")]
+    pub machine_prefix: Option<String>,
+    /// Where builds look for base images first
+    #[arg(long, env = "DUNLIN_BASE_IMAGES", value_name = "WHERE")]
+    pub base_images: Option<BaseImages>,
+    /// Memory that machines may reserve, in MiB [default: the machine's memory less 512]
+    #[arg(long, env = "DUNLIN_MEMORY_MB", value_name = "MIB")]
+    pub memory_mb: Option<u32>,
+    /// Format of the server's own log
+    #[arg(long, env = "DUNLIN_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Validate the settings, print them, and exit
+    #[arg(long)]
+    pub check_config: bool,
+    /// Test hook: kill the server at this boundary between a durable write and an act
+    #[arg(long, value_name = "POINT", hide = true)]
+    pub kill_at: Option<String>,
+}
+
+/// A part of what a server does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Control,
+    Host,
+    Proxy,
+}
+
+/// Where builds look for base images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BaseImages {
+    /// At the registry that the image's name means, for example Docker Hub
+    Upstream,
+    /// First among those made here from Debian packages (`dunlin image bootstrap`)
+    Bootstrapped,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileSettings {
+    data_dir: Option<PathBuf>,
+    http: Option<String>,
+    https: Option<String>,
+    domain: Option<String>,
+    host_id: Option<String>,
+    region: Option<String>,
+    role: Option<Vec<Role>>,
+    machine_prefix: Option<String>,
+    base_images: Option<BaseImages>,
+    memory_mb: Option<u32>,
+    log_format: Option<LogFormat>,
+}
+
+/// Settings as the server uses them. Nothing below the binary reads the environment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    pub data_dir: PathBuf,
+    pub http: SocketAddr,
+    pub https: SocketAddr,
+    pub domain: String,
+    pub host_id: HostId,
+    pub region: Region,
+    pub roles: Vec<Role>,
+    pub machine_prefix: Ipv4Prefix,
+    pub base_images: BaseImages,
+    pub cpus: u32,
+    pub memory_mb: u32,
+    pub log_format: LogFormat,
+    pub kill_at: Option<String>,
+}
+
+impl Settings {
+    /// Resolves and validates; the error names every problem at once.
+    /// `data_dir` is the flag or the variable of all commands.
+    pub fn resolve(args: &ServerArgs, data_dir: Option<&Path>) -> anyhow::Result<Self> {
+        let file = match &args.config {
+            None => FileSettings::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("the settings file {} cannot be read", path.display()))?;
+                parse_file(&text).with_context(|| format!("the settings file {} is not valid", path.display()))?
+            }
+        };
+        let mut problems = String::new();
+        let mut parse = Parse { problems: &mut problems };
+        let http = parse.socket("http", args.http.as_ref().or(file.http.as_ref()), "0.0.0.0:80");
+        let https = parse.socket("https", args.https.as_ref().or(file.https.as_ref()), "0.0.0.0:443");
+        let domain = parse.domain(args.domain.as_ref().or(file.domain.as_ref()));
+        let host_id = parse.name("host-id", args.host_id.as_ref().or(file.host_id.as_ref()), "h1");
+        let region = parse.name("region", args.region.as_ref().or(file.region.as_ref()), "local");
+        let roles = parse.roles(args.roles.as_ref().or(file.role.as_ref()));
+        let prefix = parse.prefix(args.machine_prefix.as_ref().or(file.machine_prefix.as_ref()));
+        let memory_mb = args.memory_mb.or(file.memory_mb).map_or_else(default_memory_mb, Ok)?;
+        let data_dir =
+            data_dir.map(Path::to_owned).or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
+        if let (Some(http), Some(https)) = (http, https)
+            && http == https
+            && http.port() != 0
+        {
+            let _ = writeln!(problems, "  http and https are both {http}: give each a port of its own");
+        }
+        match (http, https, domain, host_id, region, roles, prefix) {
+            (Some(http), Some(https), Some(domain), Some(host_id), Some(region), Some(roles), Some(machine_prefix))
+                if problems.is_empty() =>
+            {
+                Ok(Self {
+                    data_dir: std::path::absolute(&data_dir)?,
+                    http,
+                    https,
+                    domain,
+                    host_id,
+                    region,
+                    roles,
+                    machine_prefix,
+                    base_images: args.base_images.or(file.base_images).unwrap_or(BaseImages::Upstream),
+                    cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+                    memory_mb,
+                    log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+                    kill_at: args.kill_at.clone(),
+                })
+            }
+            _ => anyhow::bail!("the settings are not valid:\n{}", problems.trim_end()),
+        }
+    }
+
+    /// The socket on which root reaches the API.
+    pub fn api_socket(&self) -> PathBuf {
+        api_socket(&self.data_dir)
+    }
+
+    pub fn summary(&self) -> String {
+        format!(
+            "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ndomain = {:?}\nhost_id = {:?}\nregion = {:?}\nrole = {:?}\n\
+             machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nlog_format = {:?}",
+            self.data_dir,
+            self.http.to_string(),
+            self.https.to_string(),
+            self.domain,
+            self.host_id.as_str(),
+            self.region.as_str(),
+            role_names(&self.roles).split(',').collect::<Vec<_>>(),
+            self.machine_prefix.network,
+            self.machine_prefix.length,
+            format!("{:?}", self.base_images).to_lowercase(),
+            self.memory_mb,
+            format!("{:?}", self.log_format).to_lowercase(),
+        )
+    }
+}
+
+fn role_names(roles: &[Role]) -> String {
+    let names: Vec<String> = roles.iter().map(|role| format!("{role:?}").to_lowercase()).collect();
+    names.join(",")
+}
+
+/// Where the API's socket is in a data directory.
+pub fn api_socket(data_dir: &Path) -> PathBuf {
+    data_dir.join("run/api.sock")
+}
+
+fn parse_file(text: &str) -> anyhow::Result<FileSettings> {
+    Ok(toml_edit::de::from_str(text)?)
+}
+
+struct Parse<'a> {
+    problems: &'a mut String,
+}
+
+impl Parse<'_> {
+    fn keep<T, E: std::fmt::Display>(&mut self, key: &str, text: &str, parsed: Result<T, E>) -> Option<T> {
+        parsed.map_err(|e| { let _ = writeln!(self.problems, "  {key} = {text:?}: {e}"); }).ok()
+    }
+
+    fn socket(&mut self, key: &str, text: Option<&String>, default: &str) -> Option<SocketAddr> {
+        let text = text.map_or(default, String::as_str);
+        let parsed = text.parse::<SocketAddr>().map_err(|_| "expected ADDRESS:PORT, for example 0.0.0.0:80");
+        self.keep(key, text, parsed)
+    }
+
+    fn name<T: std::str::FromStr<Err = dunlin_model::InvalidName>>(
+        &mut self,
+        key: &str,
+        text: Option<&String>,
+        default: &str,
+    ) -> Option<T> {
+        let text = text.map_or(default, String::as_str);
+        self.keep(key, text, text.parse::<T>().map_err(|e| e.rule))
+    }
+
+    fn roles(&mut self, roles: Option<&Vec<Role>>) -> Option<Vec<Role>> {
+        let mut roles = roles.cloned().unwrap_or_else(|| vec![Role::Control, Role::Host, Role::Proxy]);
+        roles.sort_unstable();
+        roles.dedup();
+        let valid = roles.contains(&Role::Host) && roles.contains(&Role::Proxy);
+        let text = role_names(&roles);
+        self.keep("role", &text, valid.then_some(roles).ok_or("host and proxy run together until hosts form a fleet; leave out control only"))
+    }
+
+    fn domain(&mut self, text: Option<&String>) -> Option<String> {
+        let text = text.map_or("localhost", String::as_str).to_ascii_lowercase();
+        let valid = text.len() <= 190 && text.split('.').all(|label| label.parse::<dunlin_model::AppName>().is_ok());
+        self.keep("domain", &text, valid.then(|| text.clone()).ok_or("expected a domain name such as example.org"))
+    }
+
+    fn prefix(&mut self, text: Option<&String>) -> Option<Ipv4Prefix> {
+        let text = text.map_or(DEFAULT_MACHINE_PREFIX, String::as_str);
+        let parsed = parse_prefix(text).ok_or("expected a private block of at least a /24, such as 10.201.0.0/16");
+        self.keep("machine-prefix", text, parsed)
+    }
+}
+
+pub fn parse_prefix(text: &str) -> Option<Ipv4Prefix> {
+    let (network, length) = text.split_once('/')?;
+    let (network, length): (std::net::Ipv4Addr, u8) = (network.parse().ok()?, length.parse().ok()?);
+    let mask = u32::MAX.checked_shl(32 - u32::from(length)).filter(|_| (8..=24).contains(&length))?;
+    (u32::from(network) & !mask == 0 && network.is_private()).then_some(Ipv4Prefix { network, length })
+}
+
+/// The machine's memory less what the system and the server themselves need.
+fn default_memory_mb() -> anyhow::Result<u32> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("/proc/meminfo cannot be read")?;
+    let total_kb = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+        .context("/proc/meminfo has no MemTotal")?;
+    Ok(u32::try_from(total_kb / 1024).unwrap_or(u32::MAX).saturating_sub(512).max(128))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server.toml");
+        std::fs::write(&path, "domain = \"example.org\"\nregion = \"fra\"\n").unwrap();
+        let args = ServerArgs { config: Some(path), region: Some("ams".into()), ..Default::default() };
+        let settings = Settings::resolve(&args, None).unwrap();
+        assert_eq!((settings.domain.as_str(), settings.region.as_str()), ("example.org", "ams"));
+        assert_eq!(settings.http.port(), 80);
+    }
+
+    #[test]
+    fn every_problem_is_named_at_once() {
+        let args = ServerArgs {
+            http: Some("80".into()),
+            region: Some("Frankfurt!".into()),
+            machine_prefix: Some("8.8.8.0/24".into()),
+            ..Default::default()
+        };
+        let error = format!("{:#}", Settings::resolve(&args, None).unwrap_err());
+        for key in ["http = ", "region = ", "machine-prefix = "] {
+            assert!(error.contains(key), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_place() {
+        let error = format!("{:#}", parse_file("domian = \"x\"").unwrap_err());
+        assert!(error.contains("domian") && error.contains("line 1"), "{error}");
+    }
+}
