@@ -1,0 +1,375 @@
+//! End-to-end support: starts the real binary in a scratch directory, speaks to it as a person would
+//! (the CLI and curl), and takes everything away again.
+//!
+//! The binary must have been built: `cargo xtask test` does that first.
+#![forbid(unsafe_code)]
+
+mod app;
+mod probe;
+mod websocket;
+
+pub use app::{APP_PY, DOCKERFILE, PYTHON};
+pub use probe::{Probe, Seen};
+pub use websocket::websocket_echo;
+
+use serde_json::Value;
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long a condition may take on two busy cores.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Another binary than the one that tests run, for benchmarks. To be called before anything else.
+pub fn use_binary(path: PathBuf) {
+    assert!(BINARY.set(path).is_ok(), "the binary is chosen once, and first");
+}
+
+static BINARY: OnceLock<PathBuf> = OnceLock::new();
+
+/// Where cargo put the binary.
+pub fn binary() -> PathBuf {
+    let path = BINARY.get_or_init(|| target().join("debug/dunlin")).clone();
+    assert!(path.exists(), "{} is not built; run `cargo build --package dunlin` first", path.display());
+    path
+}
+
+fn target() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from)
+}
+
+/// Base images are made once and shared by hard links: blobs never change.
+fn template() -> &'static Path {
+    static TEMPLATE: OnceLock<PathBuf> = OnceLock::new();
+    TEMPLATE.get_or_init(|| {
+        let data = target().join("e2e-images");
+        fs::create_dir_all(&data).unwrap();
+        for kind in ["debian", "python", "node"] {
+            let made = Command::new(binary()).args(["image", "bootstrap", kind, "--data-dir"]).arg(&data).status();
+            assert!(made.unwrap().success(), "dunlin image bootstrap {kind}");
+        }
+        data
+    })
+}
+
+/// The numbers of test servers differ, so that their address blocks do.
+fn next_number() -> usize {
+    static NEXT: Mutex<usize> = Mutex::new(0);
+    let mut next: MutexGuard<'_, usize> = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
+    *next += 1;
+    *next
+}
+
+/// What a sound server may say at WARN on a machine like CI's; anything else that a test did not announce
+/// with [`Server::expect_log`] fails it.
+const USUAL_WARNINGS: &[&str] = &[
+    // Containers and CI machines often withhold CAP_SYS_RESOURCE.
+    "oom priority",
+    // Seen where a disk of the host itself is small.
+    "free disk",
+];
+
+/// One server with a data directory of its own.
+pub struct Server {
+    dir: TempDir,
+    data: PathBuf,
+    keeper: Option<Child>,
+    pub http: u16,
+    pub https: u16,
+    number: usize,
+    /// Further flags of `dunlin server`.
+    pub flags: Vec<String>,
+    expected: Mutex<Vec<String>>,
+}
+
+impl Server {
+    /// Starts a server that has the base images, and waits until it answers.
+    pub fn start() -> Self {
+        let mut server = Self::prepare();
+        server.boot();
+        server
+    }
+
+    /// A data directory and ports, no process yet.
+    pub fn prepare() -> Self {
+        let dir = tempfile::Builder::new().prefix("dunlin-e2e-").tempdir().unwrap();
+        let data = dir.path().join("data");
+        Self::prepare_in(dir, data, &["-al"])
+    }
+
+    /// As [`Server::prepare`], with the data on another file system, which `copy` (flags of cp) must suit.
+    pub fn prepare_in(dir: TempDir, data: PathBuf, copy: &[&str]) -> Self {
+        fs::create_dir_all(&data).unwrap();
+        let copied = Command::new("cp").args(copy).arg(template().join("registry")).arg(&data).status().unwrap();
+        assert!(copied.success());
+        let (http, https) = (free_port(), free_port());
+        Self { dir, data, keeper: None, http, https, number: next_number(), flags: vec![], expected: Mutex::default() }
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn data(&self) -> PathBuf {
+        self.data.clone()
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("server.log")).unwrap_or_default()
+    }
+
+    /// Announces that the log will have WARN or ERROR lines with this text.
+    pub fn expect_log(&self, text: &str) {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner).push(text.to_owned());
+    }
+
+    /// The command that starts the keeper.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(binary());
+        command
+            .args(["server", "--base-images", "bootstrapped", "--data-dir"])
+            .arg(self.data())
+            .args(["--http", &format!("127.0.0.1:{}", self.http)])
+            .args(["--https", &format!("127.0.0.1:{}", self.https)])
+            .args(["--machine-prefix", &format!("10.{}.{}.0/24", 210 + self.number / 250, self.number % 250)])
+            .args(&self.flags)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Starts the keeper and waits for the API.
+    pub fn boot(&mut self) {
+        let log = File::options().create(true).append(true).open(self.dir.path().join("server.log")).unwrap();
+        let keeper = self.command().stdout(log.try_clone().unwrap()).stderr(log).process_group(0).spawn().unwrap();
+        self.keeper = Some(keeper);
+        self.wait_ready();
+    }
+
+    pub fn wait_ready(&self) {
+        self.until("the server answers", || self.dunlin(&["apps", "list", "--json"]).status.success());
+    }
+
+    /// Runs the CLI against this server.
+    pub fn dunlin(&self, args: &[&str]) -> Output {
+        self.dunlin_in(self.dir.path(), args)
+    }
+
+    pub fn dunlin_in(&self, dir: &Path, args: &[&str]) -> Output {
+        self.cli(dir, args).output().unwrap()
+    }
+
+    /// The CLI, to be started with whatever else a test wants of it.
+    pub fn cli(&self, dir: &Path, args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.arg("--data-dir").arg(self.data()).args(args).current_dir(dir).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the CLI and expects success; returns standard output.
+    pub fn ok(&self, args: &[&str]) -> String {
+        self.ok_in(self.dir.path(), args)
+    }
+
+    pub fn ok_in(&self, dir: &Path, args: &[&str]) -> String {
+        let output = self.dunlin_in(dir, args);
+        assert!(output.status.success(), "{}", self.story(args, &output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs the CLI and expects this exit code and these texts in what it says; returns all of it.
+    pub fn fails_in(&self, dir: &Path, args: &[&str], code: i32, says: &[&str]) -> String {
+        let output = self.dunlin_in(dir, args);
+        assert_eq!(output.status.code(), Some(code), "{}", self.story(args, &output));
+        let text = text(&output);
+        for wanted in says {
+            assert!(text.contains(wanted), "no {wanted:?} in: {}", self.story(args, &output));
+        }
+        assert!(text.contains("error:") && text.contains("hint:"), "{}", self.story(args, &output));
+        text
+    }
+
+    pub fn fails(&self, args: &[&str], code: i32, says: &[&str]) -> String {
+        self.fails_in(self.dir.path(), args, code, says)
+    }
+
+    fn story(&self, args: &[&str], output: &Output) -> String {
+        format!("dunlin {} ended with {}\n{}\n--- server log\n{}", args.join(" "), output.status, text(output), tail(&self.log()))
+    }
+
+    /// Standard output of a successful command, as JSON.
+    pub fn json(&self, args: &[&str]) -> Value {
+        let mut args = args.to_vec();
+        args.push("--json");
+        serde_json::from_str(&self.ok(&args)).unwrap()
+    }
+
+    /// An app's machines as the API shows them.
+    pub fn machine_list(&self, app: &str) -> Vec<Value> {
+        self.json(&["machine", "list", "--app", app]).as_array().unwrap().clone()
+    }
+
+    /// Ids of an app's machines.
+    pub fn machines(&self, app: &str) -> Vec<String> {
+        self.machine_list(app).iter().map(|m| m["id"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// The process id of a machine's supervisor.
+    pub fn supervisor_pid(&self, machine: &str) -> Option<u32> {
+        processes().into_iter().find(|(_, line)| line.contains("__supervisor") && line.ends_with(machine)).map(|(pid, _)| pid)
+    }
+
+    /// (status, body) of a GET through the edge.
+    pub fn get(&self, app: &str, path: &str) -> (u16, String) {
+        let url = format!("http://{app}.localhost:{}{path}", self.http);
+        curl(&["--resolve", &format!("{app}.localhost:{}:127.0.0.1", self.http), &url])
+    }
+
+    pub fn get_tls(&self, app: &str, path: &str) -> (u16, String) {
+        let url = format!("https://{app}.localhost:{}{path}", self.https);
+        let ca = self.data().join("ca/ca.pem");
+        let resolve = format!("{app}.localhost:{}:127.0.0.1", self.https);
+        curl(&["--cacert", ca.to_str().unwrap(), "--resolve", &resolve, &url])
+    }
+
+    /// The keeper's process id.
+    pub fn keeper_pid(&self) -> u32 {
+        self.keeper.as_ref().unwrap().id()
+    }
+
+    /// The server's process id: the keeper's child.
+    pub fn server_pid(&self) -> Option<u32> {
+        let keeper = self.keeper_pid();
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).ok()?;
+        children.split_whitespace().next()?.parse().ok()
+    }
+
+    /// `kill -9` of the server; the keeper starts another.
+    pub fn kill_server(&self) {
+        self.expect_log("the server died; restarting it");
+        if let Some(pid) = self.server_pid() {
+            kill(pid, "KILL");
+            self.until("another server runs", || self.server_pid().is_some_and(|new| new != pid));
+        }
+    }
+
+    /// Graceful stop of keeper and server; machines live on.
+    pub fn stop(&mut self) {
+        if let Some(mut keeper) = self.keeper.take() {
+            kill(keeper.id(), "TERM");
+            keeper.wait().unwrap();
+        }
+    }
+
+    /// Waits until `condition` holds.
+    pub fn until(&self, what: &str, condition: impl FnMut() -> bool) {
+        assert!(until(condition), "not within {PATIENCE:?}: {what}\n--- server log\n{}", tail(&self.log()));
+    }
+
+    /// Writes an app's source; returns its directory.
+    pub fn source(&self, name: &str, files: &[(&str, &str)]) -> PathBuf {
+        let dir = self.dir.path().join("src").join(name);
+        for (path, content) in files {
+            let path = dir.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        dir
+    }
+
+    fn check_log(&self) {
+        let expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = self.log();
+        let unexpected: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains(" WARN ") || line.contains(" ERROR ") || line.contains("panicked"))
+            .filter(|line| !USUAL_WARNINGS.iter().any(|usual| line.contains(usual)))
+            .filter(|line| !expected.iter().any(|text| line.contains(text.as_str())))
+            .collect();
+        assert!(unexpected.is_empty(), "the server's log has lines that nobody announced:\n{}", unexpected.join("\n"));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+        let cleaned = Command::new(binary()).args(["cleanup", "--data-dir"]).arg(self.data()).output();
+        if thread::panicking() {
+            return;
+        }
+        let cleaned = cleaned.unwrap();
+        assert!(cleaned.status.success(), "cleanup: {}", text(&cleaned));
+        self.check_log();
+        let leftovers = leftovers(&self.data);
+        assert!(leftovers.is_empty(), "something is left: {leftovers:?}");
+    }
+}
+
+/// What a server of this data directory has in the kernel: mounts, processes, loop devices.
+pub fn leftovers(data: &Path) -> Vec<String> {
+    let data = data.to_str().unwrap();
+    let mounts = fs::read_to_string("/proc/mounts").unwrap();
+    let mounts = mounts.lines().filter(|line| line.split(' ').nth(1).is_some_and(|at| at.starts_with(&format!("{data}/"))));
+    let processes = processes().into_iter().filter(|(_, line)| line.contains(data)).map(|(pid, line)| format!("{pid} {line}"));
+    let loops = fs::read_dir("/sys/block").unwrap().flatten().filter_map(|entry| {
+        let file = fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        file.starts_with(&format!("{data}/")).then(|| format!("{}: {file}", entry.file_name().to_string_lossy()))
+    });
+    mounts.map(str::to_owned).chain(processes).chain(loops).collect()
+}
+
+/// (process id, command line) of all processes.
+pub fn processes() -> Vec<(u32, String)> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            Some((pid, String::from_utf8_lossy(&line).replace('\0', " ").trim_end().to_owned()))
+        })
+        .collect()
+}
+
+/// Polls until `condition` holds or patience ends.
+pub fn until(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if condition() {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(25));
+    }
+    condition()
+}
+
+/// Standard output and error of a command.
+pub fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+pub fn kill(pid: u32, signal: &str) {
+    let _ = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status(); // it may be gone
+}
+
+fn curl(args: &[&str]) -> (u16, String) {
+    let output =
+        Command::new("curl").args(["-sS", "--max-time", "30", "-w", "\n%{http_code}"]).args(args).output().unwrap();
+    let answer = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (body, status) = answer.rsplit_once('\n').unwrap_or(("", "0"));
+    (status.parse().unwrap_or(0), format!("{body}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}

@@ -1,0 +1,11 @@
+//! The real binary, as people use it. One test binary, because linking is slow on two cores.
+
+mod apps;
+mod deploys;
+mod disk;
+mod errors;
+mod kills;
+mod machines;
+mod registry;
+mod secrets;
+mod server;

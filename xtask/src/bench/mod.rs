@@ -1,0 +1,115 @@
+//! `cargo xtask bench`: each figure beside its peer's, both run on this machine in turn, as a ratio.
+//!
+//! Nothing here is a test: a figure that misses its goal is printed as such and fails nothing.
+
+mod create;
+mod deploy;
+mod idle;
+
+use crate::{packages, sh};
+use anyhow::bail;
+use std::time::{Duration, Instant};
+
+type Bench = (&'static str, fn(&mut Table) -> anyhow::Result<()>);
+
+const BENCHES: &[Bench] = &[("deploy", deploy::run), ("create", create::run), ("idle", idle::run)];
+
+pub fn run(names: &[&str]) -> anyhow::Result<()> {
+    if let Some(unknown) = names.iter().find(|name| !BENCHES.iter().any(|(known, _)| known == *name)) {
+        let known: Vec<&str> = BENCHES.iter().map(|(name, _)| *name).collect();
+        bail!("there is no bench {unknown:?}; there are {}", known.join(", "));
+    }
+    packages::ensure(packages::For::Bench)?;
+    println!("building dunlin for release");
+    sh::run(sh::cargo().args(["build", "--release", "--package", "dunlin"]))?;
+    dunlin_e2e::use_binary(sh::target_dir().join("release/dunlin"));
+    let mut table = Table::default();
+    for (name, bench) in BENCHES {
+        if names.is_empty() || names.contains(name) {
+            println!("==> {name}");
+            bench(&mut table)?;
+        }
+    }
+    table.print();
+    Ok(())
+}
+
+/// Rows of the summary.
+#[derive(Default)]
+pub struct Table {
+    rows: Vec<[String; 5]>,
+}
+
+/// One figure; `peer` is `(name, value)`.
+pub struct Figure<'a> {
+    pub what: &'a str,
+    pub ours: f64,
+    pub unit: &'a str,
+    pub peer: Option<(&'a str, f64)>,
+    pub goal: &'a str,
+}
+
+impl Table {
+    pub fn add(&mut self, figure: Figure<'_>) {
+        let Figure { what, ours, unit, peer, goal } = figure;
+        let (peer_text, ratio) = match peer {
+            Some((name, value)) => (format!("{name} {} {unit}", round(value)), format!("{:.2}x", ours / value)),
+            None => ("-".into(), "-".into()),
+        };
+        let row = [what.to_owned(), format!("{} {unit}", round(ours)), peer_text, ratio, goal.to_owned()];
+        println!("    {}", row.join(" | "));
+        self.rows.push(row);
+    }
+
+    fn print(&self) {
+        let heading = ["figure", "dunlin", "peer", "ratio", "goal"].map(str::to_owned);
+        let rows: Vec<&[String; 5]> = std::iter::once(&heading).chain(&self.rows).collect();
+        let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..5).map(width).collect();
+        println!();
+        for row in rows {
+            let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+            println!("{}", cells.join("  ").trim_end());
+        }
+    }
+}
+
+fn round(value: f64) -> String {
+    match value {
+        v if v >= 100.0 => format!("{v:.0}"),
+        v if v >= 10.0 => format!("{v:.1}"),
+        v => format!("{v:.2}"),
+    }
+}
+
+/// Times of all rounds of something.
+pub struct Times(Vec<Duration>);
+
+impl Times {
+    /// `round` gives the time that counts, which may be less than it took.
+    pub fn of(rounds: usize, mut round: impl FnMut(usize) -> anyhow::Result<Duration>) -> anyhow::Result<Self> {
+        let mut times = (0..rounds).map(&mut round).collect::<anyhow::Result<Vec<_>>>()?;
+        times.sort();
+        Ok(Self(times))
+    }
+
+    pub fn p50(&self) -> Duration {
+        self.0[self.0.len() / 2]
+    }
+
+    pub fn p99(&self) -> Duration {
+        self.0[(self.0.len() * 99 / 100).min(self.0.len() - 1)]
+    }
+
+    pub fn spread(&self) -> String {
+        let ms = |time: &Duration| round(time.as_secs_f64() * 1e3);
+        format!("{}..{} ms over {} rounds", ms(&self.0[0]), ms(&self.0[self.0.len() - 1]), self.0.len())
+    }
+}
+
+/// How long something takes.
+pub fn time<T>(act: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    act()?;
+    Ok(began.elapsed())
+}

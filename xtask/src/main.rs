@@ -1,0 +1,49 @@
+//! One entry for all house work: `cargo xtask demo|test|bench|tidy`.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod demo;
+mod packages;
+mod sh;
+mod test;
+mod tidy;
+
+use anyhow::bail;
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask <command>
+
+  demo            set everything up, start a server, launch the bundled sample, print its URL
+  demo --stop     stop that server and remove all it left in the kernel
+  test            set everything up and pass all tests
+  test --fast     without the end-to-end tests
+  bench [NAME]    print figures beside their peers': deploy, create, idle
+  tidy            check the house rules";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            for cause in error.chain().skip(1) {
+                eprintln!("  caused by: {cause}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[&str]) -> anyhow::Result<()> {
+    match args {
+        ["demo"] => demo::Demo::of_this_checkout().start(),
+        ["demo", "--stop"] => demo::Demo::of_this_checkout().stop(),
+        ["test"] => test::run(test::Scope::All),
+        ["test", "--fast"] => test::run(test::Scope::Fast),
+        ["bench", names @ ..] => bench::run(names),
+        ["tidy"] => tidy::run(),
+        _ => bail!("{USAGE}"),
+    }
+}

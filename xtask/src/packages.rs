@@ -1,0 +1,76 @@
+//! System packages that the house needs, installed after saying which.
+
+use crate::sh;
+use anyhow::bail;
+use std::process::Command;
+
+/// (a file that shows that it is installed, Debian package, what for)
+const RUN: &[(&str, &str, &str)] = &[
+    ("/usr/bin/buildah", "buildah", "builds images, inside a machine"),
+    ("/usr/sbin/nft", "nftables", "the firewall of machines"),
+    ("/usr/bin/mmdebstrap", "mmdebstrap", "base images from Debian packages"),
+    ("/sbin/mkfs.ext4", "e2fsprogs", "the builder's cache volume"),
+    ("/usr/bin/curl", "curl", "to look at the demo"),
+    ("/etc/ssl/certs/ca-certificates.crt", "ca-certificates", "trust in other registries"),
+    ("/usr/bin/cc", "gcc", "to build"),
+    ("/usr/bin/cmake", "cmake", "to build the TLS library"),
+];
+
+const TEST: &[(&str, &str, &str)] = &[
+    ("/usr/bin/skopeo", "skopeo", "a registry client in tests"),
+    ("/usr/bin/podman", "podman", "a registry client in tests"),
+    ("/usr/bin/docker-registry", "docker-registry", "another registry in tests"),
+    ("/bin/ip", "iproute2", "network namespaces in tests"),
+    ("/bin/busybox", "busybox-static", "a root file system in tests"),
+    ("/usr/bin/setfattr", "attr", "extended attributes in tests"),
+    ("/usr/bin/zstd", "zstd", "layers in tests"),
+    ("/usr/bin/python3", "python3", "servers in tests"),
+];
+
+const BENCH: &[(&str, &str, &str)] = &[
+    ("/usr/sbin/nginx", "nginx-light", "a peer"),
+    ("/usr/sbin/haproxy", "haproxy", "a peer"),
+    ("/usr/sbin/runc", "runc", "a peer"),
+    ("/usr/bin/wrk", "wrk", "load"),
+    ("/usr/bin/h2load", "nghttp2-client", "load"),
+];
+
+#[derive(Clone, Copy)]
+pub enum For {
+    Demo,
+    Test,
+    Bench,
+}
+
+/// Installs what is missing.
+pub fn ensure(purpose: For) -> anyhow::Result<()> {
+    let wanted = match purpose {
+        For::Demo => RUN.to_vec(),
+        For::Test => [RUN, TEST].concat(),
+        For::Bench => [RUN, TEST, BENCH].concat(),
+    };
+    let missing: Vec<_> = wanted.into_iter().filter(|(file, ..)| !exists(file)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("installing system packages:");
+    for (_, package, what_for) in &missing {
+        println!("  {package:18} {what_for}");
+    }
+    if !exists("/usr/bin/apt-get") {
+        bail!("this is not a Debian-like system; install the packages above by its own means, then run this again");
+    }
+    sh::run(Command::new("apt-get").args(["update", "-qq"]))?;
+    sh::run(
+        Command::new("apt-get")
+            .args(["install", "-y", "-qq", "--no-install-recommends"])
+            .args(missing.iter().map(|(_, package, _)| package))
+            .env("DEBIAN_FRONTEND", "noninteractive"),
+    )
+}
+
+/// Debian keeps /bin and /usr/bin the same; either may be the link.
+fn exists(file: &str) -> bool {
+    let other = if let Some(rest) = file.strip_prefix("/usr") { rest.to_owned() } else { format!("/usr{file}") };
+    std::path::Path::new(file).exists() || std::path::Path::new(&other).exists()
+}

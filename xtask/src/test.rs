@@ -1,0 +1,40 @@
+//! `cargo xtask test`: sets everything up and passes all tests.
+
+use crate::demo::Demo;
+use crate::{packages, sh, tidy};
+use anyhow::bail;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    All,
+    /// Without the end-to-end tests.
+    Fast,
+}
+
+pub fn run(scope: Scope) -> anyhow::Result<()> {
+    packages::ensure(packages::For::Test)?;
+    tidy::run()?;
+    sh::run(sh::cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    // The binary first: the end-to-end tests run it.
+    sh::run(sh::cargo().args(["build", "--package", "dunlin"]))?;
+    sh::run(sh::cargo().args(["test", "--workspace", "--exclude", "dunlin-e2e", "--no-fail-fast"]))?;
+    if scope == Scope::All {
+        // One at a time inside: they share the machine's two cores and measure deadlines.
+        sh::run(sh::cargo().args(["test", "--package", "dunlin-e2e", "--", "--test-threads=2"]))?;
+        demo()?;
+    }
+    Ok(())
+}
+
+/// As people use it: started, started again, stopped, and nothing of it is left.
+fn demo() -> anyhow::Result<()> {
+    let demo = Demo::for_tests();
+    let done = demo.start().and_then(|()| demo.start());
+    demo.stop()?;
+    done?;
+    let leftovers = dunlin_e2e::leftovers(&demo.data());
+    if !leftovers.is_empty() {
+        bail!("the demo left something behind:\n  {}", leftovers.join("\n  "));
+    }
+    Ok(())
+}
