@@ -60,7 +60,8 @@ fn failing_check(fact: &MachineFact, spec: &MachineSpec) -> Option<String> {
 /// What passed its gate must still be healthy before anything else is taken down, and at the end. `None`: it is.
 ///
 /// An exit that nobody asked for fails the plan at once: what came up once and did not stay is not what one wants on
-/// all machines. A check that fails now and passed before gets the time that a gate has.
+/// all machines. A check that fails now and passed before gets the time that a gate has, and so does a machine whose
+/// end was the platform's (a killed supervisor, a host that was restarted): that says nothing of the release.
 pub(crate) fn look_back<'plan>(
     plan: &Plan,
     progress: &Progress,
@@ -78,7 +79,8 @@ pub(crate) fn look_back<'plan>(
             let what = "nothing is heard of it any more";
             return Some(wait_or_fail(machine, what, deadline_ms, now_ms, vec![]));
         };
-        let fell = fact.exit.as_ref().filter(|exit| exit.attempt >= *attempt && !exit.requested_stop);
+        let is_its_own = |exit: &&ExitInfo| exit.attempt >= *attempt && !exit.requested_stop && exit.error.is_none();
+        let fell = fact.exit.as_ref().filter(is_its_own);
         if let Some(exit) = fell.filter(|exit| !is_done(exit, &spec)) {
             let reason = format!("machine {machine} {} after it had been healthy", describe_exit(exit));
             return Some(failed(machine, reason, details(fact)));

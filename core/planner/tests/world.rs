@@ -166,6 +166,19 @@ fn a_release_that_ends_after_its_last_gate_has_not_succeeded() {
 }
 
 #[test]
+fn a_machine_that_the_platform_ended_is_waited_for() {
+    let mut world = World::new();
+    world.deploy(1, &spec(Image::Good, 1, true), 3);
+    let desired = world.desired(2, &spec(Image::Good, 2, true), 3, Purpose::Deploy);
+    world.save(&desired).unwrap();
+    let mut world = world.run_until_it(|world| world.plan.as_ref().is_some_and(|(_, progress)| !progress.proven.is_empty()));
+    let proven = world.plan.as_ref().unwrap().1.proven.keys().next().unwrap().clone();
+    world.lose_supervisor(&proven);
+    assert_eq!(world.run(&mut || false), Some(Ended::Done));
+    assert_eq!(world.healthy(), 3);
+}
+
+#[test]
 fn new_machines_have_to_stay_healthy_side_by_side() {
     let mut world = World::new();
     let began_ms = world.now_ms;

@@ -373,6 +373,15 @@ impl World {
         self.stopped(id, ExitInfo { requested_stop: true, signal: Some(2), exit_code: None, ..exit });
     }
 
+    /// Its supervisor is killed: its host starts it again.
+    pub fn lose_supervisor(&mut self, id: &MachineId) {
+        let error = Some("its supervisor was killed".into());
+        let exit = ExitInfo { exit_code: None, error, ..exit(self.machines[id].attempt, self.now_ms) };
+        self.stopped(id, exit);
+        let fact = self.machines.get_mut(id).unwrap();
+        (fact.state, fact.restarts) = (MachineState::Restarting, fact.restarts + 1);
+    }
+
     /// Somebody stops it in the pause before its restart.
     pub fn stop_after_a_crash(&mut self, id: &MachineId) {
         self.stopped(id, exit(self.machines[id].attempt, self.now_ms));
