@@ -193,9 +193,14 @@ impl<'a, 'd> Exchange<'a, 'd> {
         .await
     }
 
-    /// The connection may carry another request: both messages went through whole.
+    /// The connection may carry another request.
     pub fn may_keep(&self) -> bool {
-        self.may_keep && matches!(self.stage, Stage::Done) && self.answer.is_done()
+        self.may_keep && self.is_whole()
+    }
+
+    /// Both messages went through to their ends.
+    pub fn is_whole(&self) -> bool {
+        matches!(self.stage, Stage::Done) && self.answer.is_done()
     }
 
     fn is_uploaded(&self) -> bool {

@@ -140,7 +140,10 @@ async fn forward(
     timeout: Duration,
 ) -> Result<(), Unanswered> {
     loop {
-        let kept = if to.counts_connections() { own.take() } else { worker.pool.take(to) };
+        let kept = match to.counts_connections() {
+            true => own.take().or_else(|| worker.pool.take_left(to)),
+            false => worker.pool.take(to),
+        };
         let mut conn = match kept {
             Some(conn) => conn,
             None => match unless_gone(down, Box::pin(worker.pool.connect(to)).as_mut()).await {
@@ -172,11 +175,14 @@ async fn forward(
         } else {
             exchange.body().await
         };
+        let is_whole = exchange.is_whole();
         if passed.is_ok() && exchange.may_keep() {
             match record.held.take_if(|_| to.counts_connections()) {
                 Some(held) => worker.pool.keep_own(record.client.id, conn, held),
                 None => worker.pool.keep(conn),
             }
+        } else if passed.is_ok() && is_whole {
+            worker.pool.part(conn);
         }
         return passed.map_err(Unanswered::Broken);
     }

@@ -3,7 +3,11 @@
 //!
 //! A service that counts requests shares the pool among all clients. One that counts connections has each kept
 //! connection counted until it is closed, so it is kept for a shorter time, and for the client's connection that
-//! it was made for.
+//! it was made for; when that has ended, for whoever is next sent to the same machine.
+//!
+//! Whoever closes a connection first keeps its port for a minute (TIME_WAIT), and a machine can be reached from
+//! some 28,000 ports: closing one after each request, the edge would run out of them at 470 requests a second.
+//! So connections are handed on where they can be, and where the machine is about to close, it closes first.
 
 use crate::buffer::{Buffers, Inbox};
 use crate::choose::Held;
@@ -13,7 +17,7 @@ use crate::metrics::{Counters, count};
 use dunlin_model::{AppName, ConcurrencyKind};
 use dunlin_routing::Candidate;
 use rustix::io::Errno;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -21,6 +25,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Instant;
 use tokio_util::either::Either;
@@ -30,6 +35,9 @@ const KEEP_IDLE: Duration = Duration::from_secs(4);
 /// Idle connections kept to one machine, on one core. As many as a burst over HTTP/2 uses: with fewer every
 /// second request of such load made a connection. There are no more than requests within `KEEP_IDLE` anyway.
 const MAX_IDLE: usize = 512;
+/// How long a machine may take to close what it said it would, and how many such are waited for on one core.
+const PART_WITHIN: Duration = Duration::from_secs(1);
+const MAX_PARTING: usize = 1024;
 
 /// Where a request goes.
 #[derive(Clone)]
@@ -103,6 +111,9 @@ pub(crate) struct Pool {
     idle: RefCell<HashMap<Address, Vec<Idle>>>,
     /// By client connection.
     own: RefCell<HashMap<u64, Vec<Own>>>,
+    /// Those whose client's connection has ended.
+    left: RefCell<HashMap<Address, Vec<Own>>>,
+    parting: Rc<Cell<usize>>,
     buffers: Rc<Buffers>,
     connect_timeout: Duration,
     keep_counted: Duration,
@@ -112,7 +123,7 @@ pub(crate) struct Pool {
 impl Pool {
     pub fn new(limits: &Limits, buffers: Rc<Buffers>, counters: Arc<Counters>) -> Self {
         let Limits { connect_timeout, keep_counted, .. } = *limits;
-        Self { idle: RefCell::default(), own: RefCell::default(), buffers, connect_timeout, keep_counted, counters }
+        Self { idle: RefCell::default(), own: RefCell::default(), left: RefCell::default(), parting: Rc::default(), buffers, connect_timeout, keep_counted, counters }
     }
 
     /// The most recently used kept connection that is still good.
@@ -185,26 +196,63 @@ impl Pool {
         }
     }
 
-    /// The client's connection has ended.
+    /// The client's connection has ended. What was kept for it is anybody's.
     pub fn forget(&self, client: u64) {
-        // Dropped after the map is free again.
-        let _ended = self.own.borrow_mut().remove(&client);
+        let Some(kept) = self.own.borrow_mut().remove(&client) else { return };
+        let mut left = self.left.borrow_mut();
+        for own in kept {
+            left.entry(own.conn.to.address()).or_default().push(own);
+        }
+    }
+
+    /// A counted connection that its client has left. Its place becomes free: whoever takes it has one.
+    pub fn take_left(&self, to: &Upstream) -> Option<Conn> {
+        let mut left = self.left.borrow_mut();
+        let kept = left.get_mut(&to.address())?;
+        while let Some(Own { mut conn, .. }) = kept.pop() {
+            if conn.to.is_same_version(to) && is_quiet(&conn.io) {
+                count(&self.counters.upstream_reused);
+                conn.is_reused = true;
+                return Some(conn);
+            }
+        }
+        None
     }
 
     /// Somebody waits for a place in this app: those that are only kept are given back.
     pub fn give_up_kept(&self, app: &AppName) {
+        let is_of_app = |own: &Own| matches!(&own.conn.to, Upstream::Machine { target, .. } if target.app == *app);
         for kept in self.own.borrow_mut().values_mut() {
-            kept.retain(|own| !matches!(&own.conn.to, Upstream::Machine { target, .. } if target.app == *app));
+            kept.retain(|own| !is_of_app(own));
         }
+        for kept in self.left.borrow_mut().values_mut() {
+            kept.retain(|own| !is_of_app(own));
+        }
+    }
+
+    /// The machine has answered in full and closes the connection: it goes first, if it does so soon.
+    pub fn part(&self, mut conn: Conn) {
+        if self.parting.get() >= MAX_PARTING {
+            return;
+        }
+        let parting = self.parting.clone();
+        parting.set(parting.get() + 1);
+        tokio::task::spawn_local(async move {
+            let mut byte = [0];
+            let _ = tokio::time::timeout(PART_WITHIN, conn.io.read(&mut byte)).await; // closed in any case
+            parting.set(parting.get() - 1);
+        });
     }
 
     /// Closes what was idle for too long. Called from time to time.
     pub fn sweep(&self) {
         let now = Instant::now();
-        self.own.borrow_mut().retain(|_, kept| {
+        let retain_own = |kept: &mut Vec<Own>| {
             kept.retain(|own| now.duration_since(own.since) <= self.keep_counted);
             !kept.is_empty()
-        });
+        };
+        self.own.borrow_mut().retain(|_, kept| retain_own(kept));
+        self.left.borrow_mut().retain(|_, kept| retain_own(kept));
         self.idle.borrow_mut().retain(|_, kept| {
             kept.retain(|idle| now.duration_since(idle.since) <= KEEP_IDLE);
             !kept.is_empty()

@@ -7,7 +7,7 @@ use dunlin_proxy::Limits;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 #[tokio::test]
 async fn a_slow_head_is_ended() {
@@ -118,7 +118,8 @@ async fn a_free_place_at_the_edge_is_a_free_place_at_the_host() {
     assert_eq!(edge.host.full.load(SeqCst), 0, "refusals of the host");
 }
 
-/// `type = "connections"`: a kept connection to the machine counts until it is closed, and is its client's alone.
+/// `type = "connections"`: a kept connection to the machine counts until it is closed. It is its client's alone, and
+/// then the next one's: made anew for each short connection, they would use up the ports.
 #[tokio::test]
 async fn where_connections_count_a_kept_one_has_its_place() {
     let (address, _) = upstream(Does::Echo).await;
@@ -146,7 +147,29 @@ async fn where_connections_count_a_kept_one_has_its_place() {
         clients.push(client);
     }
     clients.pop();
-    edge.admitted(1).await;
+    for n in 7..=9 {
+        assert_eq!(get(edge.http, "/").await.status, 200);
+        edge.log.lines(n).await;
+        edge.admitted(2).await;
+    }
+    assert_eq!(connects(), 2, "handed on");
+}
+
+/// Whoever closes first keeps the port for a minute, and the edge needs its ports.
+#[tokio::test]
+async fn a_machine_that_is_about_to_close_closes_first() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let edge = Edge::start(&[machine(listener.local_addr().unwrap())]);
+    let asking = tokio::spawn(get(edge.http, "/"));
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut buffer = [0; 4096];
+    assert!(stream.read(&mut buffer).await.unwrap() > 0);
+    stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+    assert_eq!(asking.await.unwrap().status, 200);
+    let closed = tokio::time::timeout(Duration::from_millis(300), stream.read(&mut buffer)).await;
+    assert!(closed.is_err(), "the edge closed first: {closed:?}");
+    // One that does not keep its word is not waited for in vain.
+    assert_eq!(tokio::time::timeout(DEADLINE, stream.read(&mut buffer)).await.unwrap().unwrap(), 0);
 }
 
 #[tokio::test]
