@@ -18,7 +18,7 @@ usage: cargo xtask <command>
   demo --stop     stop that server and remove all it left in the kernel
   test            set everything up and pass all tests
   test --fast     without the end-to-end tests
-  bench [NAME]    print figures beside their peers': deploy, create, idle
+  bench [NAME]    print figures beside their peers': deploy, create, proxy, idle
   tidy            check the house rules";
 
 fn main() -> ExitCode {

@@ -365,7 +365,7 @@ fn curl(args: &[&str]) -> (u16, String) {
     (status.parse().unwrap_or(0), format!("{body}{}", String::from_utf8_lossy(&output.stderr)))
 }
 
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 

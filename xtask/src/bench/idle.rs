@@ -1,6 +1,6 @@
 //! What a server costs that does nothing, with ten machines that do nothing either.
 
-use super::{Figure, Table};
+use super::{Figure, Table, cpu_ticks};
 use anyhow::Context;
 use dunlin_e2e::Server;
 use std::fs;
@@ -40,11 +40,4 @@ fn memory_mb(pid: u32, field: &str) -> anyhow::Result<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix(field)).context("the kernel tells a process's memory")?;
     let kb: f64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kb * 1024.0 / 1e6)
-}
-
-/// User and system time, in hundredths of a second.
-fn cpu_ticks(pid: u32) -> anyhow::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit_once(") ").context("a line of /proc/<pid>/stat")?.1.split(' ').collect();
-    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
 }

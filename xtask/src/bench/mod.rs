@@ -5,14 +5,15 @@
 mod create;
 mod deploy;
 mod idle;
+mod proxy;
 
 use crate::{packages, sh};
-use anyhow::bail;
+use anyhow::{Context, bail};
 use std::time::{Duration, Instant};
 
 type Bench = (&'static str, fn(&mut Table) -> anyhow::Result<()>);
 
-const BENCHES: &[Bench] = &[("deploy", deploy::run), ("create", create::run), ("idle", idle::run)];
+const BENCHES: &[Bench] = &[("deploy", deploy::run), ("create", create::run), ("proxy", proxy::run), ("idle", idle::run)];
 
 pub fn run(names: &[&str]) -> anyhow::Result<()> {
     if let Some(unknown) = names.iter().find(|name| !BENCHES.iter().any(|(known, _)| known == *name)) {
@@ -105,6 +106,18 @@ impl Times {
         let ms = |time: &Duration| round(time.as_secs_f64() * 1e3);
         format!("{}..{} ms over {} rounds", ms(&self.0[0]), ms(&self.0[self.0.len() - 1]), self.0.len())
     }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// User and system time of a process, in hundredths of a second.
+fn cpu_ticks(pid: u32) -> anyhow::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit_once(") ").context("a line of /proc/<pid>/stat")?.1.split(' ').collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
 }
 
 /// How long something takes.
