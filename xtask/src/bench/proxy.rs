@@ -209,7 +209,7 @@ fn nginx(dir: &Path, upstream: u16) -> anyhow::Result<Proxy> {
 fn haproxy(dir: &Path, upstream: u16) -> anyhow::Result<Proxy> {
     let (http, https) = (free_port(), free_port());
     let config = format!(
-        "global\n  nbthread 2\n  maxconn 10000\n  log {0}/syslog format raw local0\n  stats socket {0}/stats.sock\n\
+        "global\n  nbthread 2\n  maxconn 4000\n  log {0}/syslog format raw local0\n  stats socket {0}/stats.sock\n\
          defaults\n  mode http\n  log global\n  option httplog\n  option forwardfor\n  http-reuse always\n\
          \x20 timeout http-request 10s\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n\
          \x20 unique-id-format %[uuid()]\n  unique-id-header X-Request-Id\n\
@@ -221,7 +221,7 @@ fn haproxy(dir: &Path, upstream: u16) -> anyhow::Result<Proxy> {
     );
     let file = dir.join("haproxy.cfg");
     fs::write(&file, config)?;
-    let process = start(Command::new("haproxy").arg("-db").arg("-f").arg(&file).stderr(Stdio::null()), &[http, https])?;
+    let process = start(Command::new("haproxy").arg("-db").arg("-f").arg(&file), &[http, https])?;
     Ok(Proxy { name: "haproxy", process, http, https })
 }
 
