@@ -1,7 +1,7 @@
 //! From the order to start a machine of a local image to the fact that it runs; the platform's side only:
 //! its program is busybox's `sleep`. The peers start the same program from the same files.
 
-use super::{Figure, Table, Times, time};
+use super::{Figure, PODMAN_RUN, Table, Times, time};
 use crate::sh;
 use anyhow::{Context, bail};
 use dunlin_e2e::Server;
@@ -82,8 +82,8 @@ fn podman(dir: &Path, root: &Path) -> anyhow::Result<Times> {
     };
     let times = Times::of(ROUNDS, |_| {
         let took = time(|| {
-            let run = ["run", "-d", "--name", "bench", "--network", "none", "--memory", "256m", "--rootfs"];
-            sh::run(tool().args(run).arg(root).args(["/bin/busybox", "sleep", "100000"]))
+            let run = ["--name", "bench", "--network", "none", "--memory", "256m", "--rootfs"];
+            sh::run(tool().args(PODMAN_RUN).args(run).arg(root).args(["/bin/busybox", "sleep", "100000"]))
         })?;
         sh::run(tool().args(["rm", "-f", "-t", "0", "bench"]))?;
         Ok(took)

@@ -1,7 +1,7 @@
 //! Deploys of a Python and a Node app: unchanged, and with one line changed, to the first request that the
 //! new release answers. The peer does the same by hand: `buildah build` of the same Dockerfile, `podman run`.
 
-use super::{Figure, Table, Times, time};
+use super::{Figure, PODMAN_RUN, Table, Times, time};
 use crate::sh;
 use anyhow::{Context, bail};
 use dunlin_e2e::Server;
@@ -86,6 +86,7 @@ pub fn run(table: &mut Table) -> anyhow::Result<()> {
             peer: Some(("buildah + podman", theirs.p50().as_secs_f64())),
             goal: "<= 6 s",
         });
+        peer.remove(app);
     }
     Ok(())
 }
@@ -168,9 +169,13 @@ impl Peer {
 
     fn deploy(&self, app: &App, source: &Path) -> anyhow::Result<()> {
         self.build(app, source)?;
-        let _ = self.tool("podman").args(["rm", "-f", "-t", "0", app.name]).status(); // none before the first
+        self.remove(app);
         let network = format!("ns:/var/run/netns/{NAMESPACE}");
-        sh::run(self.tool("podman").args(["run", "-d", "--name", app.name, "--network", &network, &format!("localhost/{}", app.name)]))
+        sh::run(self.tool("podman").args(PODMAN_RUN).args(["--name", app.name, "--network", &network, &format!("localhost/{}", app.name)]))
+    }
+
+    fn remove(&self, app: &App) {
+        let _ = self.tool("podman").args(["rm", "-f", "-t", "0", app.name]).status(); // there may be none
     }
 
     fn one_line(&self, app: &App, source: &Path, round: usize) -> anyhow::Result<Duration> {
@@ -182,13 +187,17 @@ impl Peer {
             let output = Command::new("ip").args(["netns", "exec", NAMESPACE, "curl", "-s", "--max-time", "5", "http://127.0.0.1:8080/"]).output();
             output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
         })
+        .with_context(|| {
+            let logs = self.tool("podman").args(["logs", app.name]).stdout(Stdio::piped()).stderr(Stdio::piped()).output();
+            format!("podman's container says: {logs:?}")
+        })
     }
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
         for app in &APPS {
-            let _ = self.tool("podman").args(["rm", "-f", "-t", "0", app.name]).status(); // it may not have come that far
+            self.remove(app);
         }
         let _ = Command::new("ip").args(["netns", "delete", NAMESPACE]).status(); // as above
         let _ = Command::new("umount").args(["-q", &format!("{}/storage/overlay", self.dir.display())]).status(); // buildah leaves it mounted

@@ -120,6 +120,11 @@ fn cpu_ticks(pid: u32) -> anyhow::Result<u64> {
     Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
 }
 
+/// `podman run -d` as it works on every machine: crun refuses hybrid control groups, and podman's usual limits are
+/// above what may be had in a container.
+const PODMAN_RUN: [&str; 5] =
+    ["--runtime=runc", "run", "-d", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"];
+
 /// How long something takes.
 pub fn time<T>(act: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<Duration> {
     let began = Instant::now();
