@@ -55,7 +55,7 @@ pub fn perform(shared: &Arc<Shared>, inputs: &Inputs, acts: &mut Acts, record: &
     match effect {
         Effect::Prepare(spec) => {
             point(&shared, "host.before-prepare");
-            tokio::spawn(prepare(shared, inputs, id, *spec));
+            tokio::spawn(prepare(shared, inputs, rule(record), id, *spec));
         }
         Effect::WakeAt { ms } => {
             point(&shared, "host.before-wake-at");
@@ -102,8 +102,11 @@ pub fn perform(shared: &Arc<Shared>, inputs: &Inputs, acts: &mut Acts, record: &
     }
 }
 
-async fn prepare(shared: Arc<Shared>, inputs: Inputs, id: MachineId, spec: MachineSpec) {
+async fn prepare(shared: Arc<Shared>, inputs: Inputs, rule: MachineRule, id: MachineId, spec: MachineSpec) {
+    let firewall = shared.clone();
+    let pinned = tokio::task::spawn_blocking(move || firewall.firewall.add(&rule));
     let result = spec::image(&shared, &spec).await.map(drop);
+    let _ = pinned.await; // the start tries again, and tells if it fails
     if let Err(error) = &result {
         tracing::warn!(machine = %id, app = %spec.app, release = spec.release, %error, "the image cannot be prepared");
     }
@@ -114,6 +117,8 @@ async fn prepare(shared: Arc<Shared>, inputs: Inputs, id: MachineId, spec: Machi
 
 async fn spawn(shared: Arc<Shared>, inputs: Inputs, record: Record, attempt: u64) {
     let id = record.assignment.id.clone();
+    let cgroups = shared.cgroups.clone();
+    tokio::task::spawn_blocking(move || cgroups.hasten_moves());
     let result = match spec::supervisor_spec(&shared, &record, attempt).await {
         Ok(spec) => {
             let (shared, id) = (shared.clone(), id.clone());

@@ -30,6 +30,8 @@ struct Kept {
     rules: BTreeMap<String, Ipv4Addr>,
     /// All that were the host's since the server's start, the newest first.
     resolvers: Vec<Ipv4Addr>,
+    /// The kernel has the table with all of `rules`, as far as was seen.
+    is_set: bool,
 }
 
 impl KeptFirewall {
@@ -38,7 +40,7 @@ impl KeptFirewall {
     pub fn apply(firewall: Firewall, rules: impl Iterator<Item = MachineRule>) -> Self {
         let rules = rules.map(|rule| (rule.ifname, rule.addr)).collect();
         let (group, resolv_conf) = (firewall.group(), ArcSwap::default());
-        let kept = Self { group, resolv_conf, kept: Mutex::new(Kept { firewall, rules, resolvers: vec![] }) };
+        let kept = Self { group, resolv_conf, kept: Mutex::new(Kept { firewall, rules, resolvers: vec![], is_set: false }) };
         if let Err(error) = kept.take_resolvers(&mut kept.lock()) {
             tracing::warn!(error = %chain(&error), "machines cannot resolve names until this host can");
         }
@@ -58,23 +60,22 @@ impl KeptFirewall {
         self.resolv_conf.load().to_string()
     }
 
-    /// Before the interface exists.
+    /// Before the interface exists. A machine that was added before costs nothing: its rule stays while it is stopped.
     pub fn add(&self, rule: &MachineRule) -> Result<(), NetError> {
         let mut kept = self.lock();
-        kept.rules.insert(rule.ifname.clone(), rule.addr);
-        match kept.firewall.add_machine(rule) {
-            Err(_) if !kept.firewall.is_applied()? => kept.set().map(drop),
-            added => added,
+        let is_new = kept.rules.insert(rule.ifname.clone(), rule.addr) != Some(rule.addr);
+        if kept.is_set && !is_new {
+            return Ok(());
         }
+        kept.is_set = kept.is_set && kept.firewall.add_machine(rule).is_ok();
+        kept.make_good()
     }
 
     pub fn remove(&self, rule: &MachineRule) -> Result<(), NetError> {
         let mut kept = self.lock();
         kept.rules.remove(&rule.ifname);
-        match kept.firewall.remove_machine(rule) {
-            Err(_) if !kept.firewall.is_applied()? => kept.set().map(drop),
-            removed => removed,
-        }
+        kept.is_set = kept.is_set && kept.firewall.remove_machine(rule).is_ok();
+        kept.make_good()
     }
 
     /// Sets again what somebody flushed, follows the host's name servers, and passes the chains of a Docker or
@@ -83,8 +84,11 @@ impl KeptFirewall {
         let mut kept = self.lock();
         // Without any the ones of before are as good as none; that was said, or the server's log would be full.
         let renamed = self.take_resolvers(&mut kept).unwrap_or(false);
+        let was_set = kept.is_set;
+        kept.is_set = false; // until it was seen
         let there = kept.firewall.is_applied()?;
-        if there && !renamed {
+        if there && !renamed && was_set {
+            kept.is_set = true;
             return kept.firewall.pass_foreign_chains().map(drop);
         }
         kept.set()?;
@@ -116,10 +120,16 @@ impl KeptFirewall {
 }
 
 impl Kept {
-    fn set(&self) -> Result<Vec<String>, NetError> {
+    fn make_good(&mut self) -> Result<(), NetError> {
+        if self.is_set { Ok(()) } else { self.set().map(drop) }
+    }
+
+    fn set(&mut self) -> Result<Vec<String>, NetError> {
         let rules: Vec<MachineRule> =
             self.rules.iter().map(|(ifname, addr)| MachineRule { ifname: ifname.clone(), addr: *addr }).collect();
-        Ok(self.firewall.clone().with_resolvers(self.resolvers.clone()).apply(&rules)?.notes)
+        let applied = self.firewall.clone().with_resolvers(self.resolvers.clone()).apply(&rules);
+        self.is_set = applied.is_ok();
+        Ok(applied?.notes)
     }
 }
 

@@ -3,8 +3,8 @@
 //! ```text
 //! supervisor                              child (pid 1 of the machine)
 //!   clone(user, net, pid, ipc, uts) ----->  waits
-//!   uid and gid maps, overlay, cgroup,
-//!   network
+//!   uid and gid maps, overlay, network,
+//!   cgroups
 //!   "go" -------------------------------->  unshare(mount, cgroup), mounts, pivot, confine
 //!                                  <------- "ready" or what failed
 //!   "start" (at once, or when asked) ---->  forks the program
@@ -12,7 +12,6 @@
 //!                                  <------- "exited" with its wait status
 //! ```
 
-use crate::cgroup::MachineCgroup;
 use crate::net;
 use crate::process::{self, Identity};
 use crate::rootfs;
@@ -46,8 +45,13 @@ pub(crate) struct Container {
 }
 
 /// Makes everything up to the point where the program could start. The caller is single-threaded and
-/// has mounts of its own.
-pub(crate) fn create(spec: &SupervisorSpec, cgroup: &MachineCgroup, filters: &Filters) -> io::Result<Container> {
+/// has mounts of its own. `join` moves it and the first process to their control groups: after all else, because the
+/// first such move may have to wait (see [`Cgroups::hasten_moves`](crate::cgroup::Cgroups::hasten_moves)).
+pub(crate) fn create(
+    spec: &SupervisorSpec,
+    filters: &Filters,
+    join: impl FnOnce(libc::pid_t) -> io::Result<()>,
+) -> io::Result<Container> {
     let (stdout, stdout_writer) = io::pipe()?;
     let (stderr, stderr_writer) = io::pipe()?;
     let (report, report_writer) = io::pipe()?;
@@ -66,11 +70,11 @@ pub(crate) fn create(spec: &SupervisorSpec, cgroup: &MachineCgroup, filters: &Fi
     fs::write(format!("/proc/{init}/gid_map"), &map)?;
     let user_namespace = File::open(format!("/proc/{init}/ns/user"))?;
     let root = rootfs::assemble(spec, user_namespace.as_fd())?;
-    cgroup.add(init).map_err(io::Error::other)?;
     process::usual_oom_score(init);
     if let Some(net) = &spec.net {
         net::attach(net, init).map_err(io::Error::other)?;
     }
+    join(init)?;
     let mut message = crate::sys::c_path(&root)?.into_bytes();
     message.push(b'\n');
     go_writer.write_all(&message)?;

@@ -88,9 +88,8 @@ fn run() -> io::Result<()> {
     let mut exit_file = ExitFile::prepare(&spec.machine_dir, spec.attempt)
         .map_err(|e| io::Error::new(e.kind(), format!("the place for its exit record cannot be made: {e}")))?;
     let own = fresh_cgroup(&spec, &SupervisorSpec::supervisor_cgroup(&spec.machine_id), None)?;
-    own.add(0).map_err(io::Error::other)?;
     let cgroup = fresh_cgroup(&spec, &SupervisorSpec::machine_cgroup(&spec.machine_id), Some(&spec.limits))?;
-    let made = Machine::create(&spec, &cgroup).and_then(|machine| {
+    let made = Machine::create(&spec, &own, &cgroup).and_then(|machine| {
         own.set_limits(&Limits { cpu_millis: OWN_CPU_MILLIS, ..Limits::NONE }).map_err(io::Error::other)?;
         Ok(machine)
     });
@@ -208,10 +207,11 @@ enum Ended {
 }
 
 impl<'a> Machine<'a> {
-    fn create(spec: &'a SupervisorSpec, cgroup: &'a MachineCgroup) -> io::Result<Self> {
+    fn create(spec: &'a SupervisorSpec, own: &MachineCgroup, cgroup: &'a MachineCgroup) -> io::Result<Self> {
         let filters = Filters::compile(spec.profile).map_err(io::Error::other)?;
         let host_mounts = HostMounts::leave()?;
-        let container = container::create(spec, cgroup, &filters)?;
+        let join = |init| own.add(0).and_then(|()| cgroup.add(init)).map_err(io::Error::other);
+        let container = container::create(spec, &filters, join)?;
         let mut report = &container.report;
         let mut text = String::new();
         let mut byte = [0];

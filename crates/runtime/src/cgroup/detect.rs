@@ -153,12 +153,25 @@ fn plan(
     Ok(cgroups)
 }
 
-/// The nearest cgroup at or above our own that systemd marked as delegated to this service.
-fn delegated_dir(mount: &CgroupMount, own_cgroups: &str) -> Result<Option<PathBuf>> {
-    let Some(own) = own_cgroups.lines().find_map(|line| line.strip_prefix("0::")) else { return Ok(None) };
+/// Our own cgroup in the v2 tree.
+fn own_dir(mount: &CgroupMount, own_cgroups: &str) -> Option<PathBuf> {
+    let own = own_cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
     // Without a cgroup namespace the path starts at the host's root although only a part of the tree is mounted.
     let own = if mount.fs_root == "/" { own } else { own.strip_prefix(mount.fs_root.as_str()).unwrap_or(own) };
-    let mut dir = mount.at.join(own.trim_start_matches('/'));
+    Some(mount.at.join(own.trim_start_matches('/')))
+}
+
+/// Moves this process to the v2 cgroup where it is.
+pub(super) fn move_nowhere() -> Result<()> {
+    let mounts = parse_mountinfo(&read(Path::new("/proc/self/mountinfo"))?);
+    let own = read(Path::new("/proc/self/cgroup"))?;
+    let dir = mounts.iter().filter(|mount| mount.controllers.is_none()).find_map(|mount| own_dir(mount, &own));
+    dir.map_or(Ok(()), |dir| write(&dir.join("cgroup.procs"), "0"))
+}
+
+/// The nearest cgroup at or above our own that systemd marked as delegated to this service.
+fn delegated_dir(mount: &CgroupMount, own_cgroups: &str) -> Result<Option<PathBuf>> {
+    let Some(mut dir) = own_dir(mount, own_cgroups) else { return Ok(None) };
     while dir != mount.at && dir.starts_with(&mount.at) {
         if has_delegate_mark(&dir)? {
             return Ok(Some(dir));
