@@ -9,6 +9,7 @@ const RUN: &[(&str, &str, &str)] = &[
     ("/usr/bin/buildah", "buildah", "builds images, inside a machine"),
     ("/usr/sbin/nft", "nftables", "the firewall of machines"),
     ("/usr/bin/mmdebstrap", "mmdebstrap", "base images from Debian packages"),
+    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring", "signatures of Debian packages"),
     ("/sbin/mkfs.ext4", "e2fsprogs", "the builder's cache volume"),
     ("/usr/bin/curl", "curl", "to look at the demo"),
     ("/etc/ssl/certs/ca-certificates.crt", "ca-certificates", "trust in other registries"),

@@ -159,7 +159,7 @@ struct KillAt {
 impl KillAt {
     fn parse(point: Option<&str>) -> Result<Self, DoNotRestart> {
         let Some(point) = point else { return Ok(Self::default()) };
-        if dunlin_host::KILL_POINTS.contains(&point) {
+        if dunlin_host::KILL_POINTS.contains(&point) || dunlin_host::SUPERVISOR_KILL_POINTS.contains(&point) {
             return Ok(Self { host: Some(point.to_owned()), control: None });
         }
         if dunlin_control::kill_points().contains(&point) {
@@ -427,6 +427,7 @@ mod tests {
     #[test]
     fn kill_points_belong_to_a_role() {
         assert!(KillAt::parse(Some("host.before-spawn")).unwrap().host.is_some());
+        assert!(KillAt::parse(Some("supervisor.before-join")).unwrap().host.is_some());
         assert!(KillAt::parse(Some("plan-after")).unwrap().control.is_some());
         assert!(KillAt::parse(Some("nowhere")).is_err());
     }

@@ -154,6 +154,7 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
         files: request.files.iter().map(|(path, content)| MemoryFile { path: path.into(), content: content.clone() }).collect(),
         log_limits: LogLimits { file_bytes: 64 << 20, files: 2 },
         start: true,
+        kill_at: None,
     };
     let build = Build { id, dir, cache: Some(cache), rule };
     match dunlin_runtime::spawn(&shared.exe, &spec) {

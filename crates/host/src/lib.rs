@@ -27,6 +27,7 @@ mod spec;
 mod tombstones;
 
 pub use journal::JournalError;
+pub use dunlin_runtime::KILL_POINTS as SUPERVISOR_KILL_POINTS;
 pub use kill::KILL_POINTS;
 
 use crate::agent::Input;
@@ -43,7 +44,7 @@ use dunlin_runtime::cgroup::Cgroups;
 use dunlin_runtime::net::{self, firewall::Firewall};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use tokio::sync::mpsc;
 
@@ -93,7 +94,7 @@ pub enum StartError {
 pub struct Host {
     shared: Arc<Shared>,
     inputs: mpsc::Sender<Input>,
-    agent: std::sync::Mutex<Option<std::thread::JoinHandle<()>>>,
+    agent: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
 /// What the agent's thread, its helpers and callers all read.
@@ -114,6 +115,8 @@ struct Shared {
     followers: Arc<tokio::sync::Semaphore>,
     sessions: Arc<tokio::sync::Semaphore>,
     builders: builder::Slots,
+    /// For the next supervisor, and that one only: a test's kill point.
+    supervisor_kill_at: Mutex<Option<String>>,
 }
 
 impl Host {
@@ -140,7 +143,7 @@ impl Host {
         agent::follow_view(shared.view.clone(), inputs.clone());
         let agent = inputs.clone();
         tokio::spawn(firewall::keep(shared.clone(), move || !agent.is_closed()));
-        Ok(Arc::new(Self { shared, inputs, agent: std::sync::Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Self { shared, inputs, agent: Mutex::new(Some(thread)) }))
     }
 
     /// Ends the agent; machines live on under their supervisors.
@@ -180,6 +183,7 @@ impl Shared {
             followers: Arc::new(tokio::sync::Semaphore::new(logs::MAX_STREAMS)),
             sessions: Arc::new(tokio::sync::Semaphore::new(exec::MAX_SESSIONS)),
             builders: builder::Slots::default(),
+            supervisor_kill_at: Mutex::new(config.kill_at.clone().filter(|point| SUPERVISOR_KILL_POINTS.contains(&point.as_str()))),
             config,
         })
     }

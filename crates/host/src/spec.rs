@@ -10,6 +10,7 @@ use dunlin_runtime::net::NetSpec;
 use dunlin_runtime::{LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION};
 use dunlin_view::SecretsFact;
 use std::collections::BTreeMap;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 /// Processes and threads of one machine.
@@ -58,6 +59,7 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         files: vec![],
         log_limits: LogLimits::default(),
         start: true,
+        kill_at: shared.supervisor_kill_at.lock().unwrap_or_else(PoisonError::into_inner).take(),
     })
 }
 

@@ -9,10 +9,12 @@
 //! stay on that core, and only limits are shared. The read path is `serve.rs`, from top to bottom: `request`
 //! makes the machine's head of the client's, `exchange` moves it and the bodies, `reply` is the head on its way
 //! back, `http1` and `http2` are the client's two protocols. HTTP/1 is spoken by code of our own on both sides:
-//! it rewrites a head in one pass and one buffer, and the edge itself answers what it refuses. It lives from the view alone: it never opens the store, never asks control, and never forwards a
-//! byte that the machine's host did not admit. IO enters through the listening sockets handed in, and
-//! leaves to machine addresses and to the unix sockets of internal hosts. Tested over loopback with real
-//! upstream servers (`tests/`).
+//! it rewrites a head in one pass and one buffer, and the edge itself answers what it refuses.
+//!
+//! It lives from the view alone: it never opens the store, never asks control, and never forwards a byte that the
+//! machine's host did not admit. IO enters through the listening sockets handed in, and leaves to machine addresses
+//! and to the unix sockets of internal hosts. Tested over loopback with real upstream servers (`tests/`); what a
+//! request costs is measured by `examples/edge.rs` under `cargo xtask bench proxy`.
 #![forbid(unsafe_code)]
 
 mod access;

@@ -31,6 +31,6 @@ pub use remove::remove_tree;
 pub use spec::{
     Bind, LogLimits, MemoryFile, ProcessSpec, Profile, Rootfs, SupervisorSpec, UID_RANGE, WIRE_VERSION,
 };
-pub use supervisor::supervisor_main;
+pub use supervisor::{KILL_POINTS, supervisor_main};
 pub use wire::{ExecSpec, Phase, Status, WindowSize};
 

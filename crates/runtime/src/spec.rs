@@ -41,6 +41,9 @@ pub struct SupervisorSpec {
     pub log_limits: LogLimits,
     /// `false` prepares everything and waits for [`Client::start`](crate::Client::start).
     pub start: bool,
+    /// One of [`KILL_POINTS`](crate::KILL_POINTS): a test's supervisor ends itself there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kill_at: Option<String>,
 }
 
 /// The machine's root file system.

@@ -60,6 +60,27 @@ pub fn supervisor_main() -> ! {
     std::process::exit(code)
 }
 
+/// Every boundary between a durable write of the supervisor, or one that its agent waits for, and an act.
+pub const KILL_POINTS: &[&str] = &[
+    // The place of the exit record is on disk, nothing else is there.
+    "supervisor.before-make",
+    // Processes, mounts and network are there, and are in no control group of theirs.
+    "supervisor.before-join",
+    "supervisor.before-announce",
+    "supervisor.after-announce",
+    // The program has ended, and nobody knows how.
+    "supervisor.before-record",
+    "supervisor.after-record",
+];
+
+/// Ends the process here, as `kill -9` would, if a test asked for it.
+fn kill_point(spec: &SupervisorSpec, point: &str) {
+    debug_assert!(KILL_POINTS.contains(&point), "{point} is not listed");
+    if spec.kill_at.as_deref() == Some(point) {
+        let _ = nix::sys::signal::raise(Signal::SIGKILL);
+    }
+}
+
 fn run() -> io::Result<()> {
     // Whatever descriptors of the agent leaked, a machine must not get them.
     sys::close_all_but(3, &[])?;
@@ -87,6 +108,7 @@ fn run() -> io::Result<()> {
     let _ = fs::write("/proc/self/oom_score_adj", "-900"); // refused without CAP_SYS_RESOURCE: the agent says so
     let mut exit_file = ExitFile::prepare(&spec.machine_dir, spec.attempt)
         .map_err(|e| io::Error::new(e.kind(), format!("the place for its exit record cannot be made: {e}")))?;
+    kill_point(&spec, "supervisor.before-make");
     let own = fresh_cgroup(&spec, &SupervisorSpec::supervisor_cgroup(&spec.machine_id), None)?;
     let cgroup = fresh_cgroup(&spec, &SupervisorSpec::machine_cgroup(&spec.machine_id), Some(&spec.limits))?;
     let made = Machine::create(&spec, &own, &cgroup).and_then(|machine| {
@@ -95,7 +117,9 @@ fn run() -> io::Result<()> {
     });
     let record = match made {
         Ok(mut machine) => {
+            kill_point(&spec, "supervisor.before-announce");
             announce()?;
+            kill_point(&spec, "supervisor.after-announce");
             machine.supervise()
         }
         Err(e) => {
@@ -105,7 +129,10 @@ fn run() -> io::Result<()> {
         }
     };
     let _ = cgroup.kill_until_empty(KILL_DEADLINE); // the agent's clean-up tries again
-    write_record(&mut exit_file, &record)
+    kill_point(&spec, "supervisor.before-record");
+    write_record(&mut exit_file, &record)?;
+    kill_point(&spec, "supervisor.after-record");
+    Ok(())
 }
 
 /// The agent may have been killed meanwhile: nobody reads it then, and the machine goes on.
@@ -210,7 +237,10 @@ impl<'a> Machine<'a> {
     fn create(spec: &'a SupervisorSpec, own: &MachineCgroup, cgroup: &'a MachineCgroup) -> io::Result<Self> {
         let filters = Filters::compile(spec.profile).map_err(io::Error::other)?;
         let host_mounts = HostMounts::leave()?;
-        let join = |init| own.add(0).and_then(|()| cgroup.add(init)).map_err(io::Error::other);
+        let join = |init| {
+            kill_point(spec, "supervisor.before-join");
+            own.add(0).and_then(|()| cgroup.add(init)).map_err(io::Error::other)
+        };
         let container = container::create(spec, &filters, join)?;
         let mut report = &container.report;
         let mut text = String::new();

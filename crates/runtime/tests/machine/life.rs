@@ -129,6 +129,27 @@ fn a_killed_supervisor_takes_its_machine_with_it_and_nothing_is_left() {
     assert!(read_exit(machine.dir(), 1).unwrap().is_none(), "no exit was recorded: the agent sees a crash");
 }
 
+/// Wherever it is killed: nothing of the machine stays, and the next attempt runs.
+#[test]
+fn a_supervisor_may_be_killed_at_every_boundary() {
+    let world = World::new();
+    for point in KILL_POINTS {
+        let spec = SupervisorSpec { kill_at: Some((*point).to_owned()), ..world.spec("aa20", "true") };
+        let spawned = spawn(&world.exe, &spec);
+        let dir = &spec.machine_dir;
+        until("the lock is free", || lock_holder(dir).unwrap().is_none().then_some(()));
+        let is_told = matches!(*point, "supervisor.after-announce" | "supervisor.before-record" | "supervisor.after-record");
+        assert_eq!(spawned.is_ok(), is_told, "{point}: {spawned:?}");
+        assert_eq!(read_exit(dir, 1).unwrap().is_some(), *point == "supervisor.after-record", "{point}");
+        cleanup(dir, "aa20", &world.cgroups, None).unwrap();
+        assert!(world.cgroups.list().unwrap().iter().all(|name| !name.contains("aa20")), "{point}");
+        let next = world.run(SupervisorSpec { attempt: 2, ..world.spec("aa20", "exit 7") });
+        assert_eq!(next.exit().exit_code, Some(7), "{point}");
+        drop(next);
+        fs::remove_dir_all(dir.join("exit")).unwrap();
+    }
+}
+
 /// A mount of the host from before the start is not kept busy by the machine's namespaces.
 #[test]
 fn the_hosts_mounts_are_the_hosts_to_unmount() {

@@ -71,6 +71,7 @@ impl World {
             files: vec![],
             log_limits: LogLimits::default(),
             start: true,
+            kill_at: None,
         }
     }
 

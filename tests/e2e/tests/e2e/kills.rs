@@ -36,7 +36,7 @@ fn check_traffic(point: &str, seen: &Seen, kills: usize) {
 fn visit(server: &mut Server, point: &str, act: impl FnOnce(&Server)) {
     server.stop();
     server.flags = vec!["--kill-at".into(), point.into()];
-    for text in ["the server died; restarting it", "plan failed", "failed"] {
+    for text in ["the server died; restarting it", "plan failed", "failed", "its supervisor was killed"] {
         server.expect_log(text);
     }
     let deaths = |server: &Server| server.log().matches("the server died; restarting it").count();
@@ -211,6 +211,44 @@ fn the_host_is_killed_at_every_boundary() {
         is_whole(&server, &[format!("release {release}")]);
         let seen = probe.unwrap().stop();
         assert!(seen.refused.is_empty(), "{point}: {seen:?}");
+    }
+}
+
+/// Of each deploy one supervisor dies at one of its boundaries: the machine is made again, and the release is not
+/// to blame.
+#[test]
+fn a_supervisor_is_killed_at_every_boundary() {
+    let mut server = Server::start();
+    let dir = two_machines(&server);
+    let image = image(&server);
+    let deaths = ["it could not be started", "its supervisor was killed"];
+    for text in deaths {
+        server.expect_log(text);
+    }
+    let died = |server: &Server| deaths.iter().map(|text| server.log().matches(text).count()).sum::<usize>();
+    for (n, point) in dunlin_host::SUPERVISOR_KILL_POINTS.iter().enumerate() {
+        let release = (n + 2).to_string();
+        config(&dir, &release, "");
+        server.stop();
+        server.flags = vec!["--kill-at".into(), (*point).into()];
+        server.boot();
+        // One that is killed at its end ends by a second deploy.
+        let is_at_the_end = point.ends_with("-record");
+        let before = died(&server);
+        let probe = Probe::start("web", server.http, CLIENTS);
+        server.ok_in(&dir, &["deploy", "--image", &image]);
+        if is_at_the_end {
+            config(&dir, &format!("{release} again"), "");
+            server.ok_in(&dir, &["deploy", "--image", &image]);
+        }
+        let seen = probe.stop();
+        let running = if is_at_the_end { format!("release {release} again") } else { format!("release {release}") };
+        is_whole(&server, &[running]);
+        assert!(seen.refused.is_empty() && seen.bad.is_empty(), "{point}: {seen:?}");
+        // After its record nothing shows that it was killed, and nothing must.
+        let expected = usize::from(*point != "supervisor.after-record");
+        assert_eq!(died(&server) - before, expected, "{point} is visited");
+        server.flags.clear();
     }
 }
 
