@@ -174,13 +174,27 @@ pub struct LogsArgs {
     pub tail: Option<usize>,
 }
 
+/// A machine: ids are unique on the platform, so that the app needs no naming.
+#[derive(Debug, Args)]
+pub struct MachineArgs {
+    pub id: MachineId,
+    /// The machine's app [default: found by the machine's id]
+    #[arg(short, long)]
+    pub app: Option<AppName>,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum MachineCommand {
+    /// List an app's machines
     List(AppArgs),
-    Status { id: MachineId },
-    Start { id: MachineId },
+    /// Show one machine: its state, checks and last exit
+    Status(MachineArgs),
+    /// Start a machine and wait until it runs
+    Start(MachineArgs),
+    /// Stop a machine: a signal, then the kill; a request starts it again where autostart is on
     Stop {
-        id: MachineId,
+        #[command(flatten)]
+        target: MachineArgs,
         /// First signal, such as SIGTERM
         #[arg(long)]
         signal: Option<String>,
@@ -188,18 +202,22 @@ pub enum MachineCommand {
         #[arg(long)]
         timeout: Option<u64>,
     },
-    Restart { id: MachineId },
+    /// Stop a machine and start it again
+    Restart(MachineArgs),
     /// Run a command in a running machine; its exit code becomes this one's
     Exec {
-        id: MachineId,
+        #[command(flatten)]
+        target: MachineArgs,
         /// Seconds until it is ended
         #[arg(long, default_value_t = 60)]
         timeout: u64,
         #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Destroy a machine and what it wrote; `scale count` says how many there are to be
     Destroy {
-        id: MachineId,
+        #[command(flatten)]
+        target: MachineArgs,
         /// Also when it runs
         #[arg(long)]
         force: bool,

@@ -1,10 +1,10 @@
 //! `machine`: list, status, start, stop, restart, exec, destroy.
 
-use crate::args::MachineCommand;
+use crate::args::{MachineArgs, MachineCommand};
 use crate::config_file::app_name;
 use crate::{CliError, Exit, Session, apps, ui};
 use dunlin_api::wire::{AppList, ExecAnswer, ExecBody, Machine, StopMachine};
-use dunlin_model::{AppName, MachineId};
+use dunlin_model::AppName;
 use serde_json::{Value, json};
 use std::io::Write;
 
@@ -20,8 +20,8 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
             }
             Ok(Exit::Ok)
         }
-        MachineCommand::Status { id } => {
-            let machine = find(session, &id).await?;
+        MachineCommand::Status(target) => {
+            let machine = find(session, &target).await?;
             if session.json {
                 ui::print_json(&machine);
             } else {
@@ -29,14 +29,14 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
             }
             Ok(Exit::Ok)
         }
-        MachineCommand::Start { id } => act(session, &id, "start", &json!({})).await,
-        MachineCommand::Stop { id, signal, timeout } => {
-            act(session, &id, "stop", &StopMachine { signal, timeout: timeout.map(Value::from) }).await
+        MachineCommand::Start(target) => act(session, &target, "start", &json!({})).await,
+        MachineCommand::Stop { target, signal, timeout } => {
+            act(session, &target, "stop", &StopMachine { signal, timeout: timeout.map(Value::from) }).await
         }
-        MachineCommand::Restart { id } => act(session, &id, "restart", &json!({})).await,
-        MachineCommand::Exec { id, timeout, command } => exec(session, &id, timeout, command).await,
-        MachineCommand::Destroy { id, force } => {
-            let app = find(session, &id).await?.config.app;
+        MachineCommand::Restart(target) => act(session, &target, "restart", &json!({})).await,
+        MachineCommand::Exec { target, timeout, command } => exec(session, &target, timeout, command).await,
+        MachineCommand::Destroy { target, force } => {
+            let (app, id) = (app_of(session, &target).await?, target.id);
             session.client.delete::<Value>(&format!("/v1/apps/{app}/machines/{id}?force={force}")).await?;
             if session.json {
                 ui::print_json(&json!({ "id": id, "destroyed": true }));
@@ -48,8 +48,18 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
     }
 }
 
-/// A machine by its id alone: ids are unique on the platform.
-async fn find(session: &Session, id: &MachineId) -> Result<Machine, CliError> {
+async fn app_of(session: &Session, target: &MachineArgs) -> Result<AppName, CliError> {
+    match &target.app {
+        Some(app) => Ok(app.clone()),
+        None => Ok(find(session, target).await?.config.app),
+    }
+}
+
+async fn find(session: &Session, target: &MachineArgs) -> Result<Machine, CliError> {
+    let MachineArgs { id, app } = target;
+    if let Some(app) = app {
+        return Ok(session.client.get(&format!("/v1/apps/{app}/machines/{id}")).await?);
+    }
     let list: AppList = session.client.get("/v1/apps").await?;
     for app in &list.apps {
         let machines: Vec<Machine> = session.client.get(&format!("/v1/apps/{}/machines", app.name)).await?;
@@ -60,8 +70,8 @@ async fn find(session: &Session, id: &MachineId) -> Result<Machine, CliError> {
     Err(CliError::failed(format!("there is no machine {id}")).hint("`dunlin machine list --app APP` shows an app's machines"))
 }
 
-async fn act(session: &Session, id: &MachineId, verb: &str, body: &impl serde::Serialize) -> Result<Exit, CliError> {
-    let app: AppName = find(session, id).await?.config.app;
+async fn act(session: &Session, target: &MachineArgs, verb: &str, body: &impl serde::Serialize) -> Result<Exit, CliError> {
+    let (app, id) = (app_of(session, target).await?, &target.id);
     session.client.post::<Value>(&format!("/v1/apps/{app}/machines/{id}/{verb}"), body).await?;
     let wanted = if verb == "stop" { "stopped" } else { "started" };
     let wait = format!("/v1/apps/{app}/machines/{id}/wait?state={wanted}&timeout=60");
@@ -75,8 +85,8 @@ async fn act(session: &Session, id: &MachineId, verb: &str, body: &impl serde::S
     Ok(Exit::Ok)
 }
 
-async fn exec(session: &Session, id: &MachineId, timeout: u64, command: Vec<String>) -> Result<Exit, CliError> {
-    let app = find(session, id).await?.config.app;
+async fn exec(session: &Session, target: &MachineArgs, timeout: u64, command: Vec<String>) -> Result<Exit, CliError> {
+    let (app, id) = (app_of(session, target).await?, &target.id);
     let body = ExecBody { command, cmd: None, stdin: None, timeout: Some(timeout) };
     let answer: ExecAnswer = session.client.post(&format!("/v1/apps/{app}/machines/{id}/exec"), &body).await?;
     if session.json {

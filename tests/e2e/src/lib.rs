@@ -5,9 +5,11 @@
 #![forbid(unsafe_code)]
 
 mod app;
+mod docker;
 mod probe;
 mod websocket;
 
+pub use docker::Docker;
 pub use app::{APP_PY, DOCKERFILE, PYTHON};
 pub use probe::{Probe, Seen};
 pub use websocket::websocket_echo;

@@ -147,12 +147,13 @@ async fn where_connections_count_a_kept_one_has_its_place() {
         clients.push(client);
     }
     clients.pop();
-    for n in 7..=9 {
+    for _ in 0..20 {
+        eventually("the one before has left", || metrics.open_connections() == 1).await;
         assert_eq!(get(edge.http, "/").await.status, 200);
-        edge.log.lines(n).await;
-        edge.admitted(2).await;
     }
-    assert_eq!(connects(), 2, "handed on");
+    // Each core of the edge may have made one.
+    assert!(connects() <= 4, "{} connections: they were not handed on", connects());
+    assert!(edge.host.admitted.load(SeqCst) <= 4, "a place for each");
 }
 
 /// Whoever closes first keeps the port for a minute, and the edge needs its ports.

@@ -12,7 +12,8 @@ fn commands_and_logs() {
     assert_eq!(server.json(&["machine", "status", &id])["state"], "stopped");
     assert_eq!(server.get("web", "/").0, 200, "the other one answers");
     server.ok(&["machine", "start", &id]);
-    server.ok(&["machine", "restart", &id]);
+    server.ok(&["machine", "restart", &id, "--app", "web"]);
+    server.fails(&["machine", "status", &id, "--app", "other"], 1, &["there is no app other"]);
     let said = server.ok(&["machine", "exec", &id, "--", "sh", "-c", "echo out; id -u; pwd"]);
     assert_eq!(said, "out\n0\n/\n");
     let failing = server.dunlin(&["machine", "exec", &id, "--", "sh", "-c", "echo bad >&2; exit 7"]);

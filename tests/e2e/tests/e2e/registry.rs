@@ -74,6 +74,35 @@ fn people_push_and_pull_with_their_own_tools() {
     assert_eq!(server.ok(&["machine", "exec", &machine, "--", "cat", "/hello"]), "hello from a pushed image\n");
 }
 
+/// The same with Docker's own engine, whose client is another one.
+#[test]
+fn docker_pushes_and_pulls() {
+    let server = Server::start();
+    server.ok(&["apps", "create", "pushed"]);
+    let token = server.ok(&["tokens", "create", "--verb", "pull,push", "--app", "pushed"]).trim().to_owned();
+    let registry = format!("localhost:{}", server.https);
+    let image = format!("{registry}/pushed:docker");
+    let root = server.dir().join("root");
+    make_image(&root, &server.dir().join("layout"));
+    let tar = server.dir().join("root.tar");
+    ok("tar", &["-C", root.to_str().unwrap(), "-cf", tar.to_str().unwrap(), "."]);
+
+    let docker = Docker::start();
+    docker.ok(&["import", tar.to_str().unwrap(), &image]);
+    let id = docker.ok(&["image", "inspect", "--format", "{{.Id}}", &image]);
+    docker.ok(&["login", "-u", "anybody", "-p", &token, &registry]);
+    docker.ok(&["push", &image]);
+    docker.ok(&["rmi", "--force", &id]);
+    docker.ok(&["pull", &image]);
+    assert_eq!(docker.ok(&["image", "inspect", "--format", "{{.Id}}", &image]), id);
+
+    let config = "app = \"pushed\"\n[processes]\napp = \"/bin/busybox sleep 1000\"\n";
+    let dir = server.source("pushed", &[("dunlin.toml", config)]);
+    server.ok_in(&dir, &["deploy", "--image", "pushed:docker"]);
+    let machine = server.machines("pushed")[0].clone();
+    assert_eq!(server.ok(&["machine", "exec", &machine, "--", "/bin/busybox", "cat", "/hello"]), "hello from a pushed image\n");
+}
+
 /// An image of another registry is pulled into the app's repository.
 #[test]
 fn images_of_other_registries_are_pulled() {
