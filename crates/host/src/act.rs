@@ -195,10 +195,7 @@ pub fn watch_exit(shared: &Arc<Shared>, inputs: &Inputs, id: &MachineId, attempt
         }
         let exit = match dunlin_runtime::read_exit(&dir, attempt) {
             Ok(Some(record)) => convert::exit_info(record),
-            Ok(None) => {
-                tracing::warn!(machine = %id, attempt, "its supervisor was killed");
-                without_record(attempt, "its supervisor was killed")
-            }
+            Ok(None) => without_record(attempt, "its supervisor was killed"),
             Err(error) => without_record(attempt, &format!("its exit record cannot be read: {error}")),
         };
         let _ = inputs.send(Input::Event(id, Event::Exited(exit))).await; // recovery reads the record again

@@ -254,6 +254,7 @@ impl Agent {
         let before = slot.machine.clone();
         let now = now_ms();
         let again = (!matches!(event, Event::Ordered(_))).then(|| event.clone());
+        let lost = if let Event::Exited(exit) = &event { exit.error.clone() } else { None };
         let effects = slot.machine.handle(event, now);
         let (from, to) = (before.record().state, slot.machine.record().state);
         if from != to {
@@ -262,6 +263,10 @@ impl Agent {
                 machine = %id, app = %record.spec().app, release = record.spec().release, attempt = record.attempt,
                 from = from.as_str(), to = to.as_str(), "machine"
             );
+            // One that is being destroyed is expected to lose its supervisor, and stays in its state.
+            if let Some(why) = lost {
+                tracing::warn!(machine = %id, attempt = record.attempt, "{why}");
+            }
         }
         if !self.perform(id, effects)
             && let Some(slot) = self.slots.get_mut(id)
