@@ -1,7 +1,7 @@
 //! From the order to start a machine of a local image to the fact that it runs; the platform's side only:
 //! its program is busybox's `sleep`. The peers start the same program from the same files.
 
-use super::{Figure, PODMAN_RUN, Table, Times, time};
+use super::{Figure, PODMAN_RUN, Table, Times, time, unmount_storage};
 use crate::sh;
 use anyhow::{Context, bail};
 use dunlin_e2e::Server;
@@ -93,7 +93,7 @@ fn podman(dir: &Path, root: &Path) -> anyhow::Result<Times> {
         sh::run(tool().args(["rm", "-f", "-t", "0", "bench"]))?;
         Ok(took)
     });
-    let _ = Command::new("umount").args(["-q", &format!("{}/storage/overlay", dir.display())]).status(); // podman leaves it mounted
+    unmount_storage(dir);
     times
 }
 

@@ -1,7 +1,7 @@
 //! Deploys of a Python and a Node app: unchanged, and with one line changed, to the first request that the
 //! new release answers. The peer does the same by hand: `buildah build` of the same Dockerfile, `podman run`.
 
-use super::{Figure, PODMAN_RUN, Table, Times, time};
+use super::{Figure, PODMAN_RUN, Table, Times, time, unmount_storage};
 use crate::sh;
 use anyhow::{Context, bail};
 use dunlin_e2e::Server;
@@ -200,6 +200,6 @@ impl Drop for Peer {
             self.remove(app);
         }
         let _ = Command::new("ip").args(["netns", "delete", NAMESPACE]).status(); // as above
-        let _ = Command::new("umount").args(["-q", &format!("{}/storage/overlay", self.dir.display())]).status(); // buildah leaves it mounted
+        unmount_storage(&self.dir);
     }
 }

@@ -9,6 +9,8 @@ mod proxy;
 
 use crate::{packages, sh};
 use anyhow::{Context, bail};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 type Bench = (&'static str, fn(&mut Table) -> anyhow::Result<()>);
@@ -124,6 +126,11 @@ fn cpu_ticks(pid: u32) -> anyhow::Result<u64> {
 /// above what may be had in a container.
 const PODMAN_RUN: [&str; 5] =
     ["--runtime=runc", "run", "-d", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"];
+
+/// podman and buildah leave their storage mounted. Lazily: what they started may be about to end.
+fn unmount_storage(dir: &Path) {
+    let _ = Command::new("umount").arg("-lq").arg(dir.join("storage/overlay")).status(); // it may not be mounted
+}
 
 /// How long something takes.
 pub fn time<T>(act: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<Duration> {

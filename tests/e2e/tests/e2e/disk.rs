@@ -59,6 +59,8 @@ impl SmallDisk {
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.at).status(); // the directory says if it is still busy
+        // The server's scratch directory went before the mount did: what it could not remove goes now.
+        let _ = fs::remove_dir(&self.at).and_then(|()| self.at.parent().map_or(Ok(()), fs::remove_dir));
     }
 }
 
