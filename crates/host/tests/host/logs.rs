@@ -2,7 +2,6 @@
 
 use crate::setup::World;
 use dunlin_api::{HostApi, LogQuery};
-use dunlin_model::MachineState;
 
 fn tail(world: &World, query: LogQuery) -> Vec<String> {
     world.block_on(async {
@@ -17,10 +16,8 @@ fn tail(world: &World, query: LogQuery) -> Vec<String> {
 
 pub fn the_newest_lines_are_the_last_of_all_machines() {
     let mut world = World::new();
-    let talkative = world.started(2, "busybox seq 120000", |_| {});
-    world.wait_for(&talkative, MachineState::Stopped);
-    let terse = world.started(1, "echo newest", |_| {});
-    world.wait_for(&terse, MachineState::Stopped);
+    world.ended(2, "busybox seq 120000", |_| {});
+    world.ended(1, "echo newest", |_| {});
     let all = LogQuery { app: Some("web".parse().unwrap()), ..LogQuery::default() };
     let lines = tail(&world, LogQuery { tail: Some(4), ..all.clone() });
     assert_eq!(lines, ["120000", "ended with exit code 0", "newest", "ended with exit code 0"]);

@@ -171,6 +171,14 @@ impl World {
         id
     }
 
+    /// A machine whose script ends by itself, and has ended: that it was started may never be seen.
+    pub fn ended(&mut self, n: u8, script: &str, change: impl FnOnce(&mut Value)) -> MachineId {
+        let id = self.created(n, script, change);
+        self.command(&id, CommandKind::Start).unwrap();
+        self.wait_for(&id, MachineState::Stopped);
+        id
+    }
+
     pub fn order(&self, id: &MachineId, kind: CommandKind) -> Command {
         Command {
             id: format!("c{}", self.commands.fetch_add(1, Ordering::Relaxed)).parse().unwrap(),
