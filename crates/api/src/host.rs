@@ -32,6 +32,9 @@ pub trait HostApi: Send + Sync {
 
     async fn logs(&self, query: LogQuery) -> Result<LogStream, Refusal>;
 
+    /// The machine's processes, as its kernel shows them now.
+    async fn processes(&self, id: &MachineId) -> Result<Vec<Process>, Refusal>;
+
     /// Sockets on which the machine's processes listen.
     async fn listen_sockets(&self, id: &MachineId) -> Result<Vec<ListenSocket>, Refusal>;
 
@@ -188,6 +191,31 @@ pub struct LogLine {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenSocket {
     pub protocol: String,
+    pub address: SocketAddr,
+}
+
+/// One process of a machine. Its texts are the tenant's own: one line each, bounded, without control characters.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// In the machine's own pid namespace.
+    pub pid: i32,
+    /// Milliseconds of processor time in the kernel.
+    pub stime: u64,
+    /// Milliseconds since it was started.
+    pub rtime: u64,
+    pub command: String,
+    pub directory: String,
+    /// Percent of one processor over its whole life.
+    pub cpu: u64,
+    /// Bytes.
+    pub rss: u64,
+    pub listen_sockets: Vec<ProcessSocket>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessSocket {
+    /// `tcp`, `tcp6`, `udp` or `udp6`.
+    pub proto: String,
     pub address: SocketAddr,
 }
 

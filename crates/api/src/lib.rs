@@ -14,6 +14,7 @@ pub mod wire;
 pub use error::{ApiError, ErrorBody, ErrorCode};
 pub use host::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecOutput, ExecRequest, ExecSession, HostApi,
-    ListenSocket, LogLine, LogQuery, LogStream, Refusal, Reserve, Source, WaitFor,
+    ListenSocket, LogLine, LogQuery, LogStream, Process, ProcessSocket, Refusal, Reserve, Source,
+    WaitFor,
 };
 pub use last_hop::{Admission, AdmitRefusal, AdmitRequest, LastHop};

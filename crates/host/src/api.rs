@@ -1,16 +1,15 @@
 //! The host's side of [`HostApi`].
 
 use crate::agent::Input;
-use crate::{Host, builder, convert, exec, logs};
+use crate::{Host, builder, convert, exec, logs, ps};
 use async_trait::async_trait;
 use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery,
-    LogStream, Refusal, Reserve, WaitFor,
+    LogStream, Process, Refusal, Reserve, WaitFor,
 };
 use dunlin_machine::Order;
 use dunlin_model::{HostId, MachineId, MachineState};
 use dunlin_runtime::Client;
-use dunlin_runtime::net::ports::Proto;
 use dunlin_view::MachineFact;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -112,6 +111,11 @@ impl HostApi for Host {
         logs::stream(self.shared.clone(), query)
     }
 
+    async fn processes(&self, id: &MachineId) -> Result<Vec<Process>, Refusal> {
+        self.machine(id).await?;
+        ps::processes(&self.shared, id).await
+    }
+
     async fn listen_sockets(&self, id: &MachineId) -> Result<Vec<ListenSocket>, Refusal> {
         self.machine(id).await?;
         let dir = self.shared.machine_dir(id.as_str());
@@ -123,13 +127,9 @@ impl HostApi for Host {
         });
         let sockets = sockets.await.map_err(|e| Refusal::Failed(e.to_string()))?;
         let sockets = sockets.map_err(|e| Refusal::Failed(crate::agent::chain(&e)))?;
-        let protocol = |proto| match proto {
-            Proto::Tcp => "tcp",
-            Proto::Tcp6 => "tcp6",
-        };
         Ok(sockets
             .into_iter()
-            .map(|socket| ListenSocket { protocol: protocol(socket.proto).into(), address: socket.addr })
+            .map(|socket| ListenSocket { protocol: socket.proto.name().into(), address: socket.addr })
             .collect())
     }
 

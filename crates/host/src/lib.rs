@@ -23,6 +23,7 @@ mod kill;
 mod last_hop;
 mod logs;
 mod metrics;
+mod ps;
 mod spec;
 mod tombstones;
 
@@ -114,6 +115,7 @@ struct Shared {
     tombstones_waiting: AtomicUsize,
     followers: Arc<tokio::sync::Semaphore>,
     sessions: Arc<tokio::sync::Semaphore>,
+    looks: Arc<tokio::sync::Semaphore>,
     builders: builder::Slots,
     /// For the next supervisor, and that one only: a test's kill point.
     supervisor_kill_at: Mutex<Option<String>>,
@@ -182,6 +184,7 @@ impl Shared {
             tombstones_waiting: AtomicUsize::new(0),
             followers: Arc::new(tokio::sync::Semaphore::new(logs::MAX_STREAMS)),
             sessions: Arc::new(tokio::sync::Semaphore::new(exec::MAX_SESSIONS)),
+            looks: Arc::new(tokio::sync::Semaphore::new(ps::MAX_LOOKS)),
             builders: builder::Slots::default(),
             supervisor_kill_at: Mutex::new(config.kill_at.clone().filter(|point| SUPERVISOR_KILL_POINTS.contains(&point.as_str()))),
             config,

@@ -13,6 +13,7 @@ mod files;
 pub mod logs;
 pub mod net;
 mod process;
+pub mod ps;
 mod remove;
 mod rootfs;
 mod seccomp;

@@ -347,6 +347,20 @@ impl HostApi for SmallHost {
         Ok(LogStream { lines })
     }
 
+    async fn processes(&self, id: &MachineId) -> Result<Vec<dunlin_api::Process>, Refusal> {
+        let fact = self.machine(id).await?;
+        Ok(vec![dunlin_api::Process {
+            pid: 1,
+            stime: 10,
+            rtime: 2000,
+            command: fact.process_group,
+            directory: "/".into(),
+            cpu: 1,
+            rss: 4096,
+            listen_sockets: vec![],
+        }])
+    }
+
     async fn listen_sockets(&self, id: &MachineId) -> Result<Vec<ListenSocket>, Refusal> {
         let elsewhere = self.view.current().config.machines.get(id).and_then(|m| m.spec.env.get("BEHAVE").cloned());
         let address = if elsewhere.as_deref() == Some("elsewhere") { "127.0.0.1:5000" } else { "0.0.0.0:8080" };

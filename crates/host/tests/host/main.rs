@@ -10,6 +10,7 @@ mod last_hop;
 mod life;
 mod logs;
 mod neighbours;
+mod ps;
 mod setup;
 mod tombstones;
 
@@ -38,6 +39,7 @@ const TESTS: &[Test] = tests![
         a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not;
     logs: the_newest_lines_are_the_last_of_all_machines;
     neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
+    ps: they_are_told_with_numbers_directories_and_sockets, a_machine_that_does_not_run_has_none;
     tombstones: many_that_nobody_asked_for_wait_for_an_operator;
     life: a_signal_that_is_not_delivered_ends_nothing, a_machine_of_a_thousand_nested_directories_is_destroyed,
         a_server_that_opens_secrets_leaves_no_core_file;

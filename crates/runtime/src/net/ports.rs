@@ -1,20 +1,48 @@
 //! Who listens where, from `/proc`.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Lines of one table that are read; a host has far fewer listeners.
 const SOCKETS_MAX: usize = 262_144;
-/// State "listen" in the kernel's tables.
+/// State "listen" in the kernel's tables, and that of a datagram socket without a peer.
 const STATE_LISTEN: &str = "0A";
+const STATE_UNCONNECTED: &str = "07";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Proto {
     Tcp,
     Tcp6,
+    Udp,
+    Udp6,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+impl Proto {
+    pub fn name(self) -> &'static str {
+        match self {
+            Proto::Tcp => "tcp",
+            Proto::Tcp6 => "tcp6",
+            Proto::Udp => "udp",
+            Proto::Udp6 => "udp6",
+        }
+    }
+
+    fn is_v6(self) -> bool {
+        matches!(self, Proto::Tcp6 | Proto::Udp6)
+    }
+
+    /// Of a socket that waits for whoever comes.
+    fn waiting_state(self) -> &'static str {
+        match self {
+            Proto::Tcp | Proto::Tcp6 => STATE_LISTEN,
+            Proto::Udp | Proto::Udp6 => STATE_UNCONNECTED,
+        }
+    }
+}
+
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListenSocket {
     pub proto: Proto,
     pub addr: SocketAddr,
@@ -29,6 +57,12 @@ pub struct PortOwner {
 /// Listening TCP sockets in the network namespace of `pid`. Says, for instance, that an app listens on 127.0.0.1 only.
 pub fn listen_sockets(pid: i32) -> io::Result<Vec<ListenSocket>> {
     Ok(listening(&pid.to_string())?.into_iter().map(|(socket, _)| socket).collect())
+}
+
+/// Those, and datagram sockets without a peer, by inode: /proc's descriptors name them by it.
+pub fn waiting_sockets(pid: i32) -> io::Result<HashMap<u64, ListenSocket>> {
+    let tables = [Proto::Tcp, Proto::Tcp6, Proto::Udp, Proto::Udp6];
+    Ok(table(&pid.to_string(), &tables)?.into_iter().map(|(socket, inode)| (inode, socket)).collect())
 }
 
 /// The process that listens on a TCP port of the calling thread's namespace, as far as /proc shows it.
@@ -59,12 +93,16 @@ fn comm(pid: i32) -> String {
 }
 
 fn listening(process: &str) -> io::Result<Vec<(ListenSocket, u64)>> {
+    table(process, &[Proto::Tcp, Proto::Tcp6])
+}
+
+fn table(process: &str, protocols: &[Proto]) -> io::Result<Vec<(ListenSocket, u64)>> {
     let mut found = Vec::new();
-    for (proto, file) in [(Proto::Tcp, "tcp"), (Proto::Tcp6, "tcp6")] {
-        match std::fs::read_to_string(format!("/proc/{process}/net/{file}")) {
+    for proto in protocols.iter().copied() {
+        match std::fs::read_to_string(format!("/proc/{process}/net/{}", proto.name())) {
             Ok(table) => found.extend(table.lines().skip(1).take(SOCKETS_MAX).filter_map(|line| parse(line, proto))),
             // A kernel without IPv6.
-            Err(error) if proto == Proto::Tcp6 && error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if proto.is_v6() && error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
@@ -76,7 +114,7 @@ fn parse(line: &str, proto: Proto) -> Option<(ListenSocket, u64)> {
     let local = fields.nth(1)?;
     let state = fields.nth(1)?;
     let inode = fields.nth(5)?.parse().ok()?;
-    if state != STATE_LISTEN {
+    if state != proto.waiting_state() {
         return None;
     }
     let (addr, port) = local.split_once(':')?;
@@ -87,9 +125,10 @@ fn parse(line: &str, proto: Proto) -> Option<(ListenSocket, u64)> {
         let word = u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok()?;
         bytes.extend(word.to_ne_bytes());
     }
-    let ip = match proto {
-        Proto::Tcp => IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?)),
-        Proto::Tcp6 => IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?)),
+    let ip = if proto.is_v6() {
+        IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?))
+    } else {
+        IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?))
     };
     Some((ListenSocket { proto, addr: SocketAddr::new(ip, port) }, inode))
 }
@@ -112,6 +151,18 @@ mod tests {
         let v6 = TcpListener::bind("[::1]:0").expect("listen");
         let addr = v6.local_addr().expect("address");
         assert!(listen_sockets(me).expect("tables").contains(&ListenSocket { proto: Proto::Tcp6, addr }));
+    }
+
+    #[test]
+    fn datagram_sockets_wait_until_they_have_a_peer() {
+        let me = i32::try_from(std::process::id()).expect("pid");
+        let open = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let connected = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+        connected.connect(open.local_addr().expect("address")).expect("connect");
+        let waiting: Vec<SocketAddr> =
+            waiting_sockets(me).expect("tables").values().filter(|s| s.proto == Proto::Udp).map(|s| s.addr).collect();
+        assert!(waiting.contains(&open.local_addr().expect("address")));
+        assert!(!waiting.contains(&connected.local_addr().expect("address")));
     }
 
     #[test]
