@@ -7,6 +7,7 @@ mod packages;
 mod sh;
 mod test;
 mod tidy;
+mod vm;
 
 use anyhow::bail;
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ usage: cargo xtask <command>
   demo --stop     stop that server and remove all it left in the kernel
   test            set everything up and pass all tests
   test --fast     without the end-to-end tests
+  test --vm       only the tests of the Linux side, on pure control groups v2 in QEMU
   bench [NAME]    print figures beside their peers': deploy, create, proxy, idle
   tidy            check the house rules";
 
@@ -42,6 +44,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["demo", "--stop"] => demo::Demo::of_this_checkout().stop(),
         ["test"] => test::run(test::Scope::All),
         ["test", "--fast"] => test::run(test::Scope::Fast),
+        ["test", "--vm"] => vm::run(),
         ["bench", names @ ..] => bench::run(names),
         ["tidy"] => tidy::run(),
         _ => bail!("{USAGE}"),

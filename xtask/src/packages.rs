@@ -36,11 +36,17 @@ const BENCH: &[(&str, &str, &str)] = &[
     ("/usr/bin/h2load", "nghttp2-client", "load"),
 ];
 
+const VM: &[(&str, &str, &str)] = &[
+    ("/usr/bin/qemu-system-x86_64", "qemu-system-x86", "a machine with another kernel"),
+    ("/usr/bin/strip", "binutils", "smaller disks of it"),
+];
+
 #[derive(Clone, Copy)]
 pub enum For {
     Demo,
     Test,
     Bench,
+    Vm,
 }
 
 /// Installs what is missing.
@@ -49,6 +55,7 @@ pub fn ensure(purpose: For) -> anyhow::Result<()> {
         For::Demo => RUN.to_vec(),
         For::Test => [RUN, TEST].concat(),
         For::Bench => [RUN, TEST, BENCH].concat(),
+        For::Vm => [RUN, VM].concat(),
     };
     let missing: Vec<_> = wanted.into_iter().filter(|(file, ..)| !exists(file)).collect();
     if missing.is_empty() {

@@ -1,0 +1,28 @@
+#!/bin/sh
+# The first process of the test machine: a pure control group v2, then every test binary that the second disk has.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root RUST_BACKTRACE=1
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t securityfs securityfs /sys/kernel/security
+mountpoint -q /dev || mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm /tests
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+modprobe loop
+ip link set lo up
+echo 'nameserver 192.0.2.53' > /etc/resolv.conf
+# The paths that were compiled into the tests are the same here.
+mount /dev/vdb /tests
+failed=0
+while read -r target dir binary; do
+    mkdir -p "$(dirname "$target")" && ln -sfn /tests/target "$target"
+    mkdir -p "$dir"
+    echo "vm: $binary on $(uname -r), $(stat -fc %T /sys/fs/cgroup)"
+    (cd "$dir" && "$target/$binary" --test-threads=2) || { failed=1; echo "vm: $binary failed"; }
+done < /tests/list
+echo "vm-result: $failed"
+sync
+echo o > /proc/sysrq-trigger
+sleep 60
