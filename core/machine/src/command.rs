@@ -1,8 +1,8 @@
 //! Commands and the checks that they pass, in the order of the state rules: deadline, generation and plan,
-//! version, legal move, admission.
+//! lease, version, legal move, admission.
 
 use crate::record::{Goal, Record};
-use dunlin_model::{CommandId, Generation, MachineState, MachineVersion};
+use dunlin_model::{CommandId, Generation, Lease, MachineState, MachineVersion, Source};
 use serde::{Deserialize, Serialize};
 
 /// Answers that are remembered, so that a repeated command gets its first one.
@@ -17,6 +17,11 @@ pub struct Order {
     /// Of the plan that gives it, if one does.
     pub plan: Option<Generation>,
     pub expected_version: Option<MachineVersion>,
+    /// Of the lease that its sender holds.
+    pub nonce: Option<String>,
+    pub source: Source,
+    /// Of the call that caused it.
+    pub request_id: Option<String>,
     pub verb: Verb,
     /// The host's answer to "is there room for it?"; only a start or a wake asks.
     pub room: Result<(), String>,
@@ -32,8 +37,12 @@ pub enum Verb {
     Stop { signal: Option<i32>, timeout_ms: Option<u64> },
     Restart { timeout_ms: Option<u64> },
     Signal { signal: i32 },
+    Suspend,
     Cordon,
     Uncordon,
+    /// Takes the lease, or makes that of the order's nonce last longer. `nonce` is the one to give.
+    Lease { nonce: String, ttl_ms: u64, owner: String, description: String },
+    Release,
 }
 
 impl Verb {
@@ -44,8 +53,11 @@ impl Verb {
             Self::Stop { .. } => "stop",
             Self::Restart { .. } => "restart",
             Self::Signal { .. } => "signal",
+            Self::Suspend => "be suspended",
             Self::Cordon => "cordon",
             Self::Uncordon => "uncordon",
+            Self::Lease { .. } => "be leased",
+            Self::Release => "be released",
         }
     }
 }
@@ -56,6 +68,9 @@ pub struct Asked {
     pub previous_state: MachineState,
     /// Sequence of the first fact that shows the effect, or a later one.
     pub sequence: u64,
+    /// That was taken or made to last longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Lease>,
 }
 
 /// Why not.
@@ -65,6 +80,9 @@ pub enum Deny {
     TooLate,
     OldGeneration { offered: Generation, held: Generation },
     OldPlan { offered: Generation, held: Generation },
+    Leased { owner: String, expires_at_ms: u64 },
+    /// The nonce is of a lease that has ended.
+    NotLeased,
     VersionMismatch { expected: MachineVersion, found: MachineVersion },
     IllegalMove { state: MachineState },
     Cordoned,
@@ -103,6 +121,9 @@ pub(crate) fn check(record: &Record, order: &Order, now_ms: u64) -> Checked {
     if let Some(offered) = order.plan.filter(|offered| *offered < record.plan) {
         return Checked::Denied(Deny::OldPlan { offered, held: record.plan });
     }
+    if let Err(deny) = check_lease(record, order, now_ms) {
+        return Checked::Denied(deny);
+    }
     if let Some(expected) = order.expected_version.as_ref().filter(|expected| *expected != record.version()) {
         let found = record.version().clone();
         return Checked::Denied(Deny::VersionMismatch { expected: expected.clone(), found });
@@ -120,6 +141,19 @@ pub(crate) fn check(record: &Record, order: &Order, now_ms: u64) -> Checked {
     }
 }
 
+/// A nonce whose lease has ended opens nothing, even if nobody has one now: others may have moved the machine since.
+fn check_lease(record: &Record, order: &Order, now_ms: u64) -> Result<(), Deny> {
+    match (record.lease(now_ms), &order.nonce) {
+        (Some(lease), Some(nonce)) if lease.nonce == *nonce => Ok(()),
+        (Some(Lease { owner, expires_at_ms, .. }), _) => {
+            Err(Deny::Leased { owner: owner.clone(), expires_at_ms: *expires_at_ms })
+        }
+        (None, Some(_)) => Err(Deny::NotLeased),
+        (None, None) if order.verb == Verb::Release => Err(Deny::NotLeased),
+        (None, None) => Ok(()),
+    }
+}
+
 enum Move {
     Legal,
     AlreadyThere,
@@ -132,7 +166,9 @@ fn legal_move(record: &Record, verb: &Verb) -> Move {
         // It stops only to start again: to stop for good is another thing.
         (Verb::Stop { .. }, S::Stopping) if record.goal == Goal::Again => Move::Legal,
         (_, S::Destroying | S::Destroyed) => Move::Illegal,
-        (Verb::Cordon | Verb::Uncordon, _) => Move::Legal,
+        (Verb::Cordon | Verb::Uncordon | Verb::Lease { .. } | Verb::Release, _) => Move::Legal,
+        // It is asked to go on.
+        (Verb::Start, S::Suspending) => Move::Legal,
         (Verb::Start, S::Created | S::Stopped | S::Suspended | S::Failed | S::Restarting) => Move::Legal,
         (Verb::Start, S::Starting | S::Started | S::Updating) => Move::AlreadyThere,
         (Verb::Start, S::Creating | S::Stopping) => Move::Illegal,
@@ -140,11 +176,14 @@ fn legal_move(record: &Record, verb: &Verb) -> Move {
         // It comes up by itself.
         (Verb::Wake, S::Starting | S::Started | S::Updating | S::Restarting) => Move::AlreadyThere,
         (Verb::Wake, _) => Move::Illegal,
-        (Verb::Stop { .. }, S::Starting | S::Started | S::Restarting | S::Updating) => Move::Legal,
-        (Verb::Stop { .. }, S::Created | S::Stopped | S::Suspended | S::Failed | S::Stopping) => Move::AlreadyThere,
+        (Verb::Stop { .. }, S::Starting | S::Started | S::Suspending | S::Suspended) => Move::Legal,
+        (Verb::Stop { .. }, S::Restarting | S::Updating) => Move::Legal,
+        (Verb::Stop { .. }, S::Created | S::Stopped | S::Failed | S::Stopping) => Move::AlreadyThere,
         (Verb::Stop { .. }, S::Creating) => Move::Illegal,
+        (Verb::Suspend, S::Started) => Move::Legal,
+        (Verb::Suspend, S::Suspending | S::Suspended) => Move::AlreadyThere,
         (Verb::Restart { .. }, S::Started | S::Starting) => Move::Legal,
         (Verb::Signal { .. }, S::Started) => Move::Legal,
-        (Verb::Restart { .. } | Verb::Signal { .. }, _) => Move::Illegal,
+        (Verb::Suspend | Verb::Restart { .. } | Verb::Signal { .. }, _) => Move::Illegal,
     }
 }

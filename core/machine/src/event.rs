@@ -16,6 +16,8 @@ pub enum Event {
     Prepared { version: MachineVersion, result: Result<(), String>, room: Result<(), String> },
     /// The supervisor of an attempt is up and its program started, or it could not be started.
     Spawned { attempt: u64, result: Result<(), String> },
+    /// The processes of an attempt stand still, or cannot be made to.
+    Frozen { attempt: u64, result: Result<(), String> },
     /// An attempt ended.
     Exited(ExitInfo),
     /// A moment that [`Effect::WakeAt`] asked for has come.
@@ -33,6 +35,8 @@ pub struct Alive {
     pub attempt: Option<u64>,
     /// Whether that supervisor was told to stop it.
     pub stopping: bool,
+    /// Whether its processes stand still.
+    pub frozen: bool,
     /// The recorded end of the newest attempt.
     pub exit: Option<ExitInfo>,
     /// Whether the host was booted since the record was written.
@@ -51,6 +55,10 @@ pub enum Effect {
     /// `None`: as the spec or the image says.
     Stop { signal: Option<i32>, timeout_ms: u64 },
     Signal { signal: i32 },
+    /// Make the processes of an attempt stand still, then say `Frozen`.
+    Freeze { attempt: u64 },
+    /// Let them go on. An attempt that cannot be thawed is ended.
+    Thaw { attempt: u64 },
     /// End what is left of an attempt and acknowledge its exit record.
     CleanUp { attempt: u64 },
     /// Drop the exit record of an attempt that is over; touch no process: a later one may run.

@@ -8,6 +8,8 @@
 //!     v prepared          | one asleep       |            v restarted           |
 //!   failed <------------------------------ restarting <---+     updating (stop, swap, start)
 //!
+//! started -> suspending -> suspended -> started (start), stopped (stop, a boot of the host)
+//!
 //! any state, tombstone: destroying -> destroyed
 //! ```
 //!
@@ -25,4 +27,4 @@ mod record;
 pub use command::{Asked, Checked, Deny, MAX_REMEMBERED, Order, Verb};
 pub use event::{Alive, Effect, Event};
 pub use life::{Machine, backoff_ms};
-pub use record::{Goal, Record, Stop};
+pub use record::{Goal, MAX_EVENTS, Record, Stop};

@@ -3,7 +3,7 @@
 use crate::command::{self, Asked, Checked, Deny, MAX_REMEMBERED, Order, Remembered, Verb};
 use crate::event::{Alive, Effect, Event};
 use crate::record::{Goal, Record, Stop};
-use dunlin_model::{ExitInfo, MachineId, MachineState, MachineVersion, RestartWhen};
+use dunlin_model::{EventKind, ExitInfo, Lease, MachineId, MachineState, MachineVersion, RestartWhen, Source};
 use dunlin_view::MachineAssignment;
 
 /// An attempt that ran this long ran well: its failure begins a new count.
@@ -37,6 +37,7 @@ impl Machine {
     pub fn assigned(assignment: MachineAssignment, uid_base: u32, now_ms: u64) -> (Self, Vec<Effect>) {
         let spec = Box::new(assignment.spec.clone());
         let mut machine = Self { record: Record::new(assignment, uid_base, now_ms) };
+        machine.record.note(EventKind::Launch, Source::Host, None, now_ms);
         let effects = machine.changed(now_ms, vec![Effect::Prepare(spec)]);
         (machine, effects)
     }
@@ -76,6 +77,7 @@ impl Machine {
             Event::Ordered(order) => self.on_order(&order, now_ms),
             Event::Prepared { version, result, room } => self.on_prepared(&version, result, room, now_ms),
             Event::Spawned { attempt, result } => self.on_spawned(attempt, result, now_ms),
+            Event::Frozen { attempt, result } => self.on_frozen(attempt, result, now_ms),
             Event::Exited(exit) => self.on_exited(exit, now_ms),
             Event::Tick => self.on_tick(now_ms),
             Event::Destroyed => self.on_destroyed(now_ms),
@@ -102,6 +104,9 @@ impl Machine {
         if !new_version && assignment.placement == record.assignment.placement {
             return Vec::new();
         }
+        if assignment.placement != record.assignment.placement {
+            record.lease = None;
+        }
         record.assignment = assignment;
         if !new_version {
             return self.changed(now_ms, vec![]);
@@ -118,6 +123,7 @@ impl Machine {
         }
         self.record.state = MachineState::Destroying;
         self.record.goal = Goal::Vanish;
+        self.record.note(EventKind::Destroy, Source::Plan, None, now_ms);
         self.changed(now_ms, vec![Effect::Destroy])
     }
 
@@ -140,16 +146,18 @@ impl Machine {
             // Remembered as well, or a repeat that comes late would act.
             Checked::AlreadySo => {
                 self.record.plan = self.record.plan.max(order.plan.unwrap_or_default());
-                let answer = Ok(Asked { previous_state, sequence });
+                let answer = Ok(Asked { previous_state, sequence, lease: None });
                 self.remember(Remembered { id: id.clone(), answer: answer.clone() });
                 vec![Effect::Journal, Effect::Answer { id, answer }]
             }
             Checked::Allowed => {
                 self.record.plan = self.record.plan.max(order.plan.unwrap_or_default());
-                let answer = Ok(Asked { previous_state, sequence: sequence + 1 });
+                let then = self.obey(order, now_ms);
+                let lease = self.record.lease(now_ms).filter(|_| matches!(order.verb, Verb::Lease { .. })).cloned();
+                let answer = Ok(Asked { previous_state, sequence: sequence + 1, lease });
                 self.remember(Remembered { id: id.clone(), answer: answer.clone() });
                 let mut acts = vec![Effect::Answer { id, answer }];
-                acts.extend(self.obey(&order.verb, now_ms));
+                acts.extend(then);
                 self.changed(now_ms, acts)
             }
         }
@@ -162,9 +170,48 @@ impl Machine {
         self.record.commands.push_back(remembered);
     }
 
-    fn obey(&mut self, verb: &Verb, now_ms: u64) -> Vec<Effect> {
+    fn obey(&mut self, order: &Order, now_ms: u64) -> Vec<Effect> {
+        let before = self.record.state;
+        let effects = self.obey_verb(order, now_ms);
+        let kind = match &order.verb {
+            Verb::Start | Verb::Wake if matches!(before, MachineState::Suspending | MachineState::Suspended) => EventKind::Resume,
+            Verb::Start | Verb::Wake => EventKind::Start,
+            Verb::Stop { .. } => EventKind::Stop,
+            Verb::Restart { .. } => EventKind::Restart,
+            Verb::Signal { .. } => EventKind::Signal,
+            Verb::Suspend => EventKind::Suspend,
+            Verb::Cordon => EventKind::Cordon,
+            Verb::Uncordon => EventKind::Uncordon,
+            Verb::Lease { .. } | Verb::Release => return effects,
+        };
+        self.record.note(kind, order.source, order.request_id.clone(), now_ms);
+        effects
+    }
+
+    fn obey_verb(&mut self, order: &Order, now_ms: u64) -> Vec<Effect> {
         let record = &mut self.record;
-        match verb {
+        match &order.verb {
+            Verb::Start | Verb::Wake if matches!(record.state, MachineState::Suspending | MachineState::Suspended) => {
+                record.state = MachineState::Started;
+                record.goal = Goal::Run;
+                vec![Effect::Thaw { attempt: record.attempt }]
+            }
+            Verb::Suspend => {
+                record.state = MachineState::Suspending;
+                record.goal = Goal::Rest;
+                record.suspended_at_ms = now_ms;
+                vec![Effect::Freeze { attempt: record.attempt }]
+            }
+            Verb::Lease { nonce, ttl_ms, owner, description } => {
+                let nonce = order.nonce.as_ref().unwrap_or(nonce).clone();
+                let expires_at_ms = now_ms.saturating_add(*ttl_ms);
+                record.lease = Some(Lease { nonce, owner: owner.clone(), description: description.clone(), expires_at_ms });
+                vec![]
+            }
+            Verb::Release => {
+                record.lease = None;
+                vec![]
+            }
             Verb::Start | Verb::Wake => {
                 record.restarts = 0;
                 self.start(now_ms)
@@ -263,17 +310,23 @@ impl Machine {
             S::Stopping | S::Updating => self.changed(now_ms, vec![]),
             S::Destroying | S::Destroyed => unreachable!("returned above"),
             S::Restarting => {
-                self.swap();
+                self.swap(now_ms);
                 let start = self.start(now_ms);
                 self.changed(now_ms, start)
             }
             S::Creating | S::Created | S::Failed => {
-                self.swap();
+                self.swap(now_ms);
                 self.record.state = S::Created;
                 self.changed(now_ms, vec![])
             }
-            S::Stopped | S::Suspended => {
-                self.swap();
+            // It cannot go on in another version, and it goes on sleeping.
+            S::Suspending | S::Suspended => {
+                self.record.state = S::Stopping;
+                let stop = self.stop(None, None, now_ms);
+                self.changed(now_ms, vec![stop])
+            }
+            S::Stopped => {
+                self.swap(now_ms);
                 self.record.state = S::Stopped;
                 self.changed(now_ms, vec![])
             }
@@ -281,12 +334,18 @@ impl Machine {
     }
 
     /// Takes up the version that it should be in: counts begin anew.
-    fn swap(&mut self) {
+    fn swap(&mut self, now_ms: u64) {
         let record = &mut self.record;
+        let first = record.current.is_none();
         record.current = Some(record.assignment.spec.clone());
         record.exit = None;
         record.restarts = 0;
         record.problem = None;
+        let source = if record.spec().release == 0 { Source::User } else { Source::Plan };
+        if first {
+            return; // told by its launch
+        }
+        record.note(EventKind::Update, source, None, now_ms);
     }
 
     fn on_spawned(&mut self, attempt: u64, result: Result<(), String>, now_ms: u64) -> Vec<Effect> {
@@ -304,6 +363,24 @@ impl Machine {
         }
     }
 
+    fn on_frozen(&mut self, attempt: u64, result: Result<(), String>, now_ms: u64) -> Vec<Effect> {
+        if attempt != self.record.attempt || self.record.state != MachineState::Suspending {
+            return Vec::new(); // it was asked for something else meanwhile, which comes after the freeze
+        }
+        match result {
+            Ok(()) => {
+                self.record.state = MachineState::Suspended;
+                self.changed(now_ms, vec![])
+            }
+            Err(_) => {
+                self.record.state = MachineState::Started;
+                self.record.goal = Goal::Run;
+                self.record.note(EventKind::Resume, Source::Host, None, now_ms);
+                self.changed(now_ms, vec![Effect::Thaw { attempt }])
+            }
+        }
+    }
+
     fn on_exited(&mut self, exit: ExitInfo, now_ms: u64) -> Vec<Effect> {
         if exit.attempt != self.record.attempt || !self.record.may_live() {
             return vec![Effect::Acknowledge { attempt: exit.attempt }]; // told twice, or of an earlier one
@@ -314,28 +391,29 @@ impl Machine {
         let ran_ms = exit.at_ms.saturating_sub(self.record.started_at_ms);
         let failed = exit.exit_code != Some(0);
         let attempt = exit.attempt;
-        self.record.exit = Some(exit);
+        self.record.exit = Some(exit.clone());
         self.record.stop = None;
         let mut acts = vec![Effect::CleanUp { attempt }];
         match self.record.goal {
             Goal::Again => {
-                self.take_new_version();
+                self.take_new_version(now_ms);
                 acts.extend(self.start(now_ms));
             }
             Goal::Rest | Goal::Vanish => {
-                self.take_new_version();
+                self.take_new_version(now_ms);
                 self.record.state = MachineState::Stopped;
             }
             Goal::Run => acts.extend(self.by_policy(failed, ran_ms, now_ms)),
         }
+        self.record.note_exit(exit, now_ms);
         self.changed(now_ms, acts)
     }
 
     /// A version that was prepared while the old one ran. One that is not prepared yet has to wait: it may
     /// never be, and the old one is known to work.
-    fn take_new_version(&mut self) {
+    fn take_new_version(&mut self, now_ms: u64) {
         if !self.record.is_current() && self.record.prepared {
-            self.swap();
+            self.swap(now_ms);
         }
     }
 
@@ -370,6 +448,7 @@ impl Machine {
         match self.record.restart_at_ms {
             Some(at) if self.record.state == MachineState::Restarting && now_ms >= at => {
                 let start = self.start(now_ms);
+                self.record.note(EventKind::Start, Source::Host, None, now_ms);
                 self.changed(now_ms, start)
             }
             Some(at) if self.record.state == MachineState::Restarting => vec![Effect::WakeAt { ms: at }],
@@ -396,8 +475,8 @@ impl Machine {
         let mut effects = match self.record.state {
             S::Destroying => vec![Effect::Destroy],
             S::Destroyed => return vec![Effect::Forget],
-            S::Starting | S::Started | S::Stopping | S::Updating if lives => self.rejoin(alive.stopping, now_ms),
-            S::Starting | S::Started | S::Stopping | S::Updating => match alive.exit {
+            _ if self.record.may_live() && lives => self.rejoin(&alive, now_ms),
+            S::Starting | S::Started | S::Suspending | S::Suspended | S::Stopping | S::Updating => match alive.exit {
                 Some(exit) => self.on_exited(exit, now_ms),
                 None => self.vanished(alive.rebooted, now_ms),
             },
@@ -405,7 +484,7 @@ impl Machine {
                 let ms = *self.record.restart_at_ms.get_or_insert(now_ms);
                 vec![Effect::CleanUp { attempt }, Effect::WakeAt { ms }]
             }
-            S::Creating | S::Created | S::Stopped | S::Suspended | S::Failed => {
+            S::Creating | S::Created | S::Stopped | S::Failed => {
                 vec![Effect::CleanUp { attempt }]
             }
         };
@@ -419,13 +498,24 @@ impl Machine {
     }
 
     /// Its supervisor lives: only what was under way is taken up again.
-    fn rejoin(&mut self, stopping: bool, now_ms: u64) -> Vec<Effect> {
+    fn rejoin(&mut self, alive: &Alive, now_ms: u64) -> Vec<Effect> {
+        let attempt = self.record.attempt;
         match self.record.state {
             MachineState::Starting => {
                 self.record.state = MachineState::Started;
                 self.changed(now_ms, vec![])
             }
-            MachineState::Stopping | MachineState::Updating if !stopping => {
+            MachineState::Started if alive.frozen => self.changed(now_ms, vec![Effect::Thaw { attempt }]),
+            MachineState::Suspending if alive.frozen => {
+                self.record.state = MachineState::Suspended;
+                self.changed(now_ms, vec![])
+            }
+            MachineState::Suspending => self.changed(now_ms, vec![Effect::Freeze { attempt }]),
+            MachineState::Suspended if !alive.frozen => {
+                self.record.state = MachineState::Suspending;
+                self.changed(now_ms, vec![Effect::Freeze { attempt }])
+            }
+            MachineState::Stopping | MachineState::Updating if !alive.stopping => {
                 // With the time that is left of what was asked for.
                 let asked = self.record.stop;
                 let left_ms = asked.map(|stop| stop.until_ms.saturating_sub(now_ms));
@@ -444,6 +534,7 @@ impl Machine {
             // Not its failure: at once, and not counted.
             let mut acts = vec![Effect::CleanUp { attempt }];
             acts.extend(self.start(now_ms));
+            self.record.note(EventKind::Start, Source::Host, None, now_ms);
             return self.changed(now_ms, acts);
         }
         let error = if rebooted { "its host was restarted" } else { "its supervisor was killed" };

@@ -1,10 +1,15 @@
 //! What of a machine survives a crash of its host's agent.
 
 use crate::command::Remembered;
-use dunlin_model::{CpuKind, ExitInfo, Generation, Guest, MachineSpec, MachineState, MachineVersion};
+use dunlin_model::{
+    CpuKind, EventKind, ExitInfo, Generation, Guest, Lease, MachineEvent, MachineSpec, MachineState, MachineVersion, Source,
+};
 use dunlin_view::{CheckStatus, MachineAssignment, MachineFact};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+
+/// Events of a machine that its host keeps.
+pub const MAX_EVENTS: usize = 64;
 
 /// What follows the end of the running attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +66,18 @@ pub struct Record {
     /// The latest plan that was obeyed: (store incarnation, sequence).
     #[serde(default)]
     pub plan: Generation,
+    /// May have ended: ask [`Record::lease`].
+    #[serde(default)]
+    pub lease: Option<Lease>,
+    /// When it was suspended.
+    #[serde(default)]
+    pub suspended_at_ms: u64,
+    /// The newest is last. Those that a journal has already it need not write again.
+    #[serde(default)]
+    pub events: VecDeque<MachineEvent>,
+    /// Of the newest event.
+    #[serde(default)]
+    pub last_event: u64,
     pub updated_at_ms: u64,
 }
 
@@ -84,6 +101,10 @@ impl Record {
             problem: None,
             commands: VecDeque::new(),
             plan: Generation::default(),
+            lease: None,
+            suspended_at_ms: 0,
+            events: VecDeque::new(),
+            last_event: 0,
             updated_at_ms: now_ms,
         }
     }
@@ -100,8 +121,8 @@ impl Record {
 
     /// Whether an attempt may have processes.
     pub fn may_live(&self) -> bool {
-        use MachineState::{Destroying, Started, Starting, Stopping, Updating};
-        matches!(self.state, Starting | Started | Stopping | Updating)
+        use MachineState::{Destroying, Started, Starting, Stopping, Suspended, Suspending, Updating};
+        matches!(self.state, Starting | Started | Suspending | Suspended | Stopping | Updating)
             || self.state == Destroying && self.goal == Goal::Vanish && self.attempt > 0
     }
 
@@ -120,6 +141,36 @@ impl Record {
         let follows = self.prepared && !self.is_current() && self.goal != Goal::Rest;
         let next = follows.then_some(&self.assignment.spec);
         [self.spec()].into_iter().chain(next).filter(|_| self.holds_resources())
+    }
+
+    /// The lease that holds now.
+    pub fn lease(&self, now_ms: u64) -> Option<&Lease> {
+        self.lease.as_ref().filter(|lease| lease.is_live(now_ms))
+    }
+
+    /// Kept even if what follows it forgets how it ended.
+    pub(crate) fn note_exit(&mut self, exit: ExitInfo, at_ms: u64) {
+        self.note(EventKind::Exit, Source::Host, None, at_ms);
+        if let Some(event) = self.events.back_mut() {
+            event.exit = Some(exit);
+        }
+    }
+
+    pub(crate) fn note(&mut self, kind: EventKind, source: Source, request_id: Option<String>, at_ms: u64) {
+        if self.events.len() == MAX_EVENTS {
+            self.events.pop_front();
+        }
+        self.last_event += 1;
+        self.events.push_back(MachineEvent {
+            id: self.last_event,
+            kind,
+            status: self.state,
+            source,
+            at_ms,
+            exit: None,
+            restarts: self.restarts,
+            request_id,
+        });
     }
 
     /// Whether a request may start it.

@@ -23,6 +23,12 @@ enum Op {
     Stop,
     Restart,
     Signal,
+    Suspend,
+    /// Somebody takes the lease, or makes it last longer.
+    Lease,
+    Release,
+    /// From now on orders come with this lease's nonce, of those that were given; `None`: without.
+    Hold(Option<usize>),
     Cordon,
     Uncordon,
     /// Send a command of before once more.
@@ -50,6 +56,10 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Stop),
         3 => Just(Op::Restart),
         1 => Just(Op::Signal),
+        4 => Just(Op::Suspend),
+        1 => Just(Op::Lease),
+        1 => Just(Op::Release),
+        2 => prop::option::of(any::<usize>()).prop_map(Op::Hold),
         1 => Just(Op::Cordon),
         1 => Just(Op::Uncordon),
         3 => any::<usize>().prop_map(Op::Repeat),
@@ -70,6 +80,7 @@ enum Pending {
     Spawn(u64),
     /// The supervisor of an attempt has heard the stop.
     End(u64),
+    Freeze(u64),
     /// The agent watches an attempt that has ended.
     Exited(ExitInfo),
     Tick(u64),
@@ -80,6 +91,7 @@ enum Pending {
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Intent {
     Run,
+    Sleep,
     Rest,
     Nothing,
 }
@@ -91,6 +103,13 @@ struct Host {
     /// The attempt whose supervisor lives, and whether it was told to stop.
     alive: Option<u64>,
     told: bool,
+    /// Its processes stand still.
+    frozen: bool,
+    /// Nonces that were given, and the one that is sent.
+    nonces: Vec<String>,
+    nonce: Option<String>,
+    /// What comes after a freeze that is under way: the host acts in order.
+    thaw_waits: bool,
     /// A stop that waits behind the spawn of its attempt.
     stop_waits: bool,
     may_be_told_twice: bool,
@@ -117,6 +136,10 @@ impl Host {
             journal: None,
             machine: None,
             alive: None,
+            frozen: false,
+            nonces: vec![],
+            nonce: None,
+            thaw_waits: false,
             told: false,
             stop_waits: false,
             may_be_told_twice: false,
@@ -164,6 +187,13 @@ impl Host {
             Op::Stop => self.send(Verb::Stop { signal: None, timeout_ms: None }),
             Op::Restart => self.send(Verb::Restart { timeout_ms: None }),
             Op::Signal => self.send(Verb::Signal { signal: 1 }),
+            Op::Suspend => self.send(Verb::Suspend),
+            Op::Lease => {
+                let nonce = format!("n{}", self.sent.len());
+                self.send(Verb::Lease { nonce, ttl_ms: 50_000, owner: "o".into(), description: String::new() });
+            }
+            Op::Release => self.send(Verb::Release),
+            Op::Hold(which) => self.nonce = which.and_then(|which| pick(&self.nonces, which).cloned()),
             Op::Cordon => self.send(Verb::Cordon),
             Op::Uncordon => self.send(Verb::Uncordon),
             Op::Repeat(which) => {
@@ -186,7 +216,8 @@ impl Host {
     }
 
     fn send(&mut self, verb: Verb) {
-        let mut order = order(self.sent.len() as u64, verb);
+        let nonce = self.nonce.clone();
+        let mut order = Order { nonce, ..order(self.sent.len() as u64, verb) };
         self.sent.push(order.clone());
         if let Some(machine) = &self.machine {
             order.room = self.room(machine.record().spec().guest.memory_mb);
@@ -201,6 +232,7 @@ impl Host {
 
     fn end(&mut self, code: i32) {
         if let Some(attempt) = self.alive.take() {
+            self.frozen = false;
             let ended = exit(attempt, code, self.now);
             self.exits.insert(attempt, ended.clone());
             self.pending.push(Pending::Exited(ended));
@@ -229,6 +261,15 @@ impl Host {
                     self.end(0);
                 }
             }
+            Pending::Freeze(attempt) => {
+                let thawed = std::mem::take(&mut self.thaw_waits);
+                self.frozen = ok && self.alive == Some(attempt) && !thawed;
+                let sleeps = self.machine.as_ref().is_some_and(|machine| machine.record().state == S::Suspending);
+                if !ok && sleeps && self.intent == Intent::Sleep {
+                    self.intent = Intent::Run; // it could not be, and goes on
+                }
+                self.hear(Event::Frozen { attempt, result });
+            }
             Pending::Exited(exit) => self.hear(Event::Exited(exit)),
             Pending::Tick(at) => {
                 self.now = self.now.max(at);
@@ -236,6 +277,7 @@ impl Host {
             }
             Pending::Destroy => {
                 self.alive = None;
+                self.frozen = false;
                 self.exits.clear();
                 self.hear(Event::Destroyed);
             }
@@ -245,6 +287,7 @@ impl Host {
     fn comes_up(&mut self, attempt: u64) {
         assert_eq!(self.alive, None, "two attempts live at once");
         self.alive = Some(attempt);
+        self.frozen = false;
         self.told = false;
         if std::mem::take(&mut self.stop_waits) {
             self.tell();
@@ -255,6 +298,7 @@ impl Host {
         if let Some(attempt) = self.alive {
             assert!(!self.told || self.may_be_told_twice, "a supervisor was told to stop a second time");
             self.told = true;
+            self.frozen = false; // the supervisor thaws
             self.pending.push(Pending::End(attempt));
         }
     }
@@ -268,9 +312,22 @@ impl Host {
         let woken = matches!(&event, Event::Ordered(order) if order.verb == Verb::Wake);
         let before = machine.record();
         let may_wake = !before.cordoned && before.state.is_asleep() && before.spec().services.iter().any(|s| s.autostart);
+        let stranger = match &event {
+            Event::Ordered(order) => before.lease(self.now).filter(|lease| order.nonce.as_ref() != Some(&lease.nonce)).is_some(),
+            _ => false,
+        };
         let held_mb = before.reserved_mb();
+        let was = (before.state, before.attempt, before.cordoned, before.lease(self.now).cloned());
         let effects = machine.handle(event, self.now);
         let spawns = effects.iter().any(|effect| matches!(effect, Effect::Spawn { .. }));
+        let now = machine.record();
+        if stranger {
+            let is = (now.state, now.attempt, now.cordoned, now.lease(self.now).cloned());
+            assert_eq!(was, is, "somebody moved a machine that another has leased");
+        }
+        if let Some(lease) = now.lease(self.now).filter(|lease| !self.nonces.contains(&lease.nonce)) {
+            self.nonces.push(lease.nonce.clone());
+        }
         assert!(may_wake || !(woken && spawns), "a request started what it may not");
         // What is being destroyed may still hold something, and asks nobody.
         let ending = machine.record().state == S::Destroying;
@@ -308,6 +365,7 @@ impl Host {
                     let verb = &self.sent.iter().find(|order| order.id == id).expect("sent").verb;
                     match verb {
                         Verb::Start | Verb::Wake | Verb::Restart { .. } => self.intent = Intent::Run,
+                        Verb::Suspend => self.intent = Intent::Sleep,
                         Verb::Stop { .. } => self.intent = Intent::Rest,
                         _ => {}
                     }
@@ -342,6 +400,18 @@ impl Host {
                 }
             }
             Effect::Signal { .. } => {}
+            Effect::Freeze { attempt } => {
+                assert_eq!(durable.expect("journalled").state, S::Suspending);
+                self.thaw_waits = false;
+                self.pending.push(Pending::Freeze(*attempt));
+            }
+            Effect::Thaw { attempt } => {
+                assert_eq!(durable.expect("journalled").state, S::Started, "thawed before it was durable");
+                match self.pending.iter().any(|pending| matches!(pending, Pending::Freeze(freezes) if freezes == attempt)) {
+                    true => self.thaw_waits = true,
+                    false => self.frozen = false,
+                }
+            }
             Effect::CleanUp { attempt } => {
                 let durable = durable.expect("journalled");
                 assert!(
@@ -349,6 +419,7 @@ impl Host {
                     "a clean-up killed a machine that should run"
                 );
                 self.alive = None;
+                self.frozen = false;
                 self.exits.remove(attempt);
             }
             Effect::Acknowledge { attempt } => {
@@ -388,14 +459,17 @@ impl Host {
         } else if let Some(attempt) = spawning {
             self.comes_up(attempt);
         }
+        self.thaw_waits = false;
+        self.frozen &= self.alive.is_some();
         // What a supervisor was told it does, whatever becomes of the agent.
         if let Some(attempt) = self.alive.filter(|_| self.told) {
             self.pending.push(Pending::End(attempt));
         }
         self.machine = self.journal.clone().map(Machine::from_record);
         let Some(machine) = &self.machine else { return };
+        let frozen = self.frozen;
         let exit = self.exits.get(&machine.record().attempt).cloned();
-        self.hear(Event::Recovered(Alive { attempt: self.alive, stopping: self.told, exit, rebooted }));
+        self.hear(Event::Recovered(Alive { attempt: self.alive, stopping: self.told, frozen, exit, rebooted }));
         // The agent watches what it found alive; here, `end` tells by itself. Then it reads the view.
         if self.tombstoned {
             self.hear(Event::Tombstone);
@@ -438,7 +512,14 @@ impl Host {
             Intent::Run => {
                 assert_eq!(record.state, S::Started, "an acknowledged start was undone");
                 assert_eq!(self.alive, Some(record.attempt));
+                assert!(!self.frozen, "it runs and stands still");
             }
+            // A new version, an end and a boot make one that sleeps a stopped one.
+            Intent::Sleep => match record.state {
+                S::Suspended => assert_eq!((self.alive, self.frozen), (Some(record.attempt), true)),
+                S::Stopped | S::Created | S::Failed => assert_eq!(self.alive, None),
+                state => panic!("it should sleep and is {state:?}"),
+            },
             Intent::Rest => {
                 assert!(matches!(record.state, S::Stopped | S::Created | S::Failed), "an acknowledged stop was undone: {:?}", record.state);
                 assert_eq!(self.alive, None);

@@ -7,7 +7,7 @@ use dunlin_machine::{Alive, Deny, Effect, Event, Machine, Order, Verb, backoff_m
 use dunlin_model::{Generation, MachineState as S};
 
 const STOP: Verb = Verb::Stop { signal: None, timeout_ms: None };
-const GONE: Alive = Alive { attempt: None, stopping: false, exit: None, rebooted: false };
+const GONE: Alive = Alive { attempt: None, stopping: false, frozen: false, exit: None, rebooted: false };
 const RESTART: Verb = Verb::Restart { timeout_ms: None };
 
 fn prepared(n: u8) -> Event {

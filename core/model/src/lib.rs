@@ -13,11 +13,13 @@
 
 pub mod config;
 pub mod desired;
+pub mod events;
 pub mod ids;
 pub mod machine;
 pub mod seal;
 pub mod token;
 
+pub use events::{EventKind, Lease, MachineEvent, Source};
 pub use ids::{AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region};
 pub use machine::{
     Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, ExitInfo, Guest, ImageRef, MachineSpec, MachineState,

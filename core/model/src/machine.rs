@@ -197,6 +197,9 @@ pub enum MachineState {
     Started,
     Stopping,
     Stopped,
+    /// Its processes are being frozen.
+    Suspending,
+    /// Its processes stand still in memory.
     Suspended,
     /// It exited and waits for its next attempt.
     Restarting,
@@ -211,12 +214,12 @@ pub enum MachineState {
 impl MachineState {
     /// Whether a process of the machine may be alive.
     pub fn is_running(self) -> bool {
-        matches!(self, Self::Starting | Self::Started | Self::Stopping)
+        matches!(self, Self::Starting | Self::Started | Self::Stopping | Self::Suspending)
     }
 
     /// Whether a request may wake it (with autostart).
     pub fn is_asleep(self) -> bool {
-        matches!(self, Self::Created | Self::Stopped | Self::Suspended)
+        matches!(self, Self::Created | Self::Stopped | Self::Suspending | Self::Suspended)
     }
 
     pub fn as_str(self) -> &'static str {
@@ -227,6 +230,7 @@ impl MachineState {
             Self::Started => "started",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
+            Self::Suspending => "suspending",
             Self::Suspended => "suspended",
             Self::Restarting => "restarting",
             Self::Updating => "updating",

@@ -122,7 +122,7 @@ fn start<'plan>(
         MachineState::Created | MachineState::Stopped | MachineState::Suspended | MachineState::Failed => {
             Next::Act { index, step }
         }
-        MachineState::Creating | MachineState::Updating | MachineState::Stopping => {
+        MachineState::Creating | MachineState::Updating | MachineState::Stopping | MachineState::Suspending => {
             wait_or_fail(step, deadline_ms, now_ms, || {
                 format!("machine {machine} is still {}", fact.state.as_str())
             })

@@ -193,7 +193,8 @@ fn resize(
         // Without a fact of its host, all that is assigned counts as held.
         _ if !observed.hosts.contains_key(&row.host) => true,
         Some(fact) => {
-            fact.state.is_running() || matches!(fact.state, MachineState::Updating | MachineState::Restarting)
+            fact.state.is_running()
+                || matches!(fact.state, MachineState::Suspended | MachineState::Updating | MachineState::Restarting)
         }
         None => true,
     };
@@ -206,7 +207,7 @@ fn resize(
 /// crashed and waits for its restart. One that a plan stopped does not sleep: nobody decided that it should.
 fn is_left_asleep(desired: &Desired, row: &MachineRow, fact: Option<&Arc<MachineFact>>) -> bool {
     let by_a_plan = desired.left.get(&row.id).is_some_and(|left| left.stopped);
-    !by_a_plan && fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
+    !by_a_plan && fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspending | MachineState::Suspended))
 }
 
 fn start_and_gate(desired: &Desired, row: &MachineRow, version: &MachineVersion, why: &str) -> [Step; 2] {

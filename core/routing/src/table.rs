@@ -148,7 +148,9 @@ fn availability(assignment: &MachineAssignment, fact: &MachineFact) -> Availabil
         MachineState::Started => Availability::Starting,
         MachineState::Starting => Availability::Starting,
         MachineState::Creating | MachineState::Restarting | MachineState::Updating => Availability::Returning,
-        MachineState::Created | MachineState::Stopped | MachineState::Suspended => Availability::Asleep,
+        MachineState::Created | MachineState::Stopped | MachineState::Suspending | MachineState::Suspended => {
+            Availability::Asleep
+        }
         MachineState::Stopping | MachineState::Failed | MachineState::Destroying | MachineState::Destroyed => {
             Availability::Unavailable
         }

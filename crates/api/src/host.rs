@@ -2,8 +2,9 @@
 
 use async_trait::async_trait;
 use dunlin_model::{
-    AppName, CommandId, Generation, Guest, HostId, MachineId, MachineState, MachineVersion, OrgName,
+    AppName, CommandId, Generation, Guest, HostId, Lease, MachineEvent, MachineId, MachineState, MachineVersion, OrgName,
 };
+pub use dunlin_model::Source;
 use dunlin_view::MachineFact;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -27,6 +28,12 @@ pub trait HostApi: Send + Sync {
 
     /// Waits until one of the states is reached, or says that it cannot be reached any more.
     async fn wait(&self, id: &MachineId, wait: WaitFor) -> Result<MachineFact, Refusal>;
+
+    /// What happened to it, the newest first; the host keeps the last ones.
+    async fn events(&self, id: &MachineId) -> Result<Vec<MachineEvent>, Refusal>;
+
+    /// The lease that holds now. Who changes or destroys a machine in the store asks for it first.
+    async fn lease(&self, id: &MachineId) -> Result<Option<Lease>, Refusal>;
 
     async fn exec(&self, request: ExecRequest) -> Result<ExecSession, Refusal>;
 
@@ -63,6 +70,8 @@ pub enum Refusal {
     VersionMismatch { machine: MachineId, expected: MachineVersion, found: MachineVersion },
     #[error("machine {machine} is leased by {owner}")]
     Leased { machine: MachineId, owner: String, expires_at_ms: u64 },
+    #[error("the lease of machine {machine} with this nonce has ended")]
+    NotLeased { machine: MachineId },
     #[error("machine {machine} is {}, from which it cannot {verb}", state.as_str())]
     IllegalMove { machine: MachineId, state: MachineState, verb: String },
     #[error("host {host} has no room: {why}")]
@@ -86,16 +95,6 @@ pub struct Reserve {
     pub ttl_ms: u64,
 }
 
-/// Who caused a command; shown in events.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
-    User,
-    Plan,
-    Proxy,
-    Host,
-}
-
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Command {
     pub id: CommandId,
@@ -110,6 +109,9 @@ pub struct Command {
     /// Lease nonce.
     pub nonce: Option<String>,
     pub source: Source,
+    /// Of the call that caused it; shown in events.
+    #[serde(default)]
+    pub request_id: Option<String>,
     pub kind: CommandKind,
 }
 
@@ -120,8 +122,14 @@ pub enum CommandKind {
     Stop { signal: Option<String>, timeout_ms: Option<u64> },
     Restart { timeout_ms: Option<u64> },
     Signal { signal: String },
+    /// Freezes its processes; a start or a request thaws them.
+    Suspend,
     Cordon,
     Uncordon,
+    /// Takes the lease, or with its nonce makes it last longer from now on. The answer has it.
+    Lease { ttl_ms: u64, owner: String, description: String },
+    /// Ends the lease of the nonce.
+    Release,
 }
 
 /// The acknowledgement: journalled, the act follows or has happened.
@@ -130,6 +138,9 @@ pub struct CommandAnswer {
     pub previous_state: MachineState,
     /// Sequence of the fact that first shows the command's effect, or later.
     pub sequence: u64,
+    /// That was taken or made to last longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Lease>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -60,7 +60,8 @@ impl From<Refusal> for Failure {
         let code = match &refusal {
             Refusal::TooLate | Refusal::WaitTimeout { .. } => ErrorCode::DeadlineExceeded,
             Refusal::NoSuchMachine(_) => ErrorCode::NotFound,
-            Refusal::Moved { .. } | Refusal::OldGeneration { .. } | Refusal::OldPlan { .. } | Refusal::Leased { .. } => {
+            Refusal::Moved { .. } | Refusal::OldGeneration { .. } | Refusal::OldPlan { .. }
+            | Refusal::Leased { .. } | Refusal::NotLeased { .. } => {
                 ErrorCode::Conflict
             }
             Refusal::VersionMismatch { .. } => ErrorCode::VersionMismatch,
@@ -76,6 +77,7 @@ impl From<Refusal> for Failure {
             Refusal::NoSuchMachine(_) => Some("its host may still be preparing it: try again in a moment"),
             Refusal::Moved { .. } | Refusal::OldGeneration { .. } => Some("try again: the server has newer facts by now"),
             Refusal::Leased { .. } => Some("wait until the lease ends, or send its nonce"),
+            Refusal::NotLeased { .. } => Some("take a new lease, and look at the machine again: others may have changed it"),
             Refusal::InsufficientCapacity { .. } => Some("stop machines that you do not need, or choose a smaller size"),
             Refusal::DiskFull(_) => Some("free some space in the data directory, then try again"),
             Refusal::WaitTimeout { .. } => Some("ask again to wait longer; `dunlin logs` shows what the machine does"),

@@ -6,6 +6,7 @@ use crate::kill::kill_point;
 use crate::{Shared, convert, now_ms, spec};
 use dunlin_machine::{Effect, Event, Record};
 use dunlin_model::{ExitInfo, MachineId, MachineSpec};
+use dunlin_runtime::cgroup::CgroupError;
 use dunlin_runtime::net::firewall::MachineRule;
 use dunlin_runtime::{Client, RuntimeError, Status, SupervisorSpec};
 use std::os::fd::OwnedFd;
@@ -21,6 +22,8 @@ const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(250);
 /// A supervisor that has its lock listens soon, or ends soon.
 const SUPERVISOR_PATIENCE: Duration = Duration::from_secs(10);
+/// A program that is not frozen in this time is in the middle of something in the kernel.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(10);
 
 type Inputs = mpsc::Sender<Input>;
@@ -81,6 +84,18 @@ pub fn perform(shared: &Arc<Shared>, inputs: &Inputs, acts: &mut Acts, record: &
                     tracing::warn!(machine = %id, signal, error = %chain(&error), "the signal was not delivered");
                 }
             });
+        }
+        Effect::Freeze { attempt } => {
+            point(&shared, "host.before-freeze");
+            acts.push_blocking(move || {
+                let result = freeze(&shared, &id);
+                point(&shared, "host.after-freeze");
+                let _ = inputs.blocking_send(Input::Event(id, Event::Frozen { attempt, result })); // recovery asks the kernel
+            });
+        }
+        Effect::Thaw { attempt } => {
+            point(&shared, "host.before-thaw");
+            acts.push_blocking(move || thaw(&shared, &id, attempt));
         }
         Effect::CleanUp { attempt } => {
             point(&shared, "host.before-clean-up");
@@ -176,6 +191,34 @@ pub fn ask_supervisor(dir: &Path) -> Option<Status> {
                 return None;
             }
             Err(_) => std::thread::sleep(LOOK),
+        }
+    }
+}
+
+/// Whether a living machine's processes stand still. One that cannot be asked runs, and is frozen again if it should not.
+pub fn is_frozen(shared: &Shared, id: &MachineId) -> bool {
+    let asked = shared.cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).and_then(|cgroup| cgroup.is_frozen());
+    asked.unwrap_or_else(|error| {
+        tracing::warn!(machine = %id, error = %chain(&error), "its freezer cannot be asked");
+        false
+    })
+}
+
+fn freeze(shared: &Shared, id: &MachineId) -> Result<(), String> {
+    let cgroup = shared.cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str()));
+    let frozen = cgroup.and_then(|cgroup| cgroup.freeze(FREEZE_PATIENCE)).map_err(|error| chain(&error));
+    if let Err(error) = &frozen {
+        tracing::warn!(machine = %id, %error, "it could not be suspended and goes on");
+    }
+    frozen
+}
+
+fn thaw(shared: &Shared, id: &MachineId, attempt: u64) {
+    match shared.cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).and_then(|cgroup| cgroup.thaw()) {
+        Ok(()) | Err(CgroupError::NotFound(_)) => {} // it ended; that is told by its supervisor
+        Err(error) => {
+            tracing::error!(machine = %id, attempt, error = %chain(&error), "it cannot be resumed; ending it");
+            clean_up(shared, id); // the exit that follows decides what is next
         }
     }
 }

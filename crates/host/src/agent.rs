@@ -7,7 +7,7 @@ use crate::kill::kill_point;
 use crate::{Shared, convert, now_ms, tombstones};
 use dunlin_api::{Refusal, Reserve};
 use dunlin_cluster::View;
-use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order};
+use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order, Record};
 use dunlin_model::{CommandId, MachineId, MachineState};
 use dunlin_runtime::Phase;
 use dunlin_view::{CheckStatus, ConfigState, HostFact, MachineFact, Snapshot};
@@ -40,6 +40,8 @@ pub enum Input {
     CheckAnswer { machine: MachineId, check: String, reply: oneshot::Sender<Result<String, Refusal>> },
     Reserve(Reserve, oneshot::Sender<Result<(), Refusal>>),
     Fact(MachineId, oneshot::Sender<Option<MachineFact>>),
+    /// Of it, what no fact says.
+    Record(MachineId, oneshot::Sender<Option<Box<Record>>>),
     Heartbeat,
     Quit,
 }
@@ -115,6 +117,9 @@ impl Agent {
                 Input::Fact(id, reply) => {
                     let _ = reply.send(self.slots.get(&id).map(Slot::fact));
                 }
+                Input::Record(id, reply) => {
+                    let _ = reply.send(self.slots.get(&id).map(|slot| Box::new(slot.machine.record().clone())));
+                }
                 Input::Heartbeat => self.heartbeat(),
                 Input::Quit => return,
             }
@@ -129,7 +134,9 @@ impl Agent {
             let attempt = record.attempt;
             let alive = act::ask_supervisor(&dir);
             let exit = dunlin_runtime::read_exit(&dir, attempt).ok().flatten().map(convert::exit_info);
+            let frozen = alive.is_some() && act::is_frozen(&self.shared, &id);
             let alive = Alive {
+                frozen,
                 attempt: alive.as_ref().map(|status| status.attempt),
                 stopping: alive.is_some_and(|status| status.phase == Phase::Stopping),
                 exit,

@@ -7,8 +7,8 @@ use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery,
     LogStream, Process, Refusal, Reserve, WaitFor,
 };
-use dunlin_machine::Order;
-use dunlin_model::{HostId, MachineId, MachineState};
+use dunlin_machine::{Order, Record};
+use dunlin_model::{HostId, Lease, MachineEvent, MachineId, MachineState};
 use dunlin_runtime::Client;
 use dunlin_view::MachineFact;
 use std::time::Duration;
@@ -16,9 +16,19 @@ use tokio::sync::oneshot;
 
 /// Longest wait of one call; callers ask again.
 const MAX_WAIT_MS: u64 = 60_000;
+/// More of a caller's request id is not kept in events.
+const MAX_REQUEST_ID: usize = 64;
 
 fn stopping() -> Refusal {
     Refusal::Failed("the host's agent is stopping; try again in a moment".into())
+}
+
+impl Host {
+    async fn record(&self, id: &MachineId) -> Result<Record, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.inputs.send(Input::Record(id.clone(), reply)).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?.map(|record| *record).ok_or_else(|| Refusal::NoSuchMachine(id.clone()))
+    }
 }
 
 #[async_trait]
@@ -42,6 +52,9 @@ impl HostApi for Host {
             generation: command.generation,
             plan: command.plan,
             expected_version: command.expected_version,
+            nonce: command.nonce,
+            source: command.source,
+            request_id: command.request_id.map(|id| id.chars().take(MAX_REQUEST_ID).collect()),
             verb,
             room: Ok(()),
         };
@@ -100,6 +113,14 @@ impl HostApi for Host {
                 Err(_) => return Err(Refusal::WaitTimeout { state: fact.state }),
             };
         }
+    }
+
+    async fn events(&self, id: &MachineId) -> Result<Vec<MachineEvent>, Refusal> {
+        Ok(self.record(id).await?.events.into_iter().rev().collect())
+    }
+
+    async fn lease(&self, id: &MachineId) -> Result<Option<Lease>, Refusal> {
+        Ok(self.record(id).await?.lease(crate::now_ms()).cloned())
     }
 
     async fn exec(&self, request: ExecRequest) -> Result<ExecSession, Refusal> {

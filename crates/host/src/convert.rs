@@ -7,10 +7,15 @@ use dunlin_model::{ExitInfo, HostId, MachineId};
 use dunlin_runtime::ExitRecord;
 use dunlin_runtime::net::firewall;
 use nix::sys::signal::Signal;
+use std::io::Read;
 use std::str::FromStr;
 
 /// SIGINT, as on Fly.
 const DEFAULT_STOP_SIGNAL: i32 = Signal::SIGINT as i32;
+
+/// Longer ones are refreshed.
+const MAX_LEASE_MS: u64 = 24 * 3_600_000;
+const MAX_LEASE_TEXT: usize = 256;
 
 pub fn prefix(prefix: Ipv4Prefix) -> firewall::Ipv4Prefix {
     let text = format!("{}/{}", prefix.network, prefix.length);
@@ -58,9 +63,36 @@ pub fn verb(kind: &CommandKind) -> Result<Verb, Refusal> {
         }
         CommandKind::Restart { timeout_ms } => Verb::Restart { timeout_ms: *timeout_ms },
         CommandKind::Signal { signal } => Verb::Signal { signal: signal_number(signal)? },
+        CommandKind::Suspend => Verb::Suspend,
         CommandKind::Cordon => Verb::Cordon,
         CommandKind::Uncordon => Verb::Uncordon,
+        CommandKind::Lease { ttl_ms, owner, description } => {
+            Verb::Lease { nonce: nonce()?, ttl_ms: lease_ms(*ttl_ms)?, owner: short(owner, "owner")?, description: short(description, "description")? }
+        }
+        CommandKind::Release => Verb::Release,
     })
+}
+
+/// Nobody guesses it: 128 bits of the kernel's.
+fn nonce() -> Result<String, Refusal> {
+    let mut bytes = [0; 16];
+    let failed = |error: std::io::Error| Refusal::Failed(format!("no random bytes: {error}"));
+    std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).map_err(failed)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn lease_ms(ttl_ms: u64) -> Result<u64, Refusal> {
+    if (1..=MAX_LEASE_MS).contains(&ttl_ms) {
+        return Ok(ttl_ms);
+    }
+    Err(Refusal::Invalid(format!("a lease lasts between a second and {} hours; refresh it to keep it longer", MAX_LEASE_MS / 3_600_000)))
+}
+
+fn short(text: &str, what: &str) -> Result<String, Refusal> {
+    if text.len() <= MAX_LEASE_TEXT {
+        return Ok(text.to_owned());
+    }
+    Err(Refusal::Invalid(format!("a lease's {what} has at most {MAX_LEASE_TEXT} bytes")))
 }
 
 pub fn answer(
@@ -71,10 +103,12 @@ pub fn answer(
 ) -> Result<CommandAnswer, Refusal> {
     let machine = machine.clone();
     match answer {
-        Ok(Asked { previous_state, sequence }) => Ok(CommandAnswer { previous_state, sequence }),
+        Ok(Asked { previous_state, sequence, lease }) => Ok(CommandAnswer { previous_state, sequence, lease }),
         Err(Deny::TooLate) => Err(Refusal::TooLate),
         Err(Deny::OldGeneration { offered, held }) => Err(Refusal::OldGeneration { offered, held }),
         Err(Deny::OldPlan { offered, held }) => Err(Refusal::OldPlan { machine, offered, held }),
+        Err(Deny::Leased { owner, expires_at_ms }) => Err(Refusal::Leased { machine, owner, expires_at_ms }),
+        Err(Deny::NotLeased) => Err(Refusal::NotLeased { machine }),
         Err(Deny::VersionMismatch { expected, found }) => Err(Refusal::VersionMismatch { machine, expected, found }),
         Err(Deny::IllegalMove { state }) => Err(Refusal::IllegalMove { machine, state, verb: verb.to_owned() }),
         // Only a wake is refused for it, and no command is one.

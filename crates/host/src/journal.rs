@@ -8,7 +8,7 @@
 //!
 //! A failed fsync ends the process: what the kernel then has on disk is unknown.
 
-use dunlin_machine::Record;
+use dunlin_machine::{MAX_EVENTS, Record};
 use dunlin_model::MachineId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -95,7 +95,7 @@ impl Journal {
         for entry in entries {
             match entry {
                 Entry::Boot { boot_id } => recorded_boot = Some(boot_id),
-                Entry::Machine(record) => drop(live.insert(record.assignment.id.clone(), *record)),
+                Entry::Machine(record) => replay(&mut live, *record),
                 Entry::Forgotten { machine } => drop(live.remove(&machine)),
                 Entry::Reserved { machine, reservation } => drop(reserved.insert(machine, reservation)),
             }
@@ -134,7 +134,10 @@ impl Journal {
 
     /// Durable when it returns.
     pub fn write(&mut self, record: &Record) -> Result<(), JournalError> {
-        self.append(&Entry::Machine(Box::new(record.clone())))?;
+        let mut news = record.clone();
+        let written = self.live.get(&record.assignment.id).map_or(0, |live| live.last_event);
+        news.events.retain(|event| event.id > written);
+        self.append(&Entry::Machine(Box::new(news)))?;
         self.live.insert(record.assignment.id.clone(), record.clone());
         self.compact_if_large();
         Ok(())
@@ -234,6 +237,19 @@ impl Journal {
     }
 }
 
+/// An entry has the events since the one before it.
+fn replay(live: &mut BTreeMap<MachineId, Record>, mut record: Record) {
+    let id = record.assignment.id.clone();
+    if let Some(before) = live.remove(&id) {
+        let mut events = before.events;
+        let last = events.back().map_or(0, |event| event.id);
+        events.extend(record.events.into_iter().filter(|event| event.id > last));
+        events.drain(..events.len().saturating_sub(MAX_EVENTS));
+        record.events = events;
+    }
+    live.insert(id, record);
+}
+
 fn open_file(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
@@ -324,6 +340,8 @@ mod tests {
         journal.forget(&record(2, 0).assignment.id).unwrap();
         let (_, replayed) = Journal::open(&path, "boot-1").unwrap();
         assert_eq!(replayed.machines.values().map(|r| r.sequence).collect::<Vec<_>>(), [5]);
+        let events = replayed.machines.values().map(|record| record.events.iter().map(|event| event.id).collect::<Vec<_>>());
+        assert_eq!(events.collect::<Vec<_>>(), [[1]], "its launch, once");
         assert!(!replayed.rebooted);
         assert!(!Journal::open(&path, "boot-2").unwrap().1.rebooted, "no boot was recorded yet");
         journal.mark_boot().unwrap();

@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use dunlin_api::{Admission, AdmitRefusal, AdmitRequest, LastHop};
 use dunlin_machine::{Deny, Order, Record, Verb};
-use dunlin_model::{Generation, MachineId, MachineState, MachineVersion};
+use dunlin_model::{Generation, MachineId, MachineState, MachineVersion, Source};
 use dunlin_view::MachineFact;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -186,13 +186,14 @@ async fn start(inputs: &mpsc::Sender<Input>, machine: MachineId) -> Started {
     let now_ms = crate::now_ms();
     let id = format!("wake.{machine}.{now_ms}.{n}").parse().expect("letters, digits and dots");
     let deadline_ms = now_ms + START_WITHIN_MS;
-    let order = Order { id, deadline_ms, generation: None, plan: None, expected_version: None, verb: Verb::Wake, room: Ok(()) };
+    let order = Order { id, deadline_ms, generation: None, plan: None, expected_version: None, nonce: None, source: Source::Proxy, request_id: None, verb: Verb::Wake, room: Ok(()) };
     let (reply, answer) = oneshot::channel();
     inputs.send(Input::Command { machine, order, reply }).await.map_err(|_| stopping())?;
     match answer.await.map_err(|_| stopping())? {
         Ok(asked) => Ok(asked.sequence),
         Err(Deny::NoRoom { why }) => Err(AdmitRefusal::InsufficientCapacity(why)),
         Err(Deny::Cordoned) => Err(AdmitRefusal::Cordoned),
+        Err(Deny::Leased { owner, .. }) => Err(AdmitRefusal::DidNotWake(format!("it is leased by {owner}"))),
         Err(Deny::IllegalMove { .. }) => Err(AdmitRefusal::NotRunning),
         Err(deny) => Err(AdmitRefusal::DidNotWake(format!("{deny:?}"))),
     }

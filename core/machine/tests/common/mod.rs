@@ -1,7 +1,7 @@
 //! Values that the tests begin with.
 
 use dunlin_machine::{Order, Verb};
-use dunlin_model::{ExitInfo, MachineVersion};
+use dunlin_model::{ExitInfo, MachineVersion, Source};
 use dunlin_view::MachineAssignment;
 use serde_json::json;
 
@@ -45,6 +45,9 @@ pub fn order(id: u64, verb: Verb) -> Order {
         generation: None,
         plan: None,
         expected_version: None,
+        nonce: None,
+        source: Source::User,
+        request_id: None,
         verb,
         room: Ok(()),
     }

@@ -171,6 +171,7 @@ async fn command(
         expected_version: None,
         nonce: nonce.map(str::to_owned),
         source: Source::User,
+        request_id: headers.get("fly-request-id").and_then(|value| value.to_str().ok()).map(str::to_owned),
         kind,
     };
     let answer = ctx.host.command(command).await?;
@@ -204,6 +205,14 @@ pub async fn stop(
     let body: StopMachine = optional(&body)?;
     let timeout_ms = body.timeout.as_ref().map(duration_ms).transpose()?;
     command(&ctx, &app, &id, &headers, CommandKind::Stop { signal: body.signal, timeout_ms }).await
+}
+
+pub async fn suspend(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, MachineId)>,
+    headers: HeaderMap,
+) -> Result<Json<Value>, Failure> {
+    command(&ctx, &app, &id, &headers, CommandKind::Suspend).await
 }
 
 #[derive(Debug, Deserialize)]

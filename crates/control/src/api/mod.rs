@@ -73,6 +73,7 @@ pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
         .route("/v1/apps/{app}/machines/{id}", get(machines::get).delete(machines::destroy))
         .route("/v1/apps/{app}/machines/{id}/start", post(machines::start))
         .route("/v1/apps/{app}/machines/{id}/stop", post(machines::stop))
+        .route("/v1/apps/{app}/machines/{id}/suspend", post(machines::suspend))
         .route("/v1/apps/{app}/machines/{id}/restart", post(machines::restart))
         .route("/v1/apps/{app}/machines/{id}/signal", post(machines::signal))
         .route("/v1/apps/{app}/machines/{id}/cordon", post(machines::cordon))

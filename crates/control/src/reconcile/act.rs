@@ -256,6 +256,7 @@ async fn send(
         expected_version: expected.cloned(),
         nonce: None,
         source: Source::Plan,
+        request_id: None,
         kind,
     };
     Ok(ctx.host.command(command).await.map(|answer| answer.sequence))

@@ -18,7 +18,7 @@ use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Parts,
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
-use dunlin_model::{CommandId, ExitInfo, HostId, ImageRef, MachineId, MachineState};
+use dunlin_model::{CommandId, ExitInfo, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState};
 use dunlin_registry::ContentStore;
 use dunlin_view::{CheckState, CheckStatus, HostFact, MachineAssignment, MachineFact};
 use serde::{Deserialize, Serialize};
@@ -75,6 +75,8 @@ pub struct SmallHost {
 struct Journal {
     machines: BTreeMap<MachineId, MachineFact>,
     answers: BTreeMap<CommandId, CommandAnswer>,
+    #[serde(default)]
+    leases: BTreeMap<MachineId, Lease>,
 }
 
 impl SmallHost {
@@ -290,6 +292,27 @@ impl HostApi for SmallHost {
             let (machine, found) = (command.machine, fact.version.clone());
             return Err(Refusal::VersionMismatch { machine, expected, found });
         }
+        let leased = journal.leases.get(&command.machine);
+        if let Some(lease) = leased.filter(|lease| command.nonce.as_ref() != Some(&lease.nonce)) {
+            let (owner, expires_at_ms) = (lease.owner.clone(), lease.expires_at_ms);
+            return Err(Refusal::Leased { machine: command.machine, owner, expires_at_ms });
+        }
+        let lease = match &command.kind {
+            CommandKind::Lease { ttl_ms, owner, description } => Some(Lease {
+                nonce: command.nonce.clone().unwrap_or_else(|| format!("nonce-of-{}", command.id)),
+                owner: owner.clone(),
+                description: description.clone(),
+                expires_at_ms: now_ms() + ttl_ms,
+            }),
+            _ => None,
+        };
+        match (&lease, &command.kind) {
+            (Some(lease), _) => drop(journal.leases.insert(command.machine.clone(), lease.clone())),
+            (None, CommandKind::Release) => drop(journal.leases.remove(&command.machine)),
+            _ => {}
+        }
+        let no_such = Refusal::NoSuchMachine(command.machine.clone());
+        let fact = journal.machines.get_mut(&command.machine).ok_or(no_such)?;
         let previous_state = fact.state;
         match command.kind {
             CommandKind::Start | CommandKind::Restart { .. } => {
@@ -300,10 +323,11 @@ impl HostApi for SmallHost {
             CommandKind::Stop { .. } => fact.state = MachineState::Stopping,
             CommandKind::Cordon => fact.cordoned = true,
             CommandKind::Uncordon => fact.cordoned = false,
-            CommandKind::Signal { .. } => {}
+            CommandKind::Suspend => fact.state = MachineState::Suspended,
+            CommandKind::Signal { .. } | CommandKind::Lease { .. } | CommandKind::Release => {}
         }
         fact.sequence += 1;
-        let answer = CommandAnswer { previous_state, sequence: fact.sequence };
+        let answer = CommandAnswer { previous_state, sequence: fact.sequence, lease };
         let fact = fact.clone();
         journal.answers.insert(command.id.clone(), answer.clone());
         self.save(&journal);
@@ -314,6 +338,14 @@ impl HostApi for SmallHost {
 
     async fn machine(&self, id: &MachineId) -> Result<MachineFact, Refusal> {
         self.journal.lock().unwrap().machines.get(id).cloned().ok_or_else(|| Refusal::NoSuchMachine(id.clone()))
+    }
+
+    async fn events(&self, id: &MachineId) -> Result<Vec<MachineEvent>, Refusal> {
+        self.machine(id).await.map(|_| vec![])
+    }
+
+    async fn lease(&self, id: &MachineId) -> Result<Option<Lease>, Refusal> {
+        self.machine(id).await.map(|_| self.journal.lock().unwrap().leases.get(id).cloned())
     }
 
     async fn wait(&self, id: &MachineId, wait: WaitFor) -> Result<MachineFact, Refusal> {

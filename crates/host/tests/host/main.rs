@@ -12,6 +12,7 @@ mod logs;
 mod neighbours;
 mod ps;
 mod setup;
+mod sleep;
 mod tombstones;
 
 use nix::sched::{CloneFlags, unshare};
@@ -40,6 +41,8 @@ const TESTS: &[Test] = tests![
     logs: the_newest_lines_are_the_last_of_all_machines;
     neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
     ps: they_are_told_with_numbers_directories_and_sockets, a_machine_that_does_not_run_has_none;
+    sleep: it_stands_still_and_goes_on_where_it_was, it_sleeps_through_a_restart_of_the_agent,
+        a_stop_and_a_new_version_end_it_and_it_stays_asleep, only_the_holder_of_a_lease_moves_its_machine;
     tombstones: many_that_nobody_asked_for_wait_for_an_operator;
     life: a_signal_that_is_not_delivered_ends_nothing, a_machine_of_a_thousand_nested_directories_is_destroyed,
         a_server_that_opens_secrets_leaves_no_core_file;

@@ -189,6 +189,7 @@ impl World {
             expected_version: None,
             nonce: None,
             source: Source::User,
+            request_id: None,
             kind,
         }
     }

@@ -201,6 +201,9 @@ fn the_host_is_killed_at_every_boundary() {
                 if let Some(machine) = server.machines("web").first() {
                     let path = format!("/v1/apps/web/machines/{machine}/signal");
                     let _ = api_post(server, &path, r#"{"signal":"SIGWINCH"}"#);
+                    for verb in ["suspend", "start"] {
+                        let _ = api_post(server, &format!("/v1/apps/web/machines/{machine}/{verb}"), "{}");
+                    }
                     if let Some(pid) = server.supervisor_pid(machine) {
                         kill(pid, "KILL");
                     }

@@ -1,0 +1,127 @@
+//! Suspended machines: asleep in memory, and what wakes or ends them.
+
+use crate::setup::World;
+use dunlin_api::{CommandKind, HostApi, LastHop, Refusal};
+use dunlin_model::{EventKind, MachineId, MachineState};
+use dunlin_runtime::SupervisorSpec;
+use dunlin_runtime::cgroup::Cgroups;
+use std::time::Duration;
+
+/// Prints a number every now and then.
+const COUNTS: &str = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.02; done";
+
+fn is_frozen(world: &World, id: &MachineId) -> bool {
+    let cgroups = Cgroups::detect(&world.instance()).unwrap();
+    cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).unwrap().is_frozen().unwrap()
+}
+
+fn suspended(world: &mut World, n: u8, change: impl FnOnce(&mut serde_json::Value)) -> MachineId {
+    let id = world.started(n, COUNTS, change);
+    world.until("it counts", || (!world.printed(&id).is_empty()).then_some(()));
+    world.command(&id, CommandKind::Suspend).unwrap();
+    world.wait_for(&id, MachineState::Suspended);
+    assert!(is_frozen(world, &id));
+    id
+}
+
+/// It goes on where it stood: one attempt, every number once.
+fn goes_on(world: &World, id: &MachineId) {
+    let seen = world.printed(id).len();
+    world.until("it counts on", || (world.printed(id).len() > seen).then_some(()));
+    let numbers: Vec<u64> = world.printed(id).iter().map(|line| line.parse().unwrap()).collect();
+    assert!(numbers.iter().zip(1..).all(|(number, n)| *number == n), "{numbers:?}");
+    assert_eq!(world.fact(id).unwrap().attempt, 1);
+    assert!(!is_frozen(world, id));
+}
+
+pub fn it_stands_still_and_goes_on_where_it_was() {
+    let mut world = World::new();
+    let id = suspended(&mut world, 1, |_| {});
+    let stood = world.printed(&id).len();
+    std::thread::sleep(Duration::from_millis(200)); // what it must not use
+    assert_eq!(world.printed(&id).len(), stood);
+    let signal = world.command(&id, CommandKind::Signal { signal: "SIGHUP".into() });
+    assert!(matches!(signal, Err(Refusal::IllegalMove { .. })), "{signal:?}");
+    world.command(&id, CommandKind::Start).unwrap();
+    world.wait_for(&id, MachineState::Started);
+    goes_on(&world, &id);
+    let events = world.block_on(world.host().events(&id)).unwrap();
+    let kinds: Vec<EventKind> = events.iter().map(|event| event.kind).collect();
+    assert_eq!(kinds, [EventKind::Resume, EventKind::Suspend, EventKind::Start, EventKind::Launch]);
+}
+
+pub fn it_sleeps_through_a_restart_of_the_agent() {
+    let mut world = World::new();
+    let id = suspended(&mut world, 1, |spec| spec["services"] = serde_json::json!([{"internal_port": 80}]));
+    world.stop_host();
+    world.start_host();
+    world.until("adopted", || world.block_on(world.host().machine(&id)).ok());
+    assert_eq!(world.fact(&id).unwrap().state, MachineState::Suspended);
+    assert!(is_frozen(&world, &id));
+    // A freeze and a thaw that an agent did not come to are made good by the next.
+    let cgroups = Cgroups::detect(&world.instance()).unwrap();
+    let cgroup = cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).unwrap();
+    world.stop_host();
+    cgroup.thaw().unwrap();
+    world.start_host();
+    world.until("frozen again", || is_frozen(&world, &id).then_some(()));
+    world.wait_for(&id, MachineState::Suspended);
+    world.block_on(world.host().wake(&id, u64::MAX)).unwrap();
+    goes_on(&world, &id);
+    world.stop_host();
+    cgroup.freeze(Duration::from_secs(10)).unwrap();
+    world.start_host();
+    world.until("thawed again", || (!is_frozen(&world, &id)).then_some(()));
+    goes_on(&world, &id);
+    let kinds: Vec<EventKind> = world.block_on(world.host().events(&id)).unwrap().iter().map(|event| event.kind).collect();
+    assert_eq!(kinds, [EventKind::Resume, EventKind::Suspend, EventKind::Start, EventKind::Launch], "once, in the journal too");
+}
+
+pub fn a_stop_and_a_new_version_end_it_and_it_stays_asleep() {
+    let mut world = World::new();
+    let id = suspended(&mut world, 1, |_| {});
+    world.command(&id, CommandKind::Stop { signal: None, timeout_ms: None }).unwrap();
+    let fact = world.wait_for(&id, MachineState::Stopped);
+    assert!(fact.exit.unwrap().requested_stop);
+    let other = suspended(&mut world, 2, |_| {});
+    let before = world.fact(&other).unwrap().version;
+    world.assign_as(other.clone(), 2, "sleep 1000", |_| {});
+    let fact = world.wait_for(&other, MachineState::Stopped);
+    assert_ne!(fact.version, before);
+    let third = suspended(&mut world, 3, |_| {});
+    world.destroy(&third);
+    world.until("gone", || world.fact(&third).is_none().then_some(()));
+}
+
+pub fn only_the_holder_of_a_lease_moves_its_machine() {
+    let mut world = World::new();
+    let id = world.started(1, "sleep 1000", |spec| spec["services"] = serde_json::json!([{"internal_port": 80}]));
+    let lease = |ttl_ms| CommandKind::Lease { ttl_ms, owner: "ann".into(), description: "an upgrade".into() };
+    assert!(matches!(world.command(&id, lease(0)), Err(Refusal::Invalid(_))));
+    let held = world.command(&id, lease(60_000)).unwrap().lease.unwrap();
+    assert_eq!(world.block_on(world.host().lease(&id)).unwrap(), Some(held.clone()));
+    world.stop_host();
+    world.start_host();
+    world.until("adopted", || world.block_on(world.host().machine(&id)).ok());
+    for kind in [CommandKind::Stop { signal: None, timeout_ms: None }, lease(1000), CommandKind::Release, CommandKind::Suspend] {
+        let refused = world.command(&id, kind);
+        assert!(matches!(&refused, Err(Refusal::Leased { owner, .. }) if owner == "ann"), "{refused:?}");
+    }
+    let with = |kind| {
+        let command = dunlin_api::Command { nonce: Some(held.nonce.clone()), ..world.order(&id, kind) };
+        world.block_on(world.host().command(command))
+    };
+    let longer = with(lease(120_000)).unwrap().lease.unwrap();
+    assert_eq!(longer.nonce, held.nonce);
+    assert!(longer.expires_at_ms > held.expires_at_ms);
+    with(CommandKind::Suspend).unwrap();
+    world.wait_for(&id, MachineState::Suspended);
+    assert!(world.block_on(world.host().wake(&id, u64::MAX)).is_err(), "a request moved a leased machine");
+    assert_eq!(world.fact(&id).unwrap().state, MachineState::Suspended);
+    with(CommandKind::Release).unwrap();
+    assert_eq!(with(CommandKind::Start), Err(Refusal::NotLeased { machine: id.clone() }));
+    world.block_on(world.host().wake(&id, u64::MAX)).unwrap();
+    // It ends by itself.
+    world.command(&id, lease(1)).unwrap();
+    world.until("its time is over", || world.command(&id, CommandKind::Cordon).ok());
+}
