@@ -152,6 +152,7 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
             bind(&binary, "/dunlin", true),
         ],
         files: request.files.iter().map(|(path, content)| MemoryFile { path: path.into(), content: content.clone() }).collect(),
+        volumes: vec![],
         log_limits: LogLimits { file_bytes: 64 << 20, files: 2 },
         start: true,
         kill_at: None,

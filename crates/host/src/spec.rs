@@ -57,6 +57,7 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         address: Some(record.assignment.address),
         binds: vec![],
         files: vec![],
+        volumes: vec![],
         log_limits: LogLimits::default(),
         start: true,
         kill_at: shared.supervisor_kill_at.lock().unwrap_or_else(PoisonError::into_inner).take(),

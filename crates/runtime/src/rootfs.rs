@@ -63,6 +63,9 @@ pub(crate) fn assemble(spec: &SupervisorSpec, user_namespace: BorrowedFd<'_>) ->
     for bind in &spec.binds {
         bind_into(&root, bind, spec.profile, spec.uid_base)?;
     }
+    for volume in &spec.volumes {
+        volume_into(&root, volume, spec.uid_base, user_namespace)?;
+    }
     Ok(root)
 }
 
@@ -160,6 +163,16 @@ fn bind_into(root: &Path, bind: &Bind, profile: Profile, uid_base: u32) -> io::R
     };
     let tree = sys::detached_mount(&bind.source, attributes, None).map_err(explain)?;
     let target = place(root, &bind.target, bind.source.is_dir(), uid_base).map_err(explain)?;
+    sys::attach_mount(&tree, target.as_fd()).map_err(explain)
+}
+
+/// Files on a volume have the ids that the machine sees, not those of its range: the next machine has another range.
+fn volume_into(root: &Path, volume: &Bind, uid_base: u32, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let explain = |e: io::Error| io::Error::new(e.kind(), format!("the volume at {}: {e}", volume.target.display()));
+    let read_only = if volume.readonly { sys::READ_ONLY_MOUNT } else { 0 };
+    let attributes = sys::Attributes { set: sys::NO_SUID_MOUNT | sys::NO_DEVICES_MOUNT | read_only, clear: 0 };
+    let tree = sys::detached_mount(&volume.source, attributes, Some(user_namespace)).map_err(explain)?;
+    let target = place(root, &volume.target, true, uid_base).map_err(explain)?;
     sys::attach_mount(&tree, target.as_fd()).map_err(explain)
 }
 

@@ -35,6 +35,9 @@ pub struct SupervisorSpec {
     pub address: Option<Ipv4Addr>,
     #[serde(default)]
     pub binds: Vec<Bind>,
+    /// Mounted file systems of the host whose files belong to the machine's own users, whichever range it has.
+    #[serde(default)]
+    pub volumes: Vec<Bind>,
     /// Read-only files whose content is in memory only: it may be secret.
     #[serde(default)]
     pub files: Vec<MemoryFile>,

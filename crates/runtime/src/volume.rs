@@ -12,6 +12,10 @@
 //! Owns the file and, while mounted, its loop device, which the kernel frees with the last unmount (also when the mount
 //! namespace that holds it ends). Never mounts the same file twice. Tested in `tests/volume.rs`.
 
+mod reserved;
+
+pub use reserved::{Grown, Usage};
+
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -55,6 +59,12 @@ pub enum VolumeError {
     NoMkfs,
     #[error("mkfs.ext4 could not format {path}: {output}")]
     Format { path: PathBuf, output: String },
+    #[error("{0} is needed for volumes but was not found; install e2fsprogs")]
+    NoTool(&'static str),
+    #[error("{tool} could not make {path} fit for use: {output}")]
+    Unsound { tool: &'static str, path: PathBuf, output: String },
+    #[error("the disk has no room for the {size_bytes} bytes of {path}; free some space, or ask for less")]
+    NoSpace { path: PathBuf, size_bytes: u64 },
     #[error("cannot {op} {path}")]
     Io { op: &'static str, path: PathBuf, source: io::Error },
 }
@@ -78,6 +88,10 @@ impl LoopVolume {
     /// Makes the file, which takes up disk only as it fills, and formats it. It gets its name once it is whole and
     /// on disk, so a file of that name always holds a file system. Callers make one volume once at a time.
     pub fn create(path: &Path, size_bytes: u64) -> Result<Self> {
+        Self::build(path, size_bytes, |file, path, size_bytes| file.set_len(size_bytes).map_err(failed("size", path)))
+    }
+
+    fn build(path: &Path, size_bytes: u64, size: impl FnOnce(&File, &Path, u64) -> Result<()>) -> Result<Self> {
         if !(SIZE_MIN_BYTES..=SIZE_MAX_BYTES).contains(&size_bytes) {
             return Err(VolumeError::BadSize(size_bytes));
         }
@@ -85,11 +99,14 @@ impl LoopVolume {
         if path.exists() {
             return Err(VolumeError::AlreadyExists(path.to_owned()));
         }
-        let mut unfinished = path.as_os_str().to_owned();
-        unfinished.push(".new");
-        let unfinished = PathBuf::from(unfinished);
+        let unfinished = reserved::unfinished(path);
         // What a crash left of an earlier try is begun anew.
-        match make(&mkfs, &unfinished, size_bytes).and_then(|()| name_it(&unfinished, path)) {
+        let made = File::create(&unfinished).map_err(failed("make", &unfinished)).and_then(|file| {
+            size(&file, &unfinished, size_bytes)?;
+            format(&mkfs, &unfinished)?;
+            file.sync_all().map_err(failed("sync", &unfinished))
+        });
+        match made.and_then(|()| name_it(&unfinished, path)) {
             Ok(()) => Ok(LoopVolume { path: path.to_owned() }),
             Err(error) => {
                 let _ = std::fs::remove_file(&unfinished); // the next try begins it anew
@@ -111,7 +128,8 @@ impl LoopVolume {
         &self.path
     }
 
-    /// Mounts at a directory, in the mount namespace of the caller, without set-user-id programs and devices.
+    /// Mounts at a directory, in the mount namespace of the caller, without set-user-id programs and devices. A file system
+    /// that is found broken takes no more writes.
     pub fn mount(&self, at: &Path) -> Result<MountedVolume> {
         let backing = OpenOptions::new().read(true).write(true).open(&self.path).map_err(failed("open", &self.path))?;
         if let Some(device) = user_of(&backing, &self.path)? {
@@ -119,7 +137,7 @@ impl LoopVolume {
         }
         let (device, held) = attach(&backing, &self.path)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
-        nix::mount::mount(Some(&device), at, Some("ext4"), flags, None::<&str>)
+        nix::mount::mount(Some(&device), at, Some("ext4"), flags, Some("errors=remount-ro"))
             .map_err(|error| failed("mount at", at)(error.into()))?;
         // From here the mount keeps the device; when mounting failed, closing it frees it.
         drop(held);
@@ -153,13 +171,6 @@ pub fn unmount(at: &Path) -> Result<()> {
 fn failed(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError {
     let path = path.to_owned();
     move |source| VolumeError::Io { op, path, source }
-}
-
-fn make(mkfs: &Path, path: &Path, size_bytes: u64) -> Result<()> {
-    let file = File::create(path).map_err(failed("make", path))?;
-    file.set_len(size_bytes).map_err(failed("size", path))?;
-    format(mkfs, path)?;
-    file.sync_all().map_err(failed("sync", path))
 }
 
 fn name_it(unfinished: &Path, path: &Path) -> Result<()> {

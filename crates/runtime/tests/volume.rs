@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use dunlin_runtime::volume::{LoopVolume, VolumeError};
+use dunlin_runtime::volume::{Grown, LoopVolume, MountedVolume, VolumeError};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -119,4 +119,87 @@ fn wrong_files_and_sizes_are_refused() {
         let error = LoopVolume::open(file).expect("open").mount(at).expect_err("no file system");
         assert!(matches!(error, VolumeError::Io { op: "mount at", .. }), "{error}");
     });
+}
+
+fn fs_bytes(volume: &LoopVolume) -> u64 {
+    let usage = volume.usage().expect("usage");
+    usage.blocks * usage.block_size
+}
+
+/// The blocks are the volume's own before anything is written.
+#[test]
+fn a_reserved_volume_has_its_blocks_and_is_copied_with_what_is_in_it() {
+    use std::os::unix::fs::MetadataExt;
+    in_private_mounts(|file, at| {
+        let volume = LoopVolume::create_reserved(file, SIZE).expect("create");
+        assert!(std::fs::metadata(file).expect("look").blocks() * 512 >= SIZE, "blocks are reserved");
+        let mounted = volume.mount(at).expect("mount");
+        std::fs::write(at.join("kept"), vec![7_u8; 5 << 20]).expect("write");
+
+        // While it is mounted, and what was written stands in no cache of the copy's.
+        let snapshot = file.with_file_name("snapshot.ext4");
+        let taken = volume.snapshot(Some(&mounted), &snapshot).expect("snapshot");
+        assert!(taken < SIZE, "holes stay holes: {taken}");
+        std::fs::write(at.join("kept"), b"changed later").expect("the freeze is over");
+        mounted.unmount().expect("unmount");
+        wait_until_unused(&volume);
+
+        let other = file.with_file_name("other.ext4");
+        let copy = LoopVolume::create_copy(&other, &snapshot, 2 * SIZE).expect("copy");
+        copy.ready().expect("ready");
+        assert_eq!(fs_bytes(&copy), 2 * SIZE, "a larger copy has a larger file system");
+        let mounted = copy.mount(at).expect("mount the copy");
+        assert_eq!(std::fs::read(at.join("kept")).expect("read"), vec![7_u8; 5 << 20]);
+        mounted.unmount().expect("unmount");
+    });
+}
+
+/// Ready refuses what something else holds, and what it cannot mend.
+#[test]
+fn a_volume_is_made_ready_only_when_nobody_has_it() {
+    in_private_mounts(|file, at| {
+        let volume = LoopVolume::create_reserved(file, SIZE).expect("create");
+        let mounted = volume.mount(at).expect("mount");
+        assert!(matches!(volume.ready(), Err(VolumeError::InUse { .. })));
+        mounted.unmount().expect("unmount");
+        wait_until_unused(&volume);
+        volume.ready().expect("ready");
+        std::fs::write(file, vec![0_u8; 1 << 20]).expect("overwrite");
+        assert!(matches!(volume.ready(), Err(VolumeError::Unsound { tool: "e2fsck", .. })));
+    });
+}
+
+/// With `CAP_SYS_RESOURCE` a mounted volume grows at once, without it when it is made ready again.
+#[test]
+fn a_volume_grows_and_keeps_what_it_has() {
+    let status = std::fs::read_to_string("/proc/self/status").expect("status");
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("capabilities");
+    let may = u64::from_str_radix(effective.trim(), 16).expect("a number") & (1 << 24) != 0;
+    in_private_mounts(move |file, at| {
+        let volume = LoopVolume::create_reserved(file, SIZE).expect("create");
+        let mounted = volume.mount(at).expect("mount");
+        std::fs::write(at.join("kept"), b"here").expect("write");
+        let before = mounted.usage().expect("usage").blocks;
+        let grown = volume.grow(Some(&mounted), 2 * SIZE).expect("grow");
+        assert_eq!(grown, if may { Grown::Now } else { Grown::WhenMounted });
+        assert_eq!(mounted.usage().expect("usage").blocks > before, may);
+        mounted.unmount().expect("unmount");
+        wait_until_unused(&volume);
+        volume.ready().expect("ready");
+        assert_eq!(fs_bytes(&volume), 2 * SIZE);
+        let mounted = volume.mount(at).expect("mount again");
+        assert_eq!(std::fs::read(at.join("kept")).expect("read"), b"here");
+        std::fs::write(at.join("big"), vec![1_u8; 40 << 20]).expect("there is room for more than before");
+        assert_eq!(MountedVolume::find(at).expect("find").expect("mounted").device(), mounted.device());
+        mounted.unmount().expect("unmount");
+        assert!(MountedVolume::find(at).expect("find").is_none());
+    });
+}
+
+fn wait_until_unused(volume: &LoopVolume) {
+    let start = Instant::now();
+    while let Err(VolumeError::InUse { .. }) = volume.ready() {
+        assert!(start.elapsed() < DEADLINE, "still in use");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

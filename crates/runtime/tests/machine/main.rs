@@ -4,3 +4,4 @@ mod exec;
 mod isolation;
 mod life;
 mod setup;
+mod volumes;

@@ -69,6 +69,7 @@ impl World {
             address: None,
             binds: vec![],
             files: vec![],
+            volumes: vec![],
             log_limits: LogLimits::default(),
             start: true,
             kill_at: None,

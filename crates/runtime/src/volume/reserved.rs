@@ -1,0 +1,331 @@
+//! What a tenant's volume needs beyond a cache's: its blocks are its own from the beginning, it is checked before it is
+//! mounted, it grows, and it is copied while it is used.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::{COMPLAINT_MAX, LoopVolume, MountedVolume, Result, VolumeError, failed, name_it, user_of};
+use crate::net::firewall::find_program;
+
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
+const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
+const FIFREEZE: libc::c_ulong = 0xC004_5877;
+const FITHAW: libc::c_ulong = 0xC004_5878;
+/// Of a copy; also how much is compared at once.
+const CHUNK_BYTES: usize = 1 << 20;
+/// What ext4 keeps for itself: a fiftieth, or this.
+const KEPT_BLOCKS_MAX: u64 = 4096;
+/// e2fsck's exit codes up to here leave a file system that is whole.
+const FSCK_MENDED: i32 = 1;
+
+/// How full a volume is, in blocks of its file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    pub block_size: u64,
+    pub blocks: u64,
+    pub blocks_free: u64,
+    /// Of the free ones those that can be written to: the file system keeps a few for itself.
+    pub blocks_avail: u64,
+}
+
+/// When a larger volume shows its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grown {
+    Now,
+    /// The kernel lets this process not resize a mounted file system (`CAP_SYS_RESOURCE` is missing): the next
+    /// [`LoopVolume::ready`] does it.
+    WhenMounted,
+}
+
+impl LoopVolume {
+    /// As [`create`](Self::create), but takes all its blocks at once: what is written later never finds the disk of the
+    /// host full, and who fills the volume fills nobody else's.
+    pub fn create_reserved(path: &Path, size_bytes: u64) -> Result<Self> {
+        Self::build(path, size_bytes, reserve)
+    }
+
+    /// A volume of its own that begins as a copy of `source`, at least `size_bytes` long.
+    pub fn create_copy(path: &Path, source: &Path, size_bytes: u64) -> Result<Self> {
+        if path.exists() {
+            return Err(VolumeError::AlreadyExists(path.to_owned()));
+        }
+        let unfinished = unfinished(path);
+        let from = File::open(source).map_err(failed("open", source))?;
+        let length = from.metadata().map_err(failed("look at", source))?.len();
+        let make = || {
+            let to = create_file(&unfinished)?;
+            reserve(&to, &unfinished, length.max(size_bytes))?;
+            copy(&from, &to, Compare::No).map_err(failed("copy", source))?;
+            to.sync_all().map_err(failed("sync", &unfinished))?;
+            name_it(&unfinished, path)
+        };
+        made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned() })
+    }
+
+    /// Writes a sparse copy of the volume to `path`, which gets its name once it is whole and on disk. A mounted
+    /// volume is given as `mounted`: its writers wait while what changed during the copy is copied again.
+    pub fn snapshot(&self, mounted: Option<&MountedVolume>, path: &Path) -> Result<u64> {
+        let unfinished = unfinished(path);
+        let from = File::open(&self.path).map_err(failed("open", &self.path))?;
+        let length = from.metadata().map_err(failed("look at", &self.path))?.len();
+        let make = || {
+            let to = create_file(&unfinished)?;
+            to.set_len(length).map_err(failed("size", &unfinished))?;
+            copy(&from, &to, Compare::No).map_err(failed("copy", &self.path))?;
+            to.sync_data().map_err(failed("sync", &unfinished))?;
+            if let Some(mounted) = mounted {
+                let frozen = mounted.freeze()?;
+                copy(&from, &to, Compare::Yes).map_err(failed("copy", &self.path))?;
+                drop(frozen);
+            }
+            to.sync_all().map_err(failed("sync", &unfinished))?;
+            name_it(&unfinished, path)
+        };
+        made_or_removed(make(), &unfinished)?;
+        let taken = std::fs::metadata(path).map_err(failed("look at", path))?;
+        Ok(std::os::unix::fs::MetadataExt::blocks(&taken) * 512)
+    }
+
+    /// Mends what a crash left of an unmounted volume, and brings the file system to the size of its file.
+    pub fn ready(&self) -> Result<()> {
+        let backing = OpenOptions::new().read(true).write(true).open(&self.path).map_err(failed("open", &self.path))?;
+        if let Some(device) = user_of(&backing, &self.path)? {
+            return Err(VolumeError::InUse { path: self.path.clone(), device });
+        }
+        self.fsck("-p")?;
+        let file_bytes = backing.metadata().map_err(failed("look at", &self.path))?.len();
+        let Superblock { block_size, blocks, .. } = Superblock::read(&backing, &self.path)?;
+        if blocks * block_size + block_size <= file_bytes {
+            self.fsck("-pf")?; // resize2fs wants it
+            let resize = find_program("resize2fs").ok_or(VolumeError::NoTool("resize2fs"))?;
+            let output = Command::new(&resize).arg(&self.path).output().map_err(failed("run", &resize))?;
+            if !output.status.success() {
+                return Err(self.complaint("resize2fs", &output.stderr));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the file longer, and with it the file system if it is mounted; an unmounted one follows in
+    /// [`ready`](Self::ready). A volume that is as large already stays as it is.
+    pub fn grow(&self, mounted: Option<&MountedVolume>, size_bytes: u64) -> Result<Grown> {
+        let backing = OpenOptions::new().read(true).write(true).open(&self.path).map_err(failed("open", &self.path))?;
+        let before = backing.metadata().map_err(failed("look at", &self.path))?.len();
+        if before < size_bytes
+            && let Err(error) = reserve(&backing, &self.path, size_bytes)
+        {
+            let _ = backing.set_len(before); // gives back what it got; the file system ends before it
+            return Err(error);
+        }
+        let Some(mounted) = mounted else { return Ok(Grown::WhenMounted) };
+        mounted.grow_to(size_bytes.max(before))
+    }
+
+    /// From the file: exact for a volume that is not mounted.
+    pub fn usage(&self) -> Result<Usage> {
+        let file = File::open(&self.path).map_err(failed("open", &self.path))?;
+        let Superblock { block_size, blocks, blocks_free } = Superblock::read(&file, &self.path)?;
+        let kept = (blocks / 50).min(KEPT_BLOCKS_MAX);
+        Ok(Usage { block_size, blocks, blocks_free, blocks_avail: blocks_free.saturating_sub(kept) })
+    }
+
+    pub fn size_bytes(&self) -> Result<u64> {
+        std::fs::metadata(&self.path).map(|meta| meta.len()).map_err(failed("look at", &self.path))
+    }
+
+    fn fsck(&self, how: &str) -> Result<()> {
+        let fsck = find_program("e2fsck").ok_or(VolumeError::NoTool("e2fsck"))?;
+        let output = Command::new(&fsck).arg(how).arg(&self.path).output().map_err(failed("run", &fsck))?;
+        match output.status.code() {
+            Some(code) if code <= FSCK_MENDED => Ok(()),
+            _ => Err(self.complaint("e2fsck", &output.stdout)),
+        }
+    }
+
+    fn complaint(&self, tool: &'static str, output: &[u8]) -> VolumeError {
+        let output = String::from_utf8_lossy(output).chars().take(COMPLAINT_MAX).collect();
+        VolumeError::Unsound { tool, path: self.path.clone(), output }
+    }
+}
+
+impl MountedVolume {
+    /// The volume that is mounted at `at`, if one is.
+    pub fn find(at: &Path) -> Result<Option<Self>> {
+        let table = Path::new("/proc/thread-self/mountinfo");
+        let text = std::fs::read_to_string(table).map_err(failed("read", table))?;
+        let line = text.lines().rev().find(|line| line.split(' ').nth(4).is_some_and(|field| unescape(field) == at.as_os_str()));
+        let device = line.and_then(|line| line.split(" - ").nth(1)?.split(' ').nth(1));
+        Ok(device.map(|device| Self { at: at.to_owned(), device: PathBuf::from(device) }))
+    }
+
+    pub fn usage(&self) -> Result<Usage> {
+        let stat = nix::sys::statvfs::statvfs(&self.at).map_err(|error| failed("ask", &self.at)(error.into()))?;
+        Ok(Usage { block_size: stat.fragment_size(), blocks: stat.blocks(), blocks_free: stat.blocks_free(), blocks_avail: stat.blocks_available() })
+    }
+
+    fn grow_to(&self, size_bytes: u64) -> Result<Grown> {
+        let device = OpenOptions::new().read(true).write(true).open(&self.device).map_err(failed("open", &self.device))?;
+        // SAFETY: the request takes no argument.
+        if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY as _, 0) } < 0 {
+            return Err(failed("grow", &self.device)(io::Error::last_os_error()));
+        }
+        let Superblock { block_size, .. } = Superblock::read(&device, &self.device)?;
+        let blocks: u64 = size_bytes / block_size;
+        let root = File::open(&self.at).map_err(failed("open", &self.at))?;
+        // SAFETY: the kernel reads one number of 64 bits from the pointer, which is what it points to.
+        if unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS as _, &raw const blocks) } == 0 {
+            return Ok(Grown::Now);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() == Some(libc::EPERM) {
+            return Ok(Grown::WhenMounted);
+        }
+        Err(failed("resize the file system at", &self.at)(error))
+    }
+
+    /// Everything written is in the file, and nothing more is until the value is dropped.
+    fn freeze(&self) -> Result<Frozen> {
+        let root = File::open(&self.at).map_err(failed("open", &self.at))?;
+        // SAFETY: the request's argument is not used.
+        if unsafe { libc::ioctl(root.as_raw_fd(), FIFREEZE as _, 0) } < 0 {
+            return Err(failed("freeze", &self.at)(io::Error::last_os_error()));
+        }
+        Ok(Frozen(root))
+    }
+
+    /// Ends a freeze that outlived who made it; most often there is none.
+    pub fn thaw(&self) -> Result<()> {
+        let root = File::open(&self.at).map_err(failed("open", &self.at))?;
+        drop(Frozen(root));
+        Ok(())
+    }
+}
+
+struct Frozen(File);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // SAFETY: the request's argument is not used.
+        unsafe { libc::ioctl(self.0.as_raw_fd(), FITHAW as _, 0) };
+    }
+}
+
+/// What `mountinfo` writes for blanks in a path.
+fn unescape(field: &str) -> std::ffi::OsString {
+    let text = field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\");
+    text.into()
+}
+
+pub(super) fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
+fn create_file(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(true);
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path).map_err(failed("make", path))
+}
+
+/// What a failed try leaves is in the way of nobody, and takes up disk.
+fn made_or_removed(made: Result<()>, unfinished: &Path) -> Result<()> {
+    if made.is_err() {
+        let _ = std::fs::remove_file(unfinished); // the next try begins it anew
+    }
+    made
+}
+
+fn reserve(file: &File, path: &Path, size_bytes: u64) -> Result<()> {
+    let length = libc::off_t::try_from(size_bytes).map_err(|_| VolumeError::BadSize(size_bytes))?;
+    match fallocate(file.as_fd(), FallocateFlags::empty(), 0, length) {
+        Ok(()) => Ok(()),
+        Err(Errno::ENOSPC | Errno::EDQUOT) => Err(VolumeError::NoSpace { path: path.to_owned(), size_bytes }),
+        Err(error) => Err(failed("reserve the blocks of", path)(error.into())),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Compare {
+    No,
+    /// Write only what differs.
+    Yes,
+}
+
+/// Copies what is data in `from`; holes stay holes.
+fn copy(from: &File, to: &File, compare: Compare) -> io::Result<()> {
+    let end = from.metadata()?.len();
+    let (mut buffer, mut present) = (vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]);
+    let mut at = 0;
+    while let Some(data) = seek(from, at, libc::SEEK_DATA)? {
+        let data_end = seek(from, data, libc::SEEK_HOLE)?.unwrap_or(end);
+        at = data;
+        while at < data_end {
+            let length = CHUNK_BYTES.min((data_end - at) as usize);
+            let chunk = &mut buffer[..length];
+            from.read_exact_at(chunk, at)?;
+            let same = compare == Compare::Yes && {
+                let present = &mut present[..length];
+                to.read_exact_at(present, at)?;
+                present == chunk
+            };
+            if !same {
+                to.write_all_at(chunk, at)?;
+            }
+            at += length as u64;
+        }
+    }
+    Ok(())
+}
+
+/// `None`: there is none behind `at`.
+fn seek(file: &File, at: u64, what: libc::c_int) -> io::Result<Option<u64>> {
+    let at = libc::off_t::try_from(at).map_err(io::Error::other)?;
+    // SAFETY: plain numbers and a descriptor that lives.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), at, what) };
+    if found >= 0 {
+        return Ok(Some(found as u64));
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        error => Err(error),
+    }
+}
+
+/// The part of ext4's superblock that tells of sizes.
+struct Superblock {
+    block_size: u64,
+    blocks: u64,
+    blocks_free: u64,
+}
+
+impl Superblock {
+    const AT: u64 = 1024;
+    const MAGIC: u16 = 0xef53;
+    const SIXTY_FOUR_BITS: u32 = 0x80;
+
+    fn read(file: &File, path: &Path) -> Result<Self> {
+        let mut bytes = [0; 1024];
+        file.read_exact_at(&mut bytes, Self::AT).map_err(failed("read", path))?;
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let magic = u16::from_le_bytes([bytes[0x38], bytes[0x39]]);
+        let shift = word(0x18);
+        if magic != Self::MAGIC || shift > 6 {
+            return Err(failed("find ext4 in", path)(io::ErrorKind::InvalidData.into()));
+        }
+        let high = |at| if word(0x60) & Self::SIXTY_FOUR_BITS != 0 { u64::from(word(at)) << 32 } else { 0 };
+        Ok(Self {
+            block_size: 1024 << shift,
+            blocks: u64::from(word(0x4)) | high(0x150),
+            blocks_free: u64::from(word(0xc)) | high(0x158),
+        })
+    }
+}
