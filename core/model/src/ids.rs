@@ -104,6 +104,16 @@ text_id!(
     |t| t.len() == 14 && t.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 );
 text_id!(
+    /// A volume's id: `vol_` and 16 lower-case hexadecimal digits.
+    VolumeId, "volume id", "a volume id is vol_ and 16 lower-case hexadecimal digits",
+    |t| is_prefixed_hex(t, "vol_")
+);
+text_id!(
+    /// A snapshot's id: `vs_` and 16 lower-case hexadecimal digits.
+    SnapshotId, "snapshot id", "a snapshot id is vs_ and 16 lower-case hexadecimal digits",
+    |t| is_prefixed_hex(t, "vs_")
+);
+text_id!(
     /// One immutable version of a machine's spec, 26 characters of Crockford base 32 (a ULID).
     MachineVersion, "machine version", "a machine version is 26 characters of 0-9 and A-Z without I, L, O and U",
     |t| t.len() == 26 && t.bytes().all(|b| CROCKFORD.contains(&b))
@@ -117,11 +127,31 @@ text_id!(
 
 const CROCKFORD: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
 
+fn is_prefixed_hex(text: &str, prefix: &str) -> bool {
+    let digits = text.strip_prefix(prefix).unwrap_or_default();
+    digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+fn hex(random: &[u8]) -> String {
+    random.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+impl VolumeId {
+    pub fn from_random(random: [u8; 8]) -> Self {
+        Self(format!("vol_{}", hex(&random)).into())
+    }
+}
+
+impl SnapshotId {
+    pub fn from_random(random: [u8; 8]) -> Self {
+        Self(format!("vs_{}", hex(&random)).into())
+    }
+}
+
 impl MachineId {
     /// An id from seven random bytes.
     pub fn from_random(random: [u8; 7]) -> Self {
-        let text: String = random.iter().map(|b| format!("{b:02x}")).collect();
-        Self(text.into())
+        Self(hex(&random).into())
     }
 
     /// The name of the machine's network interface on the host: `dl` and the first 12 digits

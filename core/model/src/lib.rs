@@ -18,10 +18,14 @@ pub mod ids;
 pub mod machine;
 pub mod seal;
 pub mod token;
+pub mod volume;
 
 pub use events::{EventKind, Lease, MachineEvent, Source};
-pub use ids::{AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region};
+pub use ids::{
+    AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region, SnapshotId, VolumeId,
+};
 pub use machine::{
     Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, ExitInfo, Guest, ImageRef, MachineSpec, MachineState,
     RestartPolicy, RestartWhen, Service, StopConfig,
 };
+pub use volume::{Mount, VolumeSource};

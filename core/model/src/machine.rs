@@ -37,6 +37,9 @@ pub struct MachineSpec {
     pub secrets_version: u64,
     #[serde(default)]
     pub metadata: BTreeMap<String, String>,
+    /// Volumes in it. They tie the machine to their host, and no other machine has them meanwhile.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<crate::Mount>,
 }
 
 /// An image by content.

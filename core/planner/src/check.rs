@@ -3,7 +3,7 @@
 use crate::plan::serves;
 use crate::{Desired, MAX_MACHINES_PER_APP, Observed, Plan, StepKind};
 use dunlin_model::config::Strategy;
-use dunlin_model::{MachineId, MachineVersion};
+use dunlin_model::{MachineId, MachineVersion, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
@@ -15,6 +15,10 @@ const MAX_STEPS: usize = 8 * MAX_MACHINES_PER_APP as usize;
 pub enum Problem {
     #[error("{0} steps are more than {MAX_STEPS}")]
     TooManySteps(usize),
+    #[error("machine {0} would have a volume that another one has")]
+    VolumeTwice(MachineId),
+    #[error("machine {0} would have no volume, and its group has one each; or the other way round")]
+    WrongVolume(MachineId),
     #[error("two machines would have the address {0}")]
     SharedAddress(Ipv4Addr),
     #[error("machine {0} is assigned, but exists or is assigned already")]
@@ -80,6 +84,8 @@ struct Known {
 struct Walk {
     machines: BTreeMap<MachineId, Known>,
     addresses: BTreeSet<Ipv4Addr>,
+    /// That machines have.
+    volumes: BTreeSet<VolumeId>,
     reserved: BTreeSet<MachineId>,
     versions: BTreeSet<MachineVersion>,
     commands: BTreeSet<String>,
@@ -105,6 +111,7 @@ impl Walk {
         Self {
             machines: machines.collect(),
             addresses: desired.used_addresses.iter().copied().chain(desired.machines.iter().map(|m| m.address)).collect(),
+            volumes: desired.machines.iter().flat_map(|row| &row.spec.mounts).map(|mount| mount.volume.clone()).collect(),
             reserved: BTreeSet::new(),
             versions: desired.machines.iter().map(|row| row.spec.version.clone()).collect(),
             commands: BTreeSet::new(),
@@ -121,7 +128,11 @@ impl Walk {
             StepKind::Reserve { .. } => {
                 self.reserved.insert(machine.clone());
             }
-            StepKind::Assign { address, group, version, .. } => {
+            StepKind::Assign { address, group, version, volume, .. } => {
+                let taken = volume.as_ref().map(|taken| &taken.volume);
+                self.need(taken.is_some() == plan.mounts.contains_key(group), || Problem::WrongVolume(machine.clone()));
+                let fresh = taken.is_none_or(|volume| self.volumes.insert(volume.clone()));
+                self.need(fresh, || Problem::VolumeTwice(machine.clone()));
                 self.need(self.reserved.contains(machine), || Problem::NotReserved(machine.clone()));
                 let fresh = self.addresses.insert(*address);
                 self.need(fresh, || Problem::SharedAddress(*address));

@@ -27,8 +27,10 @@ pub use health::MAX_EXITS_BEFORE_HEALTHY;
 pub use placement::{Capacity, NoCapacity};
 pub use plan::{PlanError, plan};
 pub use types::{
-    Desired, Ended, GroupTarget, Healthy, Left, Mark, Next, Observed, Plan, Pool, Progress, Purpose, Step, StepKind, command_id,
+    Desired, Ended, GroupTarget, Healthy, Left, Mark, MountTarget, Next, Observed, Plan, Pool, Progress, Purpose, Step,
+    StepKind, VolumeTaken, command_id,
 };
+use types::kept_mounts;
 
 /// Machines of one app; keeps a plan within the store's limits of one value.
 pub const MAX_MACHINES_PER_APP: u32 = 100;

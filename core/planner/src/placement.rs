@@ -37,16 +37,19 @@ impl<'a> Capacity<'a> {
     }
 
     /// The first host with enough free memory that did not refuse lately; its memory counts as taken from now on.
-    pub fn place(&mut self, guest: &Guest) -> Result<&'a HostRow, NoCapacity> {
+    /// With `only`, no other host comes into question.
+    pub fn place(&mut self, guest: &Guest, only: Option<&HostId>) -> Result<&'a HostRow, NoCapacity> {
         let wanted_mb = u64::from(guest.memory_mb);
-        for host in self.hosts.iter().filter(|host| !self.refused.contains_key(&host.id)) {
+        let is_asked = |host: &&&'a HostRow| only.is_none_or(|only| *only == host.id) && !self.refused.contains_key(&host.id);
+        for host in self.hosts.iter().filter(is_asked) {
             let Some(free_mb) = self.free_mb.get_mut(&host.id) else { continue };
             if *free_mb >= wanted_mb {
                 *free_mb -= wanted_mb;
                 return Ok(host);
             }
         }
-        let mut why: Vec<String> = self.hosts.iter().map(|host| self.lacks(&host.id)).collect();
+        let asked = self.hosts.iter().filter(|host| only.is_none_or(|only| *only == host.id));
+        let mut why: Vec<String> = asked.map(|host| self.lacks(&host.id)).collect();
         if why.is_empty() {
             why.push("no host has joined".into());
         }

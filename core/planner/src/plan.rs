@@ -2,10 +2,11 @@
 
 use crate::{
     Capacity, Desired, GroupTarget, MAX_MACHINES_PER_APP, NoCapacity, Observed, Plan, Pool, Step, StepKind,
-    command_id,
+    VolumeTaken, command_id, kept_mounts,
 };
 use dunlin_model::config::Strategy;
-use dunlin_model::desired::MachineRow;
+use dunlin_model::desired::{HostRow, MachineRow};
+use dunlin_model::volume::VolumeRow;
 use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion};
 use dunlin_view::MachineFact;
 use std::net::Ipv4Addr;
@@ -31,9 +32,12 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
         return Err(PlanError::TooManyMachines { wanted });
     }
     let mut capacity = Capacity::new(desired, observed);
+    let mut free_volumes: Vec<_> = desired.free_volumes.iter().collect();
+    free_volumes.sort_by_key(|row| (row.created_at_ms, row.id.clone()));
     let (mut additions, mut kept, mut removals) = (Vec::new(), Kept::default(), Vec::new());
     for (name, group) in &desired.groups {
-        let mut rows: Vec<_> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
+        let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
+        let (mut rows, misfits): (Vec<_>, Vec<_>) = rows.partition(|row| fits(group, row));
         // Those that serve are kept before those that do not; the oldest id breaks the tie.
         rows.sort_by_key(|row| (!serves(row, observed), row.id.clone()));
         let found = rows.len();
@@ -49,7 +53,11 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
             let why = format!("{name} should have {} machines, not {found}", group.count);
             removals.extend(removal(desired, observed, row, &why));
         }
-        additions.extend(addition(desired, name, group, missing, &mut capacity, &mut pool)?);
+        for row in misfits {
+            removals.extend(removal(desired, observed, row, "a machine with the volume that it lacks takes its place"));
+        }
+        let means = Means { capacity: &mut capacity, pool: &mut pool, free_volumes: &mut free_volumes };
+        additions.extend(addition(desired, name, group, missing, means)?);
     }
     for row in desired.machines.iter().filter(|row| !desired.groups.contains_key(&row.spec.process_group)) {
         let why = format!("process group {} is not in release {}", row.spec.process_group, desired.release);
@@ -70,6 +78,7 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
         wait_timeout_ms: desired.wait_timeout_ms,
         strategy: desired.strategy,
         specs: desired.groups.iter().map(|(name, group)| (name.clone(), group.spec.clone())).collect(),
+        mounts: desired.groups.iter().filter_map(|(name, group)| Some((name.clone(), group.mount.clone()?))).collect(),
         left: desired.left.iter().filter(|(id, _)| exists(id)).map(|(id, left)| (id.clone(), *left)).collect(),
         steps,
     })
@@ -80,18 +89,47 @@ pub(crate) fn serves(row: &MachineRow, observed: &Observed) -> bool {
     observed.machines.get(&row.id).is_some_and(|fact| fact.is_healthy() && !fact.cordoned)
 }
 
+/// Whether the machine can become what its group should be. A volume ties it to the host that it is on, so that a
+/// machine without the volume of its group may be on the wrong one.
+fn fits(group: &GroupTarget, row: &MachineRow) -> bool {
+    group.mount.as_ref().is_none_or(|mount| mount.fits(&row.spec.mounts))
+}
+
+/// What new machines are made from.
+struct Means<'m, 'd> {
+    capacity: &'m mut Capacity<'d>,
+    pool: &'m mut Pool,
+    free_volumes: &'m mut Vec<&'d VolumeRow>,
+}
+
+impl<'d> Means<'_, 'd> {
+    /// A machine goes where its volume is. Only where none is free, one is made: a machine that found none of its files
+    /// because their host is full would be worse than none.
+    fn place(&mut self, group: &GroupTarget) -> Result<(&'d HostRow, Option<VolumeTaken>), PlanError> {
+        let Some(mount) = &group.mount else { return Ok((self.capacity.place(&group.spec.guest, None)?, None)) };
+        if let Some(index) = self.free_volumes.iter().position(|row| row.name == mount.name) {
+            let row = self.free_volumes.remove(index);
+            let host = self.capacity.place(&group.spec.guest, Some(&row.host))?;
+            return Ok((host, Some(VolumeTaken { volume: row.id.clone(), is_new: false })));
+        }
+        let host = self.capacity.place(&group.spec.guest, None)?;
+        let volume = self.pool.volumes.pop().ok_or(PlanError::PoolTooSmall)?;
+        Ok((host, Some(VolumeTaken { volume, is_new: true })))
+    }
+}
+
 /// All reservations and assignments first, so that hosts prepare while the first one starts.
 fn addition(
     desired: &Desired,
     name: &str,
     group: &GroupTarget,
     missing: usize,
-    capacity: &mut Capacity<'_>,
-    pool: &mut Pool,
+    mut means: Means<'_, '_>,
 ) -> Result<Vec<Step>, PlanError> {
     let (mut assigned, mut started, mut gated) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..missing {
-        let host = capacity.place(&group.spec.guest)?;
+        let (host, volume) = means.place(group)?;
+        let pool = &mut *means.pool;
         let machine = pool.ids.pop().ok_or(PlanError::PoolTooSmall)?;
         let version = pool.versions.pop().ok_or(PlanError::PoolTooSmall)?;
         let address = take_address(pool, desired, &host.id)?;
@@ -107,6 +145,7 @@ fn addition(
                 address,
                 group: name.to_owned(),
                 version: version.clone(),
+                volume,
             },
         ));
         let command = command_id(&desired.app, desired.sequence, &machine, "start");
@@ -157,7 +196,7 @@ fn keep(
         let why = "an earlier plan was going to remove it".into();
         kept.uncordons.push(Step { machine: row.id.clone(), why, kind });
     }
-    if same_content(&row.spec, &group.spec) {
+    if same_content(&row.spec, group) {
         let never_ran =
             fact.is_some_and(|fact| matches!(fact.state, MachineState::Creating | MachineState::Created));
         if !sleeps && (never_ran || left.unproven || left.stopped) {
@@ -238,9 +277,10 @@ fn removal(desired: &Desired, observed: &Observed, row: &MachineRow, why: &str) 
 }
 
 /// Equal but for the labels that every release changes.
-fn same_content(have: &MachineSpec, want: &MachineSpec) -> bool {
-    let want = MachineSpec { version: have.version.clone(), release: have.release, ..want.clone() };
-    let mut want = want;
+fn same_content(have: &MachineSpec, group: &GroupTarget) -> bool {
+    let mounts = kept_mounts(group.mount.as_ref(), &have.mounts);
+    let (version, release) = (have.version.clone(), have.release);
+    let mut want = MachineSpec { version, release, mounts, ..group.spec.clone() };
     want.image.tag.clone_from(&have.image.tag); // the digest says what it is; the tag is for people
     *have == want
 }

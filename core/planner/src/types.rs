@@ -2,7 +2,10 @@
 
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::config::Strategy;
-use dunlin_model::{AppName, CommandId, Guest, HostId, MachineId, MachineSpec, MachineVersion, Region};
+use dunlin_model::volume::VolumeRow;
+use dunlin_model::{
+    AppName, CommandId, Guest, HostId, MachineId, MachineSpec, MachineVersion, Mount, Region, VolumeId,
+};
 use dunlin_view::{HostFact, MachineFact};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +25,8 @@ pub struct Desired {
     pub groups: BTreeMap<String, GroupTarget>,
     /// The app's machines that releases made. Those made by hand are not a plan's business.
     pub machines: Vec<MachineRow>,
+    /// The app's volumes that no machine has.
+    pub free_volumes: Vec<VolumeRow>,
     /// What plans that were not carried out to their end have left of them: [`Plan::leaves`] of the last one.
     pub left: BTreeMap<MachineId, Left>,
     pub hosts: Vec<HostRow>,
@@ -48,7 +53,47 @@ pub enum Purpose {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupTarget {
     pub count: u32,
+    /// Without mounts: each machine has its own.
     pub spec: MachineSpec,
+    #[serde(default)]
+    pub mount: Option<MountTarget>,
+}
+
+/// The volume that each machine of a group has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountTarget {
+    /// A free volume of this name is taken; without one, one is made.
+    pub name: String,
+    pub path: String,
+    /// Of one that is made.
+    pub size_gb: u32,
+    pub snapshot_retention: u32,
+}
+
+impl MountTarget {
+    /// A machine that has no such volume cannot get one: it is replaced.
+    pub(crate) fn fits(&self, had: &[Mount]) -> bool {
+        had.iter().any(|mount| mount.name == self.name)
+    }
+
+    pub fn of(&self, volume: VolumeId) -> Mount {
+        Mount { volume, name: self.name.clone(), path: self.path.clone() }
+    }
+}
+
+/// The mounts of a machine that stays: its volume, where its group has it now.
+pub(crate) fn kept_mounts(target: Option<&MountTarget>, had: &[Mount]) -> Vec<Mount> {
+    let Some(target) = target else { return Vec::new() };
+    let kept = had.iter().filter(|mount| mount.name == target.name);
+    kept.map(|mount| target.of(mount.volume.clone())).collect()
+}
+
+/// The volume of a new machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeTaken {
+    pub volume: VolumeId,
+    /// It is made with the machine; otherwise it is there and nobody has it.
+    pub is_new: bool,
 }
 
 /// What readers see of the app's machines, and of the hosts. A missing fact means *unknown*.
@@ -70,6 +115,7 @@ pub struct Pool {
     pub ids: Vec<MachineId>,
     pub versions: Vec<MachineVersion>,
     pub addresses: BTreeMap<HostId, Vec<Ipv4Addr>>,
+    pub volumes: Vec<VolumeId>,
 }
 
 /// An immutable list of steps, in order, with everything named.
@@ -85,6 +131,9 @@ pub struct Plan {
     pub strategy: Strategy,
     /// Specs by process group; steps name a group and a machine version.
     pub specs: BTreeMap<String, MachineSpec>,
+    /// By process group; a group without volumes is not in it.
+    #[serde(default)]
+    pub mounts: BTreeMap<String, MountTarget>,
     /// What plans before this one have left of its machines, so that it is not forgotten if this one does not come to
     /// its end either.
     #[serde(default)]
@@ -108,6 +157,11 @@ impl Plan {
     pub fn spec(&self, group: &str, version: &MachineVersion) -> Option<MachineSpec> {
         let template = self.specs.get(group)?;
         Some(MachineSpec { version: version.clone(), release: self.release, ..template.clone() })
+    }
+
+    /// The mounts that a machine of the group keeps.
+    pub fn mounts(&self, group: &str, had: &[Mount]) -> Vec<Mount> {
+        kept_mounts(self.mounts.get(group), had)
     }
 
     /// What is left to do for later plans if this one goes no further than `progress`.
@@ -160,6 +214,8 @@ pub enum StepKind {
         address: Ipv4Addr,
         group: String,
         version: MachineVersion,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        volume: Option<VolumeTaken>,
     },
     /// Store: the machine should be in this version.
     Update { group: String, version: MachineVersion },

@@ -5,9 +5,10 @@ mod sim;
 
 use dunlin_model::config::Strategy as DeployStrategy;
 use dunlin_model::desired::HostRow;
-use dunlin_model::{Guest, MachineId, MachineState};
+use dunlin_model::volume::VolumeRow;
+use dunlin_model::{Guest, MachineId, MachineState, VolumeId};
 use dunlin_planner::{
-    Capacity, Ended, MAX_EXITS_BEFORE_HEALTHY, Next, Plan, Problem, Purpose, STEADY_MS, Step, StepKind, advance, check, plan,
+    Capacity, Ended, MAX_EXITS_BEFORE_HEALTHY, MountTarget, Next, Plan, Problem, Purpose, STEADY_MS, Step, StepKind, advance, check, plan,
 };
 use proptest::prelude::*;
 use sim::{Image, WAIT_TIMEOUT_MS, World, host, spec};
@@ -367,7 +368,7 @@ fn new_machines_go_to_the_primary_region_if_it_has_room() {
     let mut place = |region: Option<&str>, memory_mb: u32| {
         desired.primary_region = region.map(|region| region.parse().unwrap());
         desired.hosts[0].memory_mb = memory_mb;
-        Capacity::new(&desired, &world.observed()).place(&guest).unwrap().id.to_string()
+        Capacity::new(&desired, &world.observed()).place(&guest, None).unwrap().id.to_string()
     };
     assert_eq!(place(None, 4096), "a-far");
     assert_eq!(place(Some("local"), 4096), "h1");
@@ -376,9 +377,9 @@ fn new_machines_go_to_the_primary_region_if_it_has_room() {
     let mut observed = world.observed();
     observed.refused.insert("a-far".parse().unwrap(), "its disk is full".into());
     desired.hosts[0].memory_mb = 4096;
-    assert_eq!(Capacity::new(&desired, &observed).place(&guest).unwrap().id, host());
+    assert_eq!(Capacity::new(&desired, &observed).place(&guest, None).unwrap().id, host());
     observed.refused.insert(host(), "256 MiB are wanted, 3 are free".into());
-    let none = Capacity::new(&desired, &observed).place(&guest).unwrap_err().to_string();
+    let none = Capacity::new(&desired, &observed).place(&guest, None).unwrap_err().to_string();
     assert!(none.ends_with("host a-far: its disk is full; host h1: 256 MiB are wanted, 3 are free"), "{none}");
 }
 
@@ -608,5 +609,82 @@ proptest! {
                 break; // every boundary was visited
             }
         }
+    }
+}
+
+/// A volume is in one machine, stays with it over releases, and goes to the machine that takes its place.
+#[test]
+fn machines_keep_their_volumes_and_new_ones_take_free_ones() {
+    let target = |name: &str, path: &str| {
+        Some(MountTarget { name: name.into(), path: path.into(), size_gb: 1, snapshot_retention: 5 })
+    };
+    let mut world = World::new();
+    let plan_of = |world: &mut World, release, image, count, mount: Option<MountTarget>, free: &[VolumeId]| {
+        let mut desired = world.desired(release, &spec(image, release, true), count, Purpose::Deploy);
+        desired.groups.get_mut("app").unwrap().mount = mount;
+        desired.free_volumes = free.iter().map(|id| volume_row(id.clone())).collect();
+        let mut pool = world.pool(&desired);
+        pool.volumes = (0..count as u8).map(|n| VolumeId::from_random([n, release as u8, 0, 0, 0, 0, 0, 0])).collect();
+        let made = plan(&desired, &world.observed(), pool).unwrap();
+        assert_eq!(check(&made, &desired, &world.observed()), Ok(()));
+        made
+    };
+    let mounts = |world: &World| -> Vec<_> { world.rows.values().flat_map(|row| row.spec.mounts.clone()).collect() };
+    let run = |world: &mut World, made: &Plan| {
+        for step in &made.steps {
+            if matches!(step.kind, StepKind::Reserve { .. } | StepKind::Assign { .. } | StepKind::Update { .. } | StepKind::Destroy { .. }) {
+                world.act(made, step).unwrap();
+            }
+        }
+    };
+    let kept = VolumeId::from_random([9; 8]);
+    let made = plan_of(&mut world, 1, Image::Good, 2, target("data", "/data"), std::slice::from_ref(&kept));
+    run(&mut world, &made);
+    let had = mounts(&world);
+    assert!(had.len() == 2 && had.iter().any(|mount| mount.volume == kept) && had[0].volume != had[1].volume, "{had:?}");
+
+    // Another release: in place, which is one after the other on the same host, with the same volume at another path.
+    let made = plan_of(&mut world, 2, Image::Good, 2, target("data", "/srv"), &[]);
+    assert!(made.steps.iter().all(|step| !matches!(step.kind, StepKind::Assign { .. })), "{:?}", step_names(&made));
+    run(&mut world, &made);
+    let now = mounts(&world);
+    assert!(now.iter().zip(&had).all(|(now, had)| now.volume == had.volume && now.path == "/srv"), "{now:?}");
+
+    // Another volume: a machine cannot change it, so another takes its place first.
+    let made = plan_of(&mut world, 3, Image::Good, 2, target("other", "/srv"), &[]);
+    run(&mut world, &made);
+    assert!(mounts(&world).iter().all(|mount| mount.name == "other"));
+    assert_eq!(world.rows.len(), 2);
+
+    let made = plan_of(&mut world, 4, Image::Good, 2, None, &[]);
+    run(&mut world, &made);
+    assert_eq!((mounts(&world), world.rows.len()), (vec![], 2), "without one in the release they have none");
+}
+
+/// Files are where they are: a machine that would not find them is not made.
+#[test]
+fn a_machine_goes_to_the_host_of_its_volume_or_nowhere() {
+    let mut world = World::new();
+    let mut desired = world.desired(1, &spec(Image::Good, 1, true), 1, Purpose::Deploy);
+    let mount = MountTarget { name: "data".into(), path: "/data".into(), size_gb: 1, snapshot_retention: 5 };
+    desired.groups.get_mut("app").unwrap().mount = Some(mount);
+    let elsewhere = VolumeRow { host: "h9".parse().unwrap(), ..volume_row(VolumeId::from_random([1; 8])) };
+    desired.free_volumes = vec![elsewhere];
+    let pool = world.pool(&desired);
+    assert!(matches!(plan(&desired, &world.observed(), pool), Err(dunlin_planner::PlanError::NoCapacity(_))));
+}
+
+fn volume_row(id: VolumeId) -> VolumeRow {
+    VolumeRow {
+        id,
+        name: "data".into(),
+        org: "personal".parse().unwrap(),
+        app: sim::app(),
+        host: host(),
+        region: "local".parse().unwrap(),
+        size_gb: 1,
+        created_at_ms: 0,
+        snapshot_retention: 5,
+        source: None,
     }
 }

@@ -75,6 +75,7 @@ fn snapshot(machines: &[M]) -> Snapshot {
             stop: Default::default(),
             secrets_version: 0,
             metadata: Default::default(),
+            mounts: vec![],
         };
         let address = std::net::Ipv4Addr::new(10, 201, 0, n as u8 + 1);
         config.machines.insert(

@@ -1,7 +1,8 @@
 //! The two kinds of facts.
 
+use dunlin_model::volume::VolumeRow;
 use dunlin_model::{
-    AppName, ExitInfo, Generation, HostId, MachineId, MachineSpec, MachineState, MachineVersion, OrgName, Region,
+    AppName, ExitInfo, Generation, HostId, MachineId, MachineSpec, MachineState, MachineVersion, OrgName, Region, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +19,11 @@ pub struct ConfigState {
     /// Those of them that a person asked for, by the machine or by its app.
     #[serde(default)]
     pub asked_for: BTreeSet<MachineId>,
+    #[serde(default)]
+    pub volumes: BTreeMap<VolumeId, VolumeRow>,
+    /// Only they let a host remove a volume's files.
+    #[serde(default)]
+    pub volume_tombstones: BTreeMap<VolumeId, HostId>,
     pub secrets: BTreeMap<AppName, Vec<SecretsFact>>,
     pub certificates: Vec<CertificateFact>,
     /// Ids of revoked tokens.

@@ -2,6 +2,7 @@
 
 use crate::{AppFact, CertificateFact, ConfigState, MachineAssignment, SecretsFact};
 use dunlin_model::desired::{AppRow, CertificateRow, MachineRow, TombstoneReason, TombstoneRow};
+use dunlin_model::volume::{VolumeRow, VolumeTombstoneRow};
 use dunlin_model::{AppName, Generation};
 use std::collections::BTreeMap;
 
@@ -14,6 +15,8 @@ pub struct Desired {
     pub apps: Vec<AppRow>,
     pub machines: Vec<MachineRow>,
     pub tombstones: Vec<TombstoneRow>,
+    pub volumes: Vec<VolumeRow>,
+    pub volume_tombstones: Vec<VolumeTombstoneRow>,
     pub certificates: Vec<CertificateRow>,
     /// Resealed by control to each host that needs them; sealing needs randomness, so it is not done here.
     pub secrets: BTreeMap<AppName, Vec<SecretsFact>>,
@@ -53,6 +56,8 @@ pub fn project(desired: Desired) -> ConfigState {
         machines: machines.collect(),
         asked_for: asked_for.map(|tombstone| tombstone.machine.clone()).collect(),
         tombstones: desired.tombstones.into_iter().map(|t| (t.machine, t.host)).collect(),
+        volumes: desired.volumes.into_iter().map(|row| (row.id.clone(), row)).collect(),
+        volume_tombstones: desired.volume_tombstones.into_iter().map(|t| (t.volume, t.host)).collect(),
         secrets: desired.secrets,
         certificates: certificates.collect(),
         revoked_tokens: desired.revoked_tokens,

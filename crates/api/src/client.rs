@@ -121,6 +121,11 @@ impl Client {
     }
 
     /// Reads an answer of one JSON value a line.
+    pub async fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ApiError> {
+        let bytes = serde_json::to_vec(body).map_err(|e| ApiError::BadAnswer(e.to_string()))?;
+        self.json(Method::PUT, path, full(bytes)).await
+    }
+
     pub async fn lines(&self, path: &str) -> Result<Lines, ApiError> {
         let response = self.send(Method::GET, path, &[], empty()).await?;
         Ok(Lines::new(response.into_body()))

@@ -3,6 +3,7 @@
 use async_trait::async_trait;
 use dunlin_model::{
     AppName, CommandId, Generation, Guest, HostId, Lease, MachineEvent, MachineId, MachineState, MachineVersion, OrgName,
+    SnapshotId, VolumeId,
 };
 pub use dunlin_model::Source;
 use dunlin_view::MachineFact;
@@ -49,6 +50,19 @@ pub trait HostApi: Send + Sync {
     /// Empty: there was no answer.
     async fn check_answer(&self, machine: &MachineId, check: &str) -> Result<String, Refusal>;
 
+    /// Makes the volume as config facts have it, if it is not there in its size yet, and says how full it is. Facts by
+    /// which it is smaller than `size_gb` are waited out.
+    async fn volume(&self, id: &VolumeId, size_gb: u32) -> Result<VolumeStatus, Refusal>;
+
+    /// Whether the disk has room for so much more of volumes.
+    async fn volume_room(&self, size_gb: u32) -> Result<(), Refusal>;
+
+    /// A volume's snapshots, oldest first.
+    async fn snapshots(&self, id: &VolumeId) -> Result<Vec<VolumeSnapshot>, Refusal>;
+
+    /// Makes a snapshot. A repeated id gets the first one.
+    async fn snapshot(&self, id: &VolumeId, snapshot: &SnapshotId) -> Result<VolumeSnapshot, Refusal>;
+
     /// Starts a builder machine, a profile that no tenant can ask for.
     async fn run_builder(&self, request: BuilderRequest) -> Result<BuilderRun, Refusal>;
 }
@@ -58,6 +72,8 @@ pub trait HostApi: Send + Sync {
 pub enum Refusal {
     #[error("the command arrived after its deadline")]
     TooLate,
+    #[error("volume {0} is not known on this host")]
+    NoSuchVolume(VolumeId),
     #[error("machine {0} is not known on this host")]
     NoSuchMachine(MachineId),
     #[error("machine {machine} is owned by another host since generation {generation}")]
@@ -141,6 +157,29 @@ pub struct CommandAnswer {
     /// That was taken or made to last longer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<Lease>,
+}
+
+/// How full a volume is, in blocks of its file system.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    pub block_size: u64,
+    pub blocks: u64,
+    pub blocks_free: u64,
+    /// Of the free ones those that can be written to.
+    pub blocks_avail: u64,
+    /// It was extended, and its machine sees that from its next start on.
+    pub needs_restart: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSnapshot {
+    pub id: SnapshotId,
+    pub created_at_ms: u64,
+    /// Bytes that it takes up on the disk.
+    pub size: u64,
+    /// Bytes of the volume that it is of.
+    pub volume_size: u64,
+    pub retention_days: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,12 +9,13 @@ pub mod client;
 pub mod error;
 pub mod host;
 pub mod last_hop;
+pub mod volumes;
 pub mod wire;
 
 pub use error::{ApiError, ErrorBody, ErrorCode};
 pub use host::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecOutput, ExecRequest, ExecSession, HostApi,
-    ListenSocket, LogLine, LogQuery, LogStream, Process, ProcessSocket, Refusal, Reserve, Source,
-    WaitFor,
+    ListenSocket, LogLine, LogQuery, LogStream, Process, ProcessSocket, Refusal, Reserve, Source, VolumeSnapshot,
+    VolumeStatus, WaitFor,
 };
 pub use last_hop::{Admission, AdmitRefusal, AdmitRequest, LastHop};

@@ -59,7 +59,7 @@ impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         let code = match &refusal {
             Refusal::TooLate | Refusal::WaitTimeout { .. } => ErrorCode::DeadlineExceeded,
-            Refusal::NoSuchMachine(_) => ErrorCode::NotFound,
+            Refusal::NoSuchMachine(_) | Refusal::NoSuchVolume(_) => ErrorCode::NotFound,
             Refusal::Moved { .. } | Refusal::OldGeneration { .. } | Refusal::OldPlan { .. }
             | Refusal::Leased { .. } | Refusal::NotLeased { .. } => {
                 ErrorCode::Conflict

@@ -5,6 +5,7 @@ use crate::rows::{ADDRESS_REST_MS, AddressRow, Change, RevokedRow, key};
 use crate::tokens::MAX_LIFETIME_S;
 use crate::{Ctx, now_ms, registry, secret_sets};
 use dunlin_model::desired::{AppRow, TombstoneRow};
+use dunlin_model::volume::VolumeTombstoneRow;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +40,11 @@ async fn look(ctx: &Ctx) -> Result<(), Failure> {
         let is_gone = !view.machines.contains_key(&row.value.machine);
         if is_gone && older(row.value.at_ms, TOMBSTONE_MS) {
             change = change.delete(key::tombstone(&row.value.machine));
+        }
+    }
+    for row in ctx.state.list::<VolumeTombstoneRow>("volume_tombstones/").await? {
+        if older(row.value.at_ms, TOMBSTONE_MS) {
+            change = change.delete(key::volume_tombstone(&row.value.volume));
         }
     }
     for (key, row) in ctx.state.list_keyed::<AddressRow>("addresses/").await? {

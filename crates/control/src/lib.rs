@@ -29,6 +29,7 @@ mod secrets;
 mod spec;
 mod start;
 mod tokens;
+mod volumes;
 
 pub use certificates::CertificateError;
 pub use failure::Failure;

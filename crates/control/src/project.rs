@@ -58,10 +58,12 @@ async fn publish(ctx: &Ctx, cache: &mut SealedCache, published: &mut Option<Gene
 /// All rows that others may know of, read at one revision: config facts are those of one revision. Sets of secrets are
 /// read beside them, as they never change.
 async fn load(ctx: &Ctx, cache: &mut SealedCache) -> Result<(Desired, Vec<String>), Failure> {
-    let prefixes =
-        ["apps/", "hosts/", "machines/", "secrets_version/", "revoked/", "tombstones/", "certificates/"];
+    let prefixes = [
+        "apps/", "hosts/", "machines/", "secrets_version/", "revoked/", "tombstones/", "certificates/", "volumes/",
+        "volume_tombstones/",
+    ];
     let (rows, generation) = ctx.state.at_once(prefixes).await?;
-    let [apps, hosts, machines, versions, revoked, tombstones, certificates] = rows;
+    let [apps, hosts, machines, versions, revoked, tombstones, certificates, volumes, volume_tombstones] = rows;
     let apps: Vec<AppRow> = apps.values()?;
     let hosts: Vec<HostRow> = hosts.values()?;
     let exists = |name: &AppName| apps.iter().any(|app| app.name == *name);
@@ -80,6 +82,8 @@ async fn load(ctx: &Ctx, cache: &mut SealedCache) -> Result<(Desired, Vec<String
         apps,
         machines: machines.machines(generation.incarnation)?,
         tombstones: tombstones.values::<TombstoneRow>()?,
+        volumes: volumes.values()?,
+        volume_tombstones: volume_tombstones.values()?,
         certificates: certificates.into_iter().map(|row| row.certificate).collect(),
         revoked_tokens: revoked.clone(),
     };

@@ -7,7 +7,7 @@
 use crate::failure::Failure;
 use dunlin_api::ErrorCode;
 use dunlin_model::desired::MachineRow;
-use dunlin_model::{AppName, Generation, HostId, MachineId};
+use dunlin_model::{AppName, Generation, HostId, MachineId, VolumeId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use dunlin_store::{Compare as StoreCompare, Op as StoreOp, Store, StoreError};
@@ -80,6 +80,12 @@ pub(crate) mod key {
     }
     pub fn tombstone(id: &MachineId) -> String {
         format!("tombstones/{id}")
+    }
+    pub fn volume(id: &VolumeId) -> String {
+        format!("volumes/{id}")
+    }
+    pub fn volume_tombstone(id: &VolumeId) -> String {
+        format!("volume_tombstones/{id}")
     }
     pub fn secret(app: &AppName, name: &str) -> String {
         format!("secrets/{app}/{name}")

@@ -3,7 +3,8 @@
 use dunlin_model::config::AppConfig;
 use dunlin_model::desired::{AppRow, ReleaseRow};
 use dunlin_model::{MachineSpec, MachineVersion};
-use dunlin_planner::GroupTarget;
+use dunlin_model::volume::{SIZE_DEFAULT_GB, SNAPSHOT_RETENTION_DEFAULT};
+use dunlin_planner::{GroupTarget, MountTarget};
 use std::collections::BTreeMap;
 
 /// Machines of a group that nobody scaled.
@@ -19,7 +20,13 @@ pub(crate) fn counts(config: &AppConfig, scale: &BTreeMap<String, u32>) -> BTree
 pub(crate) fn groups(app: &AppRow, release: &ReleaseRow) -> BTreeMap<String, GroupTarget> {
     let target = |(group, count): (String, u32)| {
         let spec = machine_spec(app, release, &group);
-        (group, GroupTarget { count, spec })
+        let mount = release.config.mount_for(&group).map(|mount| MountTarget {
+            name: mount.source.clone(),
+            path: mount.destination.clone(),
+            size_gb: mount.initial_size_gb.unwrap_or(SIZE_DEFAULT_GB),
+            snapshot_retention: mount.snapshot_retention.unwrap_or(SNAPSHOT_RETENTION_DEFAULT),
+        });
+        (group, GroupTarget { count, spec, mount })
     };
     counts(&release.config, &app.scale).into_iter().map(target).collect()
 }
@@ -43,6 +50,7 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
         stop: config.stop(),
         secrets_version: release.secrets_version,
         metadata: BTreeMap::new(),
+        mounts: vec![],
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::agent::{Input, chain};
 use crate::kill::kill_point;
-use crate::{Shared, convert, now_ms, spec};
+use crate::{Shared, convert, now_ms, spec, volumes};
 use dunlin_machine::{Effect, Event, Record};
 use dunlin_model::{ExitInfo, MachineId, MachineSpec};
 use dunlin_runtime::cgroup::CgroupError;
@@ -120,14 +120,27 @@ pub fn perform(shared: &Arc<Shared>, inputs: &Inputs, acts: &mut Acts, record: &
 async fn prepare(shared: Arc<Shared>, inputs: Inputs, rule: MachineRule, id: MachineId, spec: MachineSpec) {
     let firewall = shared.clone();
     let pinned = tokio::task::spawn_blocking(move || firewall.firewall.add(&rule));
-    let result = spec::image(&shared, &spec).await.map(drop);
+    let image = spec::image(&shared, &spec).await.map(drop);
+    let result = match image {
+        Ok(()) => volumes_of(&shared, &spec).await,
+        failed => failed,
+    };
     let _ = pinned.await; // the start tries again, and tells if it fails
     if let Err(error) = &result {
-        tracing::warn!(machine = %id, app = %spec.app, release = spec.release, %error, "the image cannot be prepared");
+        tracing::warn!(machine = %id, app = %spec.app, release = spec.release, %error, "it cannot be prepared");
     }
     let room = Ok(()); // the agent looks when it hears this
     let event = Event::Prepared { version: spec.version, result, room };
     let _ = inputs.send(Input::Event(id, event)).await; // the agent ended: recovery prepares again
+}
+
+/// A volume for which there is no room is known before the machine is told to start.
+async fn volumes_of(shared: &Arc<Shared>, spec: &MachineSpec) -> Result<(), String> {
+    let view = shared.view.current();
+    let rows: Vec<_> = spec.mounts.iter().filter_map(|mount| view.config.volumes.get(&mount.volume).cloned()).collect();
+    let shared = shared.clone();
+    let ensured = tokio::task::spawn_blocking(move || rows.iter().try_for_each(|row| volumes::ensure(&shared, row)));
+    ensured.await.unwrap_or_else(|e| Err(e.to_string()))
 }
 
 async fn spawn(shared: Arc<Shared>, inputs: Inputs, record: Record, attempt: u64) {
@@ -135,11 +148,11 @@ async fn spawn(shared: Arc<Shared>, inputs: Inputs, record: Record, attempt: u64
     let cgroups = shared.cgroups.clone();
     tokio::task::spawn_blocking(move || cgroups.hasten_moves());
     let result = match spec::supervisor_spec(&shared, &record, attempt).await {
-        Ok(spec) => {
-            let (shared, id) = (shared.clone(), id.clone());
+        Ok(mut spec) => {
+            let shared = shared.clone();
             let spawned = tokio::task::spawn_blocking(move || {
                 shared.firewall.add(&rule(&record)).map_err(|e| chain(&e))?;
-                spawn_alone(&shared, &id, &spec).map_err(|e| chain(&e))
+                spawn_alone(&shared, &record, &mut spec).map_err(|e| chain(&e))
             });
             spawned.await.unwrap_or_else(|e| Err(e.to_string()))
         }
@@ -155,16 +168,22 @@ async fn spawn(shared: Arc<Shared>, inputs: Inputs, record: Record, attempt: u64
 
 /// A supervisor that an agent started just before it was killed may take the lock only now: it goes,
 /// because nobody would know of it.
-fn spawn_alone(shared: &Shared, id: &MachineId, spec: &SupervisorSpec) -> Result<(), RuntimeError> {
-    let held = || dunlin_runtime::lock_holder(&spec.machine_dir).ok().flatten().is_some();
+fn spawn_alone(shared: &Shared, record: &Record, spec: &mut SupervisorSpec) -> Result<(), RuntimeError> {
+    let (id, dir) = (&record.assignment.id, spec.machine_dir.clone());
+    let held = || dunlin_runtime::lock_holder(&dir).ok().flatten().is_some();
+    // The end of a stranger takes the machine's volumes from it.
+    let mut with_volumes = || {
+        spec.volumes = volumes::attach(shared, record).map_err(RuntimeError::Machine)?;
+        dunlin_runtime::spawn(&shared.exe, spec)
+    };
     if held() {
-        end_stranger(shared, id, &spec.machine_dir);
+        end_stranger(shared, id, &dir);
     }
-    match dunlin_runtime::spawn(&shared.exe, spec) {
+    match with_volumes() {
         Err(error) if held() => {
             tracing::debug!(machine = %id, %error, "another supervisor came first");
-            end_stranger(shared, id, &spec.machine_dir);
-            dunlin_runtime::spawn(&shared.exe, spec)
+            end_stranger(shared, id, &dir);
+            with_volumes()
         }
         spawned => spawned,
     }
@@ -325,10 +344,11 @@ fn clean_up(shared: &Shared, id: &MachineId) -> bool {
     let dir = shared.machine_dir(id.as_str());
     let ifname = id.interface_name();
     for _ in 0..TRIES {
-        match dunlin_runtime::cleanup(&dir, id.as_str(), &shared.cgroups, Some(&ifname)) {
+        let ended = dunlin_runtime::cleanup(&dir, id.as_str(), &shared.cgroups, Some(&ifname)).map_err(|e| chain(&e));
+        match ended.and_then(|()| volumes::release(shared, id)) {
             Ok(()) => return true,
             Err(error) => {
-                tracing::warn!(machine = %id, error = %chain(&error), "not cleaned up yet");
+                tracing::warn!(machine = %id, error, "not cleaned up yet");
                 std::thread::sleep(PAUSE);
             }
         }

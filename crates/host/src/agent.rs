@@ -4,7 +4,7 @@ use crate::act::{self, Acts};
 use crate::checks::Checks;
 use crate::journal::{Journal, JournalError, Replayed};
 use crate::kill::kill_point;
-use crate::{Shared, convert, now_ms, tombstones};
+use crate::{Shared, convert, now_ms, tombstones, volumes};
 use dunlin_api::{Refusal, Reserve};
 use dunlin_cluster::View;
 use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order, Record};
@@ -129,6 +129,7 @@ impl Agent {
     /// Machines live on while agents come and go: ask each supervisor, believe the kernel.
     fn recover(&mut self, replayed: Replayed) {
         let mut adopted = 0;
+        volumes::release_strangers(&self.shared, &replayed.machines.keys().cloned().collect());
         for (id, record) in replayed.machines {
             let dir = self.shared.machine_dir(id.as_str());
             let attempt = record.attempt;

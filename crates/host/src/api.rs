@@ -1,15 +1,17 @@
 //! The host's side of [`HostApi`].
 
 use crate::agent::Input;
-use crate::{Host, builder, convert, exec, logs, ps};
+use crate::{Host, builder, convert, exec, logs, ps, snapshots, volumes};
 use async_trait::async_trait;
 use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery,
-    LogStream, Process, Refusal, Reserve, WaitFor,
+    LogStream, Process, Refusal, Reserve, VolumeSnapshot, VolumeStatus, WaitFor,
 };
 use dunlin_machine::{Order, Record};
-use dunlin_model::{HostId, Lease, MachineEvent, MachineId, MachineState};
+use dunlin_model::volume::VolumeRow;
+use dunlin_model::{HostId, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId};
 use dunlin_runtime::Client;
+use dunlin_runtime::volume::Usage;
 use dunlin_view::MachineFact;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -18,6 +20,8 @@ use tokio::sync::oneshot;
 const MAX_WAIT_MS: u64 = 60_000;
 /// More of a caller's request id is not kept in events.
 const MAX_REQUEST_ID: usize = 64;
+/// A volume that control has just written is in config facts within this.
+const FACTS_WAIT: Duration = Duration::from_secs(10);
 
 fn stopping() -> Refusal {
     Refusal::Failed("the host's agent is stopping; try again in a moment".into())
@@ -161,7 +165,64 @@ impl HostApi for Host {
         answer.await.map_err(|_| stopping())?
     }
 
+    async fn volume(&self, id: &VolumeId, size_gb: u32) -> Result<VolumeStatus, Refusal> {
+        let row = self.volume_row(id, size_gb).await?;
+        let state = self.of_volumes(move |shared| volumes::state(shared, &row)).await?;
+        let volumes::State { usage, needs_restart } = state;
+        let Usage { block_size, blocks, blocks_free, blocks_avail } = usage;
+        Ok(VolumeStatus { block_size, blocks, blocks_free, blocks_avail, needs_restart })
+    }
+
+    async fn volume_room(&self, size_gb: u32) -> Result<(), Refusal> {
+        let host = self.shared.config.id.clone();
+        let room = volumes::room(&self.shared.config.data_dir, u64::from(size_gb) << 30);
+        room.map_err(|why| Refusal::InsufficientCapacity { host, why })
+    }
+
+    async fn snapshots(&self, id: &VolumeId) -> Result<Vec<VolumeSnapshot>, Refusal> {
+        let row = self.volume_row(id, 0).await?;
+        self.of_volumes(move |shared| snapshots::list(shared, &row.id)).await
+    }
+
+    async fn snapshot(&self, id: &VolumeId, snapshot: &SnapshotId) -> Result<VolumeSnapshot, Refusal> {
+        let (row, snapshot) = (self.volume_row(id, 0).await?, snapshot.clone());
+        self.of_volumes(move |shared| {
+            volumes::ensure(shared, &row)?;
+            snapshots::make(shared, &row, &snapshot)
+        })
+        .await
+    }
+
     async fn run_builder(&self, request: BuilderRequest) -> Result<BuilderRun, Refusal> {
         builder::run(self.shared.clone(), request).await
+    }
+}
+
+impl Host {
+    /// What config facts say of a volume; they may still be on their way.
+    async fn volume_row(&self, id: &VolumeId, size_gb: u32) -> Result<VolumeRow, Refusal> {
+        let mut changes = self.shared.view.subscribe();
+        let deadline = tokio::time::Instant::now() + FACTS_WAIT;
+        let mut snapshot = changes.current();
+        loop {
+            let known = snapshot.config.volumes.get(id);
+            let is_asked = |row: &&VolumeRow| row.host == self.shared.config.id && row.size_gb >= size_gb;
+            if let Some(row) = known.filter(is_asked) {
+                return Ok(row.clone());
+            }
+            snapshot = match tokio::time::timeout_at(deadline, changes.changed()).await {
+                Ok(newer) => newer,
+                Err(_) => return Err(Refusal::NoSuchVolume(id.clone())),
+            };
+        }
+    }
+
+    async fn of_volumes<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&crate::Shared) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let shared = self.shared.clone();
+        let done = tokio::task::spawn_blocking(move || act(&shared)).await;
+        done.unwrap_or_else(|e| Err(e.to_string())).map_err(Refusal::Failed)
     }
 }

@@ -24,8 +24,10 @@ mod last_hop;
 mod logs;
 mod metrics;
 mod ps;
+mod snapshots;
 mod spec;
 mod tombstones;
+mod volumes;
 
 pub use journal::JournalError;
 pub use dunlin_runtime::KILL_POINTS as SUPERVISOR_KILL_POINTS;
@@ -117,6 +119,7 @@ struct Shared {
     sessions: Arc<tokio::sync::Semaphore>,
     looks: Arc<tokio::sync::Semaphore>,
     builders: builder::Slots,
+    volumes: volumes::Volumes,
     /// For the next supervisor, and that one only: a test's kill point.
     supervisor_kill_at: Mutex<Option<String>>,
 }
@@ -145,6 +148,8 @@ impl Host {
         agent::follow_view(shared.view.clone(), inputs.clone());
         let agent = inputs.clone();
         tokio::spawn(firewall::keep(shared.clone(), move || !agent.is_closed()));
+        let agent = inputs.clone();
+        tokio::spawn(volumes::follow(shared.clone(), move || !agent.is_closed()));
         Ok(Arc::new(Self { shared, inputs, agent: Mutex::new(Some(thread)) }))
     }
 
@@ -186,6 +191,7 @@ impl Shared {
             sessions: Arc::new(tokio::sync::Semaphore::new(exec::MAX_SESSIONS)),
             looks: Arc::new(tokio::sync::Semaphore::new(ps::MAX_LOOKS)),
             builders: builder::Slots::default(),
+            volumes: volumes::Volumes::open(&config.data_dir),
             supervisor_kill_at: Mutex::new(config.kill_at.clone().filter(|point| SUPERVISOR_KILL_POINTS.contains(&point.as_str()))),
             config,
         })
@@ -212,6 +218,7 @@ pub fn clean_up(data_dir: &std::path::Path, instance: &str, machine_prefix: Ipv4
         dunlin_runtime::cleanup(&entry.path(), id.as_str(), &cgroups, Some(&id.interface_name()))?;
     }
     builder::end_all(data_dir, instance, &cgroups);
+    volumes::unmount_all(data_dir);
     let firewall = Firewall::new(&convert::table_name(instance), convert::prefix(machine_prefix), vec![])?;
     firewall.remove()?;
     cgroups.remove_root()?;

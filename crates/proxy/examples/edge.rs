@@ -136,6 +136,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         stop: Default::default(),
         secrets_version: 0,
         metadata: Default::default(),
+        mounts: vec![],
     };
     let assignment = MachineAssignment {
         id: id.clone(),

@@ -88,6 +88,8 @@ pub struct AppConfig {
     pub vm: Vec<Vm>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub restart: Vec<Restart>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<MountConfig>,
 }
 
 impl AppConfig {
@@ -215,6 +217,22 @@ pub struct Vm {
     pub cpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_kind: Option<CpuKind>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub processes: Vec<String>,
+}
+
+/// A volume in each machine of some process groups (of the default group, when it names none).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MountConfig {
+    /// The name that the volumes have.
+    pub source: String,
+    pub destination: String,
+    /// Of a volume that a deploy makes, because there is no free one of the name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initial_size_gb: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_retention: Option<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub processes: Vec<String>,
 }

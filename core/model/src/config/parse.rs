@@ -4,9 +4,12 @@ use super::problem::position;
 use super::section::{Findings, GroupUse, Refused, Section, read_item, value};
 use super::{
     AppConfig, Build, ConfigError, ConfigProblem, DEFAULT_GROUP, Deploy, GUEST_SIZES, GuestSize, HttpService,
-    KILL_SIGNALS, MAX_FILE_BYTES, MAX_KILL_TIMEOUT_MS, Mistake, Restart, Strategy, Vm, procfile, service, units, words,
+    KILL_SIGNALS, MAX_FILE_BYTES, MAX_KILL_TIMEOUT_MS, Mistake, MountConfig, Restart, Strategy, Vm, procfile, service, units, words,
 };
 use crate::machine::{CpuKind, RestartWhen};
+use crate::volume::{
+    SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, VOLUME_NAME_RULE, is_volume_name, mount_path,
+};
 use std::collections::BTreeMap;
 use std::str::FromStr;
 use toml_edit::{Document, Value};
@@ -26,7 +29,6 @@ const LATER: &[(&str, &str)] = &[
     ("host_dedication_id", "hosts cannot be dedicated"),
     ("machine_config", "raw machine configurations are not merged"),
     ("container", "a machine runs one container"),
-    ("mounts", "volumes are not available"),
     ("files", "files are not written into machines; put them into the image or into a secret"),
     ("statics", "static files are served by the app itself"),
     ("metrics", "metrics of apps are not collected"),
@@ -55,6 +57,13 @@ const LATER_VM: &[(&str, &str)] = &[
     ("host_dedication_id", "hosts cannot be dedicated"),
     ("persist_rootfs", "a machine's root file system is new at every version"),
 ];
+const LATER_MOUNTS: &[(&str, &str)] = &[
+    ("auto_extend_size_threshold", "volumes do not grow by themselves; use `dunlin volume extend`"),
+    ("auto_extend_size_increment", "volumes do not grow by themselves; use `dunlin volume extend`"),
+    ("auto_extend_size_limit", "volumes do not grow by themselves; use `dunlin volume extend`"),
+    ("encrypted", "volumes are not encrypted; put the server's data directory on an encrypted disk"),
+    ("type", "only volumes can be mounted"),
+];
 /// Most tries of a restart policy: more is `always`.
 pub(super) const MAX_RETRIES: u32 = 1000;
 /// Environment names that the platform sets itself.
@@ -75,6 +84,7 @@ pub fn parse(text: &str, file_name: &str) -> Result<Parsed, ConfigError> {
     let config = read_app(&mut findings, Section::new(document.as_table(), String::new(), None));
     check_groups(&mut findings, &config);
     check_edge_ports(&mut findings, &config, &document);
+    check_mounts(&mut findings, &config, &document);
     if !findings.mistakes.is_empty() {
         findings.mistakes.sort_by_key(|mistake| (mistake.line, mistake.column));
         return Err(fail(findings.mistakes));
@@ -103,6 +113,7 @@ fn read_app<'t>(f: &mut Findings<'t>, mut top: Section<'t>) -> AppConfig {
         services: top.sections(f, "services").into_iter().filter_map(|s| service::read_tcp_service(f, s)).collect(),
         checks: top.section(f, "checks").map(|section| service::read_named_checks(f, section)).unwrap_or_default(),
         vm: top.sections(f, "vm").into_iter().map(|section| read_vm(f, section)).collect(),
+        mounts: top.sections(f, "mounts").into_iter().filter_map(|section| read_mount(f, section)).collect(),
         restart: top.sections(f, "restart").into_iter().filter_map(|section| read_restart(f, section)).collect(),
     };
     top.finish(f, LATER);
@@ -257,6 +268,53 @@ fn read_restart<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> Option<Re
     }
     section.finish(f, &[]);
     Some(Restart { policy: policy?, retries, processes })
+}
+
+fn read_mount<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> Option<MountConfig> {
+    let (span, key) = (section.span.clone(), section.key(""));
+    let source = section.read(f, "source", "a volume's name", |value| {
+        let name = value.as_str().ok_or(Refused::Type)?;
+        if is_volume_name(name) { Ok(name.to_owned()) } else { Err(Refused::Because(VOLUME_NAME_RULE.into())) }
+    });
+    let destination = section.read(f, "destination", "an absolute path", |value| {
+        let path = value.as_str().ok_or(Refused::Type)?;
+        mount_path(path).map(|()| path.to_owned()).map_err(|why| Refused::Because(why.into()))
+    });
+    let size = format!("a size like \"10gb\", or a number of GB, from {SIZE_MIN_GB} to {SIZE_MAX_GB}");
+    let initial_size_gb = section.read(f, "initial_size", &size, |value| {
+        let gb = match value {
+            Value::Integer(gb) => u32::try_from(*gb.value()).ok(),
+            Value::String(text) => match text.value().trim().parse() {
+                Ok(gb) => Some(gb),
+                Err(_) => units::parse_size_mb(text.value()).map(|mb| mb.div_ceil(1024)),
+            },
+            _ => None,
+        };
+        gb.filter(|gb| (SIZE_MIN_GB..=SIZE_MAX_GB).contains(gb)).ok_or(Refused::Type)
+    });
+    let snapshot_retention = section.read(f, "snapshot_retention", "days from 1 to 60", value::number(SNAPSHOT_RETENTION));
+    if section.read(f, "scheduled_snapshots", "true or false", value::truth) == Some(true) {
+        let why = "snapshots are made when they are asked for: `dunlin volume snapshots create`";
+        f.not_honoured(section.span_of("scheduled_snapshots"), section.key("scheduled_snapshots"), why);
+    }
+    let processes = read_groups(f, &mut section);
+    section.finish(f, LATER_MOUNTS);
+    if (source.is_none() || destination.is_none()) && f.mistakes.is_empty() {
+        f.mistake(span, format!("{key}source and {key}destination are needed"));
+    }
+    Some(MountConfig { source: source?, destination: destination?, initial_size_gb, snapshot_retention, processes })
+}
+
+/// The machines of a group can have one volume each, as on Fly.
+fn check_mounts(f: &mut Findings<'_>, config: &AppConfig, document: &Document<&str>) {
+    for group in config.process_groups() {
+        let names: Vec<_> =
+            config.mounts.iter().filter(|mount| config.belongs(&mount.processes, group)).map(|m| m.source.as_str()).collect();
+        if names.len() > 1 {
+            let span = document.get("mounts").and_then(|item| item.span());
+            f.mistake(span, format!("mounts: the machines of {group} can have one volume each, not {}", names.join(" and ")));
+        }
+    }
 }
 
 /// `processes` of a service, check, size or restart policy.

@@ -78,6 +78,18 @@ pub fn render(config: &AppConfig) -> String {
         }
         out.list("processes", &restart.processes);
     }
+    for mount in &config.mounts {
+        out.table("[mounts]", "A volume in each machine: files that outlive it.");
+        out.text("source", &mount.source);
+        out.text("destination", &mount.destination);
+        if let Some(gb) = mount.initial_size_gb {
+            out.text("initial_size", &format!("{gb}gb"));
+        }
+        if let Some(days) = mount.snapshot_retention {
+            out.raw("snapshot_retention", days);
+        }
+        out.list("processes", &mount.processes);
+    }
     out.0
 }
 

@@ -1,6 +1,6 @@
 //! From a config to what the machines of one process group are asked to be.
 
-use super::{AppConfig, AutoStop, DEFAULT_GROUP, GuestSize, HttpService, words};
+use super::{AppConfig, AutoStop, DEFAULT_GROUP, GuestSize, HttpService, MountConfig, words};
 use crate::machine::{Check, CheckKind, Guest, RestartPolicy, Service, StopConfig};
 
 /// Times of the check that a service without checks of its own gets.
@@ -45,6 +45,11 @@ impl AppConfig {
             }
             None => default,
         }
+    }
+
+    /// The volume of the group's machines.
+    pub fn mount_for(&self, group: &str) -> Option<&MountConfig> {
+        self.mounts.iter().find(|mount| self.belongs(&mount.processes, group))
     }
 
     /// How the machines are stopped.
@@ -123,7 +128,7 @@ impl AppConfig {
         all.filter(move |service| self.belongs(&service.processes, group))
     }
 
-    fn belongs(&self, processes: &[String], group: &str) -> bool {
+    pub(super) fn belongs(&self, processes: &[String], group: &str) -> bool {
         if processes.is_empty() { group == self.default_group() } else { processes.iter().any(|name| name == group) }
     }
 }

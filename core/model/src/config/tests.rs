@@ -192,7 +192,7 @@ fn unknown_keys_name_the_nearest() {
 
 #[test]
 fn known_keys_without_effect_are_named() {
-    let text = "[deploy]\nstrategy = \"bluegreen\"\nrelease_command = \"migrate\"\nmax_unavailable = 0.5\n[[mounts]]\nsource = \"data\"\n[http_service]\nauto_start_machines = true\n[http_service.tls_options]\nalpn = []\n[metrics]\nport = 1\n";
+    let text = "[deploy]\nstrategy = \"bluegreen\"\nrelease_command = \"migrate\"\nmax_unavailable = 0.5\n[mounts]\nsource = \"data\"\ndestination = \"/data\"\nauto_extend_size_limit = \"9gb\"\n[http_service]\nauto_start_machines = true\n[http_service.tls_options]\nalpn = []\n[metrics]\nport = 1\n";
     let parsed = parse(text, "fly.toml").unwrap();
     let named: Vec<(usize, &str)> = parsed.problems.iter().map(|p| (p.line(), p.key())).collect();
     assert_eq!(
@@ -201,9 +201,9 @@ fn known_keys_without_effect_are_named() {
             (2, "deploy.strategy"),
             (3, "deploy.release_command"),
             (4, "deploy.max_unavailable"),
-            (5, "mounts"),
-            (9, "http_service.tls_options"),
-            (11, "metrics"),
+            (8, "mounts.auto_extend_size_limit"),
+            (11, "http_service.tls_options"),
+            (13, "metrics"),
         ]
     );
     assert!(parsed.problems.iter().all(|p| matches!(p, ConfigProblem::NotHonoured { .. })));
@@ -312,6 +312,24 @@ memory = \"256mb\"
 }
 
 #[test]
+fn machines_have_the_volume_of_their_group() {
+    let text = "[processes]\napp = \"run\"\ndb = \"postgres\"\nworker = \"work\"\n\
+                [[mounts]]\nsource = \"files\"\ndestination = \"/files\"\n\
+                [[mounts]]\nsource = \"pg\"\ndestination = \"/var/lib/pg\"\ninitial_size = \"1536mb\"\nsnapshot_retention = 9\nprocesses = [\"db\"]\n";
+    let config = good(text);
+    let mount = |group| config.mount_for(group).map(|mount| mount.source.as_str());
+    assert_eq!([mount("app"), mount("db"), mount("worker")], [Some("files"), Some("pg"), None]);
+    assert_eq!(config.mount_for("db").unwrap().initial_size_gb, Some(2), "rounded up");
+    assert_eq!(good(&render(&config)), config);
+    assert_eq!(config.validate(), Ok(()));
+    let twice = text.replace("processes = [\"db\"]", "processes = [\"app\", \"db\"]");
+    let said = parse(&twice, "f").unwrap_err().to_string();
+    assert!(said.contains("the machines of app can have one volume each, not files and pg"), "{said}");
+    refused("[mounts]\nsource = \"data\"\ndestination = \"/\"\n", "dunlin.toml:3:15: mounts.destination: a volume cannot be the machine's root; give it a directory of its own, for example /data");
+    refused("[mounts]\nsource = \"data\"\n", "dunlin.toml:1:2: mounts.source and mounts.destination are needed");
+}
+
+#[test]
 fn a_release_row_keeps_the_config() {
     let config = good(FULL);
     let json = serde_json::to_string(&config).unwrap();
@@ -333,7 +351,7 @@ proptest! {
     #[test]
     fn any_value_in_any_place_is_survived(
         key in prop::sample::select(vec!["app", "env", "env.A", "build", "build.args", "http_service", "http_service.checks",
-            "http_service.concurrency", "services", "checks", "checks.a", "vm", "restart", "processes", "processes.a", "deploy.strategy", "kill_timeout"]),
+            "http_service.concurrency", "services", "checks", "checks.a", "vm", "restart", "mounts", "mounts.initial_size", "processes", "processes.a", "deploy.strategy", "kill_timeout"]),
         value in prop::sample::select(vec!["1", "-1", "1.5", "nan", "true", "\"x\"", "\"\"", "[]", "[1]", "{}", "[{}]", "{a={}}", "[[1]]", "1979-05-27", "9223372036854775807"]),
     ) {
         if let Ok(parsed) = parse(&format!("{key} = {value}\n"), "f") {

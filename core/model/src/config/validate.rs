@@ -12,6 +12,9 @@ use super::service::{
 use super::units::{CPUS, MAX_DURATION_MS, MEMORY_MB};
 use super::{AppConfig, GuestSize, HttpService, KILL_SIGNALS, MAX_ENTRIES, MAX_KILL_TIMEOUT_MS, ServiceCheck, words};
 use crate::machine::CheckKind;
+use crate::volume::{
+    SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, VOLUME_NAME_RULE, is_volume_name, mount_path,
+};
 
 /// A config that no release may have. Its text has all that is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +33,7 @@ impl AppConfig {
         findings.services();
         findings.checks();
         findings.sizes();
+        findings.mounts();
         if findings.mistakes.is_empty() { Ok(()) } else { Err(InvalidConfig { mistakes: findings.mistakes }) }
     }
 }
@@ -147,6 +151,28 @@ impl Findings<'_> {
         self.few(&format!("{key}.headers"), headers.len());
         let is_fine = |(name, value): (&String, &String)| is_header_name(name) && is_header_value(value) && is_text(value);
         self.need(headers.iter().all(is_fine), || format!("{key}.headers has one that cannot be sent"));
+    }
+
+    fn mounts(&mut self) {
+        let config = self.config;
+        self.few("mounts", config.mounts.len());
+        for (nth, mount) in config.mounts.iter().take(MAX_ENTRIES).enumerate() {
+            self.need(is_volume_name(&mount.source), || format!("mounts[{nth}].source: {VOLUME_NAME_RULE}"));
+            if let Err(why) = mount_path(&mount.destination) {
+                self.need(false, || format!("mounts[{nth}].destination: {why}"));
+            }
+            self.need(mount.initial_size_gb.is_none_or(|gb| (SIZE_MIN_GB..=SIZE_MAX_GB).contains(&gb)), || {
+                format!("mounts[{nth}].initial_size must be between {SIZE_MIN_GB} and {SIZE_MAX_GB} GB")
+            });
+            self.need(mount.snapshot_retention.is_none_or(|days| SNAPSHOT_RETENTION.contains(&days)), || {
+                format!("mounts[{nth}].snapshot_retention must be between 1 and 60 days")
+            });
+            self.groups(&format!("mounts[{nth}].processes"), &mount.processes);
+        }
+        for group in config.process_groups() {
+            let of_group = config.mounts.iter().take(MAX_ENTRIES).filter(|mount| config.belongs(&mount.processes, group));
+            self.need(of_group.count() <= 1, || format!("mounts: the machines of {group} can have one volume each"));
+        }
     }
 
     fn sizes(&mut self) {

@@ -100,6 +100,7 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         stop: StopConfig::default(),
         secrets_version: 0,
         metadata: BTreeMap::new(),
+        mounts: vec![],
     }
 }
 
@@ -176,8 +177,9 @@ impl World {
             purpose,
             release,
             from_release: release.saturating_sub(1),
-            groups: BTreeMap::from([("app".into(), GroupTarget { count, spec: spec.clone() })]),
+            groups: BTreeMap::from([("app".into(), GroupTarget { count, spec: spec.clone(), mount: None })]),
             machines: self.rows.values().cloned().collect(),
+            free_volumes: vec![],
             left: self.plan.as_ref().map(|(plan, progress)| plan.leaves(progress)).unwrap_or_default(),
             hosts: vec![host_row],
             primary_region: None,
@@ -251,7 +253,9 @@ impl World {
             StepKind::Reserve { .. } => {
                 self.reserved.insert(step.machine.clone());
             }
-            StepKind::Assign { name, host, region, address, group, version } => {
+            StepKind::Assign { name, host, region, address, group, version, volume } => {
+                let mut spec = plan.spec(group, version).unwrap();
+                spec.mounts = volume.iter().map(|taken| plan.mounts[group].of(taken.volume.clone())).collect();
                 self.rows.entry(step.machine.clone()).or_insert_with(|| MachineRow {
                     id: step.machine.clone(),
                     name: name.clone(),
@@ -260,12 +264,13 @@ impl World {
                     address: *address,
                     placement: Generation::default(),
                     created_at_ms: 0,
-                    spec: plan.spec(group, version).unwrap(),
+                    spec,
                 });
             }
             StepKind::Update { group, version } => {
-                let spec = plan.spec(group, version).unwrap();
-                self.rows.get_mut(&step.machine).ok_or("no row")?.spec = spec;
+                let row = self.rows.get_mut(&step.machine).ok_or("no row")?;
+                let mounts = plan.mounts(group, &row.spec.mounts);
+                row.spec = MachineSpec { mounts, ..plan.spec(group, version).unwrap() };
             }
             StepKind::Start { command, version } => {
                 if let Some(sequence) = self.answers.get(command) {

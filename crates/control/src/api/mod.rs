@@ -7,6 +7,7 @@ mod built;
 mod machines;
 mod releases;
 mod status;
+mod volumes;
 
 pub(crate) use authorize::{Caller, Entrance};
 pub(crate) use builds::remove_leftovers;
@@ -20,7 +21,7 @@ use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use dunlin_api::{ErrorBody, ErrorCode};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Uri};
@@ -81,6 +82,10 @@ pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
         .route("/v1/apps/{app}/machines/{id}/wait", get(machines::wait))
         .route("/v1/apps/{app}/machines/{id}/events", get(machines::events))
         .route("/v1/apps/{app}/machines/{id}/exec", post(machines::exec))
+        .route("/v1/apps/{app}/volumes", get(volumes::list).post(volumes::create))
+        .route("/v1/apps/{app}/volumes/{id}", get(volumes::get).put(volumes::update).delete(volumes::destroy))
+        .route("/v1/apps/{app}/volumes/{id}/extend", put(volumes::extend))
+        .route("/v1/apps/{app}/volumes/{id}/snapshots", get(volumes::snapshots).post(volumes::snapshot))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

@@ -5,7 +5,7 @@ use super::story::tell;
 use super::{Turn, record};
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Outcome, Row, key};
-use crate::{Ctx, now_ms};
+use crate::{Ctx, now_ms, volumes};
 use dunlin_api::{Command, CommandKind, Refusal, Reserve, Source};
 use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::{Generation, MachineState, MachineVersion};
@@ -116,12 +116,23 @@ pub(crate) async fn replan(ctx: &Ctx, plan: &Plan, progress: &Row<Progress>, why
 }
 
 async fn assign(ctx: &Ctx, plan: &Plan, step: &Step) -> Result<Done, Failure> {
-    let StepKind::Assign { name, host, region, address, group, version } = &step.kind else {
+    let StepKind::Assign { name, host, region, address, group, version, volume } = &step.kind else {
         return Ok(Done::Wait);
     };
-    let Some(spec) = plan.spec(group, version) else {
+    let Some(mut spec) = plan.spec(group, version) else {
         return Ok(Done::Failed(format!("the plan has no spec of process group {group}")));
     };
+    let mut claimed = Change::default();
+    if let Some((taken, mount)) = volume.as_ref().zip(plan.mounts.get(group)) {
+        let claim = if taken.is_new {
+            Some(volumes::make(&spec, mount, taken.volume.clone(), host, region))
+        } else {
+            volumes::claim(ctx, &plan.app, &taken.volume).await?
+        };
+        let Some(claim) = claim else { return Ok(Done::Replan("the volume was taken meanwhile")) };
+        claimed = claim;
+        spec.mounts = vec![mount.of(taken.volume.clone())];
+    }
     let row = MachineRow {
         id: step.machine.clone(),
         name: name.clone(),
@@ -141,7 +152,8 @@ async fn assign(ctx: &Ctx, plan: &Plan, step: &Step) -> Result<Done, Failure> {
         .absent(key::machine(&step.machine))
         .put(key::machine(&step.machine), &row)
         .if_as_read(key::address(*address), held.as_ref())
-        .put(key::address(*address), &AddressRow { machine: step.machine.clone(), freed_at_ms: None });
+        .put(key::address(*address), &AddressRow { machine: step.machine.clone(), freed_at_ms: None })
+        .also(claimed);
     Ok(Done::Passed { floor: None, change })
 }
 
@@ -155,9 +167,10 @@ async fn update(
     let Some(row) = ctx.state.machine(&step.machine).await? else {
         return Ok(Done::Replan("a machine was destroyed meanwhile"));
     };
-    let Some(spec) = plan.spec(group, version) else {
+    let Some(mut spec) = plan.spec(group, version) else {
         return Ok(Done::Failed(format!("the plan has no spec of process group {group}")));
     };
+    spec.mounts = plan.mounts(group, &row.value.spec.mounts);
     tell(ctx, plan, Some(&step.machine), format!("updating machine {} to v{}", step.machine, plan.release)).await?;
     let next = MachineRow { spec, ..row.value };
     let change =

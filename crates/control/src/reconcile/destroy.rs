@@ -5,11 +5,13 @@ use super::Turn;
 use super::act::destroy_machine;
 use crate::failure::Failure;
 use crate::rows::{Change, Row, SecretsVersionRow, key};
-use crate::{Ctx, api, registry};
+use crate::{Ctx, api, registry, volumes};
 use dunlin_model::desired::{AppRow, TombstoneReason};
 
 /// Each machine takes three operations of the store's hundred.
 const MACHINES_A_TURN: usize = 20;
+/// Each takes two.
+const VOLUMES_A_TURN: usize = 40;
 const ROWS_A_TURN: usize = 80;
 
 pub(crate) async fn turn(ctx: &Ctx, app: &Row<AppRow>) -> Result<Turn, Failure> {
@@ -21,6 +23,12 @@ pub(crate) async fn turn(ctx: &Ctx, app: &Row<AppRow>) -> Result<Turn, Failure> 
         let change = machines.iter().fold(Change::default(), |change, row| change.also(destroy_machine(row, TombstoneReason::Person)));
         ctx.state.commit(change).await?;
         ctx.kill.pass("app-destroy", "after");
+        return Ok(Turn::Again);
+    }
+    let volumes = volumes::of_app(ctx, name).await?;
+    if !volumes.is_empty() {
+        let volumes = volumes.iter().take(VOLUMES_A_TURN);
+        ctx.state.commit(volumes.fold(Change::default(), |change, row| change.also(volumes::destroy(row)))).await?;
         return Ok(Turn::Again);
     }
     let mut keys = vec![key::plan(name), key::progress(name)];

@@ -3,10 +3,10 @@
 use super::story::events_of;
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Row, key};
-use crate::{Ctx, now_ms, spec};
+use crate::{Ctx, now_ms, spec, volumes};
 use dunlin_model::config::Strategy;
 use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow};
-use dunlin_model::{AppName, HostId, MachineId, MachineVersion};
+use dunlin_model::{AppName, HostId, MachineId, MachineVersion, VolumeId};
 use dunlin_planner::{Desired, Observed, Plan, PlanError, Pool, Progress, Purpose, check, plan};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -65,6 +65,7 @@ pub(crate) fn empty_plan(desired: &Desired) -> Plan {
         wait_timeout_ms: desired.wait_timeout_ms,
         strategy: desired.strategy,
         specs: BTreeMap::new(),
+        mounts: BTreeMap::new(),
         left: desired.left.clone(),
         steps: vec![],
     }
@@ -97,6 +98,7 @@ pub(crate) async fn desired(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, purpo
         release: release.number,
         from_release: last.map_or(0, |plan| plan.release),
         left,
+        free_volumes: volumes::free(ctx, &app.name).await?.into_iter().map(|row| row.value).collect(),
         groups: spec::groups(app, release),
         used_addresses: addresses,
         machines: machines.into_iter().filter(of_app).map(|row| row.value).collect(),
@@ -127,6 +129,7 @@ fn draw(desired: &Desired) -> Pool {
     for _ in 0..wanted {
         pool.ids.push(MachineId::from_random(crate::keys::random()));
         pool.versions.push(MachineVersion::new(now_ms(), crate::keys::random()));
+        pool.volumes.push(VolumeId::from_random(crate::keys::random()));
     }
     for host in &desired.hosts {
         let all = (0u32..).map_while(|n| host.prefix.nth(n));

@@ -10,7 +10,7 @@ use base64::Engine;
 use dunlin_api::wire::{BuildEvent, CreateRelease, DeployEvent};
 use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecOutput, ExecRequest, ExecSession, HostApi,
-    ListenSocket, LogLine, LogQuery, LogStream, Refusal, Reserve, WaitFor,
+    ListenSocket, LogLine, LogQuery, LogStream, Refusal, Reserve, VolumeSnapshot, VolumeStatus, WaitFor,
 };
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
@@ -18,7 +18,9 @@ use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Parts,
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
-use dunlin_model::{CommandId, ExitInfo, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState};
+use dunlin_model::{
+    CommandId, ExitInfo, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId,
+};
 use dunlin_registry::ContentStore;
 use dunlin_view::{CheckState, CheckStatus, HostFact, MachineAssignment, MachineFact};
 use serde::{Deserialize, Serialize};
@@ -68,6 +70,7 @@ pub struct SmallHost {
     /// Builds that were begun, in their order, and whether they are kept from ending.
     pub builds: Mutex<Vec<Job>>,
     pub builds_held: AtomicBool,
+    snapshots: Mutex<BTreeMap<VolumeId, Vec<VolumeSnapshot>>>,
     content: ContentStore,
 }
 
@@ -100,6 +103,7 @@ impl SmallHost {
             commands: Mutex::default(),
             builds: Mutex::default(),
             builds_held: AtomicBool::new(false),
+            snapshots: Mutex::default(),
             content,
         });
         let weak = Arc::downgrade(&host);
@@ -401,6 +405,34 @@ impl HostApi for SmallHost {
 
     async fn check_answer(&self, _: &MachineId, _: &str) -> Result<String, Refusal> {
         Ok("out of order".into())
+    }
+
+    async fn volume(&self, id: &VolumeId, size_gb: u32) -> Result<VolumeStatus, Refusal> {
+        let mut changes = self.view.subscribe();
+        let mut view = changes.current();
+        while view.config.volumes.get(id).is_none_or(|row| row.size_gb < size_gb) {
+            view = changes.changed().await;
+        }
+        let blocks = u64::from(view.config.volumes[id].size_gb) << 18;
+        Ok(VolumeStatus { block_size: 4096, blocks, blocks_free: blocks, blocks_avail: blocks, needs_restart: false })
+    }
+
+    async fn volume_room(&self, size_gb: u32) -> Result<(), Refusal> {
+        if size_gb > 100 {
+            return Err(Refusal::InsufficientCapacity { host: host_id(), why: "100 GiB are free".into() });
+        }
+        Ok(())
+    }
+
+    async fn snapshots(&self, id: &VolumeId) -> Result<Vec<VolumeSnapshot>, Refusal> {
+        Ok(self.snapshots.lock().unwrap().get(id).cloned().unwrap_or_default())
+    }
+
+    async fn snapshot(&self, id: &VolumeId, snapshot: &SnapshotId) -> Result<VolumeSnapshot, Refusal> {
+        let made =
+            VolumeSnapshot { id: snapshot.clone(), created_at_ms: 0, size: 1, volume_size: 2 << 30, retention_days: 5 };
+        self.snapshots.lock().unwrap().entry(id.clone()).or_default().push(made.clone());
+        Ok(made)
     }
 
     async fn run_builder(&self, request: BuilderRequest) -> Result<BuilderRun, Refusal> {

@@ -14,6 +14,7 @@ mod ps;
 mod setup;
 mod sleep;
 mod tombstones;
+mod volumes;
 
 use nix::sched::{CloneFlags, unshare};
 use std::panic::catch_unwind;
@@ -44,6 +45,9 @@ const TESTS: &[Test] = tests![
     sleep: it_stands_still_and_goes_on_where_it_was, it_sleeps_through_a_restart_of_the_agent,
         a_stop_and_a_new_version_end_it_and_it_stays_asleep, only_the_holder_of_a_lease_moves_its_machine;
     tombstones: many_that_nobody_asked_for_wait_for_an_operator;
+    volumes: a_volume_outlives_its_machines_and_goes_with_its_tombstone,
+        a_volume_survives_the_ends_of_agents_and_supervisors, a_full_volume_is_its_tenants_problem_and_grows,
+        snapshots_are_restored_and_volumes_forked, lost_files_are_said_to_be_lost;
     life: a_signal_that_is_not_delivered_ends_nothing, a_machine_of_a_thousand_nested_directories_is_destroyed,
         a_server_that_opens_secrets_leaves_no_core_file;
 ];

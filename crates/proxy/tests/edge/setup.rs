@@ -211,6 +211,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             stop: Default::default(),
             secrets_version: 0,
             metadata: Default::default(),
+            mounts: vec![],
         };
         let assignment = MachineAssignment {
             id: id.clone(),

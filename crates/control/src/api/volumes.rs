@@ -1,0 +1,266 @@
+//! Volumes and their snapshots.
+
+use crate::failure::Failure;
+use crate::releases::{busy, load_app};
+use crate::rows::{Change, Outcome, Row, key};
+use crate::{Ctx, now_ms, volumes};
+use axum::Json;
+use axum::extract::{Path, State};
+use dunlin_api::volumes::{CreateVolume, Extended, ExtendVolume, Snapshot, UpdateVolume, Volume};
+use dunlin_api::{ErrorCode, Refusal, VolumeStatus};
+use dunlin_model::desired::HostRow;
+use dunlin_model::volume::{
+    SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, SNAPSHOT_RETENTION_DEFAULT, VOLUME_NAME_RULE, VolumeRow, is_volume_name,
+};
+use dunlin_model::{AppName, Region, SnapshotId, VolumeId, VolumeSource};
+use http::StatusCode;
+use std::sync::Arc;
+
+/// Of a volume that a request does not size, as the Machines API has it.
+const SIZE_DEFAULT_GB: u32 = 3;
+/// Of one app.
+const VOLUMES_MAX: usize = 200;
+
+async fn load(ctx: &Ctx, app: &AppName, id: &VolumeId) -> Result<Row<VolumeRow>, Failure> {
+    load_app(ctx, app).await?;
+    let row = ctx.state.get::<VolumeRow>(&key::volume(id)).await?.filter(|row| row.value.app == *app);
+    row.ok_or_else(|| {
+        Failure::not_found(format!("app {app} has no volume {id}"))
+            .hint(format!("`dunlin volume list --app {app}` shows those it has"))
+    })
+}
+
+/// A volume as the API shows it, with the word of its host on it.
+async fn shown(ctx: &Ctx, row: &VolumeRow) -> Result<Volume, Failure> {
+    let status = ctx.host.volume(&row.id, row.size_gb).await;
+    if let Err(refusal) = &status {
+        tracing::debug!(volume = %row.id, %refusal, "the host does not answer for the volume");
+    }
+    with_status(ctx, row, status.ok()).await
+}
+
+async fn with_status(ctx: &Ctx, row: &VolumeRow, status: Option<VolumeStatus>) -> Result<Volume, Failure> {
+    let machines = ctx.state.machines_of(&row.app).await?;
+    Ok(Volume::new(row, volumes::holder(&machines, &row.id), status))
+}
+
+pub async fn list(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<Json<Vec<Volume>>, Failure> {
+    load_app(&ctx, &app).await?;
+    let mut all = Vec::new();
+    for row in volumes::of_app(&ctx, &app).await? {
+        all.push(shown(&ctx, &row.value).await?);
+    }
+    Ok(Json(all))
+}
+
+pub async fn get(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, VolumeId)>,
+) -> Result<Json<Volume>, Failure> {
+    let row = load(&ctx, &app, &id).await?;
+    Ok(Json(shown(&ctx, &row.value).await?))
+}
+
+pub async fn create(
+    State(ctx): State<Arc<Ctx>>,
+    Path(app): Path<AppName>,
+    Json(body): Json<CreateVolume>,
+) -> Result<Json<Volume>, Failure> {
+    let app_row = load_app(&ctx, &app).await?;
+    can_be_honoured(&body)?;
+    let there = volumes::of_app(&ctx, &app).await?;
+    if there.len() >= VOLUMES_MAX {
+        return Err(Failure::new(ErrorCode::FailedPrecondition, format!("app {app} has {VOLUMES_MAX} volumes, the most"))
+            .hint("destroy those that nobody needs"));
+    }
+    let (source, least_gb) = match source(&ctx, &app, &there, &body).await? {
+        Some((source, size_gb)) => (Some(source), size_gb),
+        None => (None, SIZE_MIN_GB),
+    };
+    let size_gb = body.size_gb.unwrap_or(SIZE_DEFAULT_GB.max(least_gb));
+    if !(least_gb..=SIZE_MAX_GB).contains(&size_gb) {
+        return Err(Failure::invalid(format!("size_gb is {size_gb}; it must be from {least_gb} to {SIZE_MAX_GB}")));
+    }
+    let host = host(&ctx, body.region.as_ref()).await?;
+    let row = VolumeRow {
+        id: VolumeId::from_random(crate::keys::random()),
+        name: body.name,
+        org: app_row.value.org.clone(),
+        app: app.clone(),
+        host: host.id,
+        region: host.region,
+        size_gb,
+        created_at_ms: now_ms(),
+        snapshot_retention: body.snapshot_retention.unwrap_or(SNAPSHOT_RETENTION_DEFAULT),
+        source,
+    };
+    ctx.host.volume_room(size_gb).await.map_err(no_room)?;
+    // Not for an app that is being destroyed in this moment.
+    let change = volumes::create(&row).unchanged(key::app(&app), app_row.modified);
+    if ctx.state.commit(change).await? == Outcome::Conflict {
+        return Err(busy(&app));
+    }
+    match ctx.host.volume(&row.id, size_gb).await {
+        Ok(status) => Ok(Json(with_status(&ctx, &row, Some(status)).await?)),
+        Err(refusal) => {
+            // A volume that could not be made is none.
+            if let Some(row) = ctx.state.get::<VolumeRow>(&key::volume(&row.id)).await? {
+                ctx.state.commit(volumes::destroy(&row)).await?;
+            }
+            Err(Failure::from(refusal))
+        }
+    }
+}
+
+/// What a volume here cannot be is refused, not left out.
+fn can_be_honoured(body: &CreateVolume) -> Result<(), Failure> {
+    if !is_volume_name(&body.name) {
+        return Err(Failure::invalid(format!("name: {VOLUME_NAME_RULE}")));
+    }
+    if body.encrypted == Some(true) {
+        return Err(Failure::invalid("encrypted: volumes cannot be encrypted here")
+            .hint("leave it out or send false, and put the server's data directory on an encrypted disk"));
+    }
+    if body.fstype.as_deref().is_some_and(|fstype| fstype != "ext4") {
+        return Err(Failure::invalid("fstype: volumes are ext4").hint("leave it out"));
+    }
+    check_settings(body.snapshot_retention, body.auto_backup_enabled)
+}
+
+fn check_settings(snapshot_retention: Option<u32>, auto_backup_enabled: Option<bool>) -> Result<(), Failure> {
+    if snapshot_retention.is_some_and(|days| !SNAPSHOT_RETENTION.contains(&days)) {
+        return Err(Failure::invalid("snapshot_retention must be from 1 to 60 days"));
+    }
+    if auto_backup_enabled == Some(true) {
+        return Err(Failure::invalid("auto_backup_enabled: snapshots are made when they are asked for")
+            .hint("leave it out, and call POST .../snapshots as often as you need"));
+    }
+    Ok(())
+}
+
+/// What it begins as a copy of, if anything, and how large that is. Only of the same app: an id is no permission.
+async fn source(
+    ctx: &Ctx,
+    app: &AppName,
+    there: &[Row<VolumeRow>],
+    body: &CreateVolume,
+) -> Result<Option<(VolumeSource, u32)>, Failure> {
+    let find = |id: &VolumeId| there.iter().find(|row| row.value.id == *id).map(|row| &row.value);
+    match (&body.source_volume_id, &body.snapshot_id) {
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err(Failure::invalid("source_volume_id and snapshot_id cannot be given both")),
+        (Some(id), None) => {
+            let row = find(id).ok_or_else(|| Failure::not_found(format!("app {app} has no volume {id}")))?;
+            Ok(Some((VolumeSource { volume: id.clone(), snapshot: None }, row.size_gb)))
+        }
+        (None, Some(id)) => {
+            for row in there {
+                let snapshots = ctx.host.snapshots(&row.value.id).await?;
+                if let Some(snapshot) = snapshots.iter().find(|snapshot| snapshot.id == *id) {
+                    let source = VolumeSource { volume: row.value.id.clone(), snapshot: Some(id.clone()) };
+                    let size_gb = u32::try_from(snapshot.volume_size.div_ceil(1 << 30)).unwrap_or(SIZE_MAX_GB);
+                    return Ok(Some((source, size_gb)));
+                }
+            }
+            Err(Failure::not_found(format!("no volume of app {app} has a snapshot {id}"))
+                .hint("`dunlin volume snapshots list` shows a volume's; they are kept for the days of its retention"))
+        }
+    }
+}
+
+/// The host that this control reaches, if it is in the region.
+async fn host(ctx: &Ctx, region: Option<&Region>) -> Result<HostRow, Failure> {
+    let row = ctx.state.get::<HostRow>(&key::host(ctx.host.host_id())).await?.map(|row| row.value);
+    let row = row.ok_or_else(|| Failure::new(ErrorCode::Unavailable, "no host has joined").hint("try again in a moment"))?;
+    match region.filter(|region| **region != row.region) {
+        Some(region) => Err(Failure::invalid(format!("there is no host in region {region}"))
+            .hint(format!("leave the region out, or use {}", row.region))),
+        None => Ok(row),
+    }
+}
+
+fn no_room(refusal: Refusal) -> Failure {
+    match refusal {
+        Refusal::InsufficientCapacity { host, why } => {
+            Failure::new(ErrorCode::InsufficientCapacity, format!("host {host} has no room for it: {why}"))
+                .hint("a volume takes its whole size at once; ask for less, or destroy volumes that nobody needs")
+        }
+        other => Failure::from(other),
+    }
+}
+
+pub async fn update(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, VolumeId)>,
+    Json(body): Json<UpdateVolume>,
+) -> Result<Json<Volume>, Failure> {
+    check_settings(body.snapshot_retention, body.auto_backup_enabled)?;
+    let row = load(&ctx, &app, &id).await?;
+    let snapshot_retention = body.snapshot_retention.unwrap_or(row.value.snapshot_retention);
+    let next = write(&ctx, &row, VolumeRow { snapshot_retention, ..row.value.clone() }).await?;
+    Ok(Json(shown(&ctx, &next).await?))
+}
+
+async fn write(ctx: &Ctx, row: &Row<VolumeRow>, next: VolumeRow) -> Result<VolumeRow, Failure> {
+    let key = key::volume(&next.id);
+    let change = Change::default().unchanged(key.clone(), row.modified).put(key, &next);
+    match ctx.state.commit(change).await? {
+        Outcome::Committed => Ok(next),
+        Outcome::Conflict => Err(busy(&next.app)),
+    }
+}
+
+pub async fn extend(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, VolumeId)>,
+    Json(body): Json<ExtendVolume>,
+) -> Result<Json<Extended>, Failure> {
+    let row = load(&ctx, &app, &id).await?;
+    let has = row.value.size_gb;
+    if body.size_gb < has || body.size_gb > SIZE_MAX_GB {
+        return Err(Failure::invalid(format!("size_gb is {}; volume {id} has {has} GB and never shrinks", body.size_gb))
+            .hint(format!("ask for more than {has} and at most {SIZE_MAX_GB}")));
+    }
+    ctx.host.volume_room(body.size_gb - has).await.map_err(no_room)?;
+    let next = write(&ctx, &row, VolumeRow { size_gb: body.size_gb, ..row.value.clone() }).await?;
+    let status = ctx.host.volume(&id, next.size_gb).await?;
+    let volume = with_status(&ctx, &next, Some(status)).await?;
+    Ok(Json(Extended { volume, needs_restart: status.needs_restart }))
+}
+
+pub async fn destroy(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, VolumeId)>,
+) -> Result<Json<Volume>, Failure> {
+    let row = load(&ctx, &app, &id).await?;
+    let machines = ctx.state.machines_of(&app).await?;
+    if let Some(machine) = volumes::holder(&machines, &id) {
+        return Err(Failure::new(ErrorCode::FailedPrecondition, format!("machine {machine} has volume {id}"))
+            .hint("destroy the machine first, or scale its process group down"));
+    }
+    match ctx.state.commit(volumes::destroy(&row)).await? {
+        Outcome::Committed => {
+            tracing::info!(%app, volume = %id, "volume is being destroyed");
+            Ok(Json(Volume { state: "destroyed".into(), host_status: "ok".into(), ..Volume::new(&row.value, None, None) }))
+        }
+        Outcome::Conflict => Err(busy(&app)),
+    }
+}
+
+pub async fn snapshots(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, VolumeId)>,
+) -> Result<Json<Vec<Snapshot>>, Failure> {
+    load(&ctx, &app, &id).await?;
+    let snapshots = ctx.host.snapshots(&id).await?;
+    Ok(Json(snapshots.into_iter().map(Snapshot::from).collect()))
+}
+
+pub async fn snapshot(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, VolumeId)>,
+) -> Result<(StatusCode, Json<Snapshot>), Failure> {
+    load(&ctx, &app, &id).await?;
+    let made = ctx.host.snapshot(&id, &SnapshotId::from_random(crate::keys::random())).await?;
+    Ok((StatusCode::OK, Json(made.into())))
+}

@@ -1,0 +1,380 @@
+//! Volumes of this host: their files, and which machine has them.
+//!
+//! A volume is a directory `volumes/<id>` with `data.ext4` (the file system), `made` (it was whole once), `machine` (who
+//! has it), `mnt` and `snapshots/`. It is mounted on the host for as long as its machine lives, so that the agent can
+//! ask how full it is, freeze and grow it; the machine gets an id-mapped view of that mount.
+//!
+//! Files are made and grown as config facts say, and removed on a tombstone only.
+
+use crate::agent::chain;
+use crate::{Shared, snapshots};
+use dunlin_machine::Record;
+use dunlin_model::volume::VolumeRow;
+use dunlin_model::{MachineId, VolumeId};
+use dunlin_runtime::Bind;
+use dunlin_runtime::volume::{Grown, LoopVolume, MountedVolume, Usage, VolumeError};
+use dunlin_view::ConfigState;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a new volume leaves free on the disk: images, logs and the journal need room too.
+pub const DISK_KEPT_BYTES: u64 = 2 << 30;
+/// A machine that was just destroyed lets go of its volume within this.
+const HANDOVER: Duration = Duration::from_secs(30);
+/// The mounts of a machine that has ended, and copies of them in one that is being made, are gone within this.
+const LET_GO: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(20);
+/// How often snapshots are looked at that may have expired.
+const LOOK_AT_SNAPSHOTS: Duration = Duration::from_secs(3600);
+/// How often what could not be done is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// One act at a time on a volume, and what is known of all.
+#[derive(Default)]
+pub struct Volumes {
+    turns: Mutex<BTreeMap<VolumeId, Arc<Mutex<()>>>>,
+    holders: Mutex<BTreeMap<VolumeId, MachineId>>,
+    /// Grown while mounted where the kernel does not let us: larger from the next start of the machine on.
+    grow_later: Mutex<BTreeSet<VolumeId>>,
+}
+
+/// How a volume is.
+#[derive(Debug, Clone, Copy)]
+pub struct State {
+    pub usage: Usage,
+    pub needs_restart: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Volumes {
+    /// What the agent before this one wrote down. A freeze that it made ends here.
+    pub fn open(data_dir: &Path) -> Self {
+        let volumes = Self::default();
+        for id in ids(data_dir) {
+            let place = Place::of(data_dir, &id);
+            if let Ok(Some(mounted)) = MountedVolume::find(&place.mnt())
+                && let Err(error) = mounted.thaw()
+            {
+                tracing::error!(volume = %id, error = %chain(&error), "a volume may be frozen");
+            }
+            let holder = fs::read_to_string(place.holder()).ok().and_then(|text| text.trim().parse().ok());
+            if let Some(holder) = holder {
+                lock(&volumes.holders).insert(id, holder);
+            }
+        }
+        volumes
+    }
+
+    fn turn(&self, id: &VolumeId) -> Arc<Mutex<()>> {
+        lock(&self.turns).entry(id.clone()).or_default().clone()
+    }
+
+    fn holder(&self, id: &VolumeId) -> Option<MachineId> {
+        lock(&self.holders).get(id).cloned()
+    }
+}
+
+/// Where a volume's files are.
+pub(crate) struct Place(PathBuf);
+
+impl Place {
+    pub fn of(data_dir: &Path, id: &VolumeId) -> Self {
+        Self(data_dir.join("volumes").join(id.as_str()))
+    }
+    pub fn data(&self) -> PathBuf {
+        self.0.join("data.ext4")
+    }
+    fn made(&self) -> PathBuf {
+        self.0.join("made")
+    }
+    fn holder(&self) -> PathBuf {
+        self.0.join("machine")
+    }
+    fn mnt(&self) -> PathBuf {
+        self.0.join("mnt")
+    }
+    pub fn snapshots(&self) -> PathBuf {
+        self.0.join("snapshots")
+    }
+
+    pub fn mounted(&self) -> Result<Option<MountedVolume>, String> {
+        MountedVolume::find(&self.mnt()).map_err(|e| chain(&e))
+    }
+}
+
+/// Runs `act` as the only one on a volume.
+pub(crate) fn alone<T>(shared: &Shared, id: &VolumeId, act: impl FnOnce(&Place) -> T) -> T {
+    let turn = shared.volumes.turn(id);
+    let _turn = lock(&turn);
+    act(&Place::of(&shared.config.data_dir, id))
+}
+
+/// Makes the volume if it was never made, in its size; grows one that is smaller.
+pub fn ensure(shared: &Shared, row: &VolumeRow) -> Result<(), String> {
+    alone(shared, &row.id, |place| ensure_alone(shared, row, place))
+}
+
+fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), String> {
+    let io = |e: io::Error| format!("volume {}: {e}", row.id);
+    let size_bytes = u64::from(row.size_gb) << 30;
+    if !place.data().exists() {
+        if place.made().exists() {
+            return Err(format!(
+                "the files of volume {} are gone from {}; restore one from a snapshot or a backup",
+                row.id,
+                place.0.display()
+            ));
+        }
+        room(&shared.config.data_dir, size_bytes)?;
+        for dir in [place.0.clone(), place.mnt(), place.snapshots()] {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
+        }
+        make(shared, row, place, size_bytes)?;
+        tracing::info!(volume = %row.id, app = %row.app, size_gb = row.size_gb, "volume made");
+    }
+    if !place.made().exists() {
+        write_synced(&place.made(), "").map_err(io)?;
+    }
+    let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
+    let has = volume.size_bytes().map_err(|e| chain(&e))?;
+    if has < size_bytes {
+        room(&shared.config.data_dir, size_bytes - has)?;
+        let mounted = place.mounted()?;
+        let grown = volume.grow(mounted.as_ref(), size_bytes).map_err(|e| chain(&e))?;
+        if mounted.is_some() && grown == Grown::WhenMounted {
+            lock(&shared.volumes.grow_later).insert(row.id.clone());
+        }
+        tracing::info!(volume = %row.id, app = %row.app, size_gb = row.size_gb, now = grown == Grown::Now, "volume grown");
+    }
+    Ok(())
+}
+
+fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Result<(), String> {
+    let made = match &row.source {
+        None => LoopVolume::create_reserved(&place.data(), size_bytes).map(drop),
+        Some(source) => {
+            let of = Place::of(&shared.config.data_dir, &source.volume);
+            match &source.snapshot {
+                Some(snapshot) => {
+                    let file = of.snapshots().join(format!("{snapshot}.ext4"));
+                    if !file.exists() {
+                        return Err(format!("volume {} has no snapshot {snapshot} any more", source.volume));
+                    }
+                    LoopVolume::create_copy(&place.data(), &file, size_bytes).map(drop)
+                }
+                None => {
+                    let now = place.0.join("source.ext4");
+                    alone(shared, &source.volume, |of| copy(of, &now))?;
+                    let copied = LoopVolume::create_copy(&place.data(), &now, size_bytes).map(drop);
+                    let _ = fs::remove_file(&now); // in nobody's way, and removed with the volume
+                    copied
+                }
+            }
+        }
+    };
+    made.map_err(|e| chain(&e))
+}
+
+/// Writes a consistent copy of a volume; its writers wait for the last part of it.
+pub(crate) fn copy(of: &Place, to: &Path) -> Result<u64, String> {
+    let volume = LoopVolume::open(&of.data()).map_err(|e| chain(&e))?;
+    volume.snapshot(of.mounted()?.as_ref(), to).map_err(|e| chain(&e))
+}
+
+/// Whether the disk has as much for a volume.
+pub fn room(data_dir: &Path, size_bytes: u64) -> Result<(), String> {
+    let stat = nix::sys::statvfs::statvfs(data_dir).map_err(|e| format!("the disk cannot be asked for its room: {e}"))?;
+    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+    let for_volumes = free.saturating_sub(DISK_KEPT_BYTES);
+    if size_bytes <= for_volumes {
+        return Ok(());
+    }
+    Err(format!("{} GiB of disk are wanted, {} GiB are free for volumes", size_bytes.div_ceil(1 << 30), for_volumes >> 30))
+}
+
+/// How full it is.
+pub fn state(shared: &Shared, row: &VolumeRow) -> Result<State, String> {
+    alone(shared, &row.id, |place| {
+        ensure_alone(shared, row, place)?;
+        let usage = match place.mounted()? {
+            Some(mounted) => mounted.usage(),
+            None => LoopVolume::open(&place.data()).and_then(|volume| volume.usage()),
+        };
+        let needs_restart = lock(&shared.volumes.grow_later).contains(&row.id);
+        Ok(State { usage: usage.map_err(|e| chain(&e))?, needs_restart })
+    })
+}
+
+/// Mounts a machine's volumes for it. Nothing of an earlier attempt of the machine lives.
+pub fn attach(shared: &Shared, record: &Record) -> Result<Vec<Bind>, String> {
+    let machine = &record.assignment.id;
+    let view = shared.view.current();
+    let mut binds = Vec::new();
+    for mount in &record.spec().mounts {
+        let row = view.config.volumes.get(&mount.volume).filter(|row| row.host == shared.config.id);
+        let row = row.ok_or_else(|| format!("volume {} is not on this host", mount.volume))?;
+        let deadline = Instant::now() + HANDOVER;
+        let source = loop {
+            match alone(shared, &row.id, |place| attach_alone(shared, row, machine, place)) {
+                Ok(Attached::At(at)) => break at,
+                Ok(Attached::Held(other)) if Instant::now() >= deadline => {
+                    return Err(format!("machine {other} still has volume {}", row.id));
+                }
+                Ok(Attached::Held(_)) => std::thread::sleep(LOOK),
+                Err(why) => return Err(why),
+            }
+        };
+        binds.push(Bind { source, target: mount.path.clone().into(), readonly: false });
+    }
+    Ok(binds)
+}
+
+enum Attached {
+    At(PathBuf),
+    Held(MachineId),
+}
+
+fn attach_alone(shared: &Shared, row: &VolumeRow, machine: &MachineId, place: &Place) -> Result<Attached, String> {
+    if let Some(other) = shared.volumes.holder(&row.id).filter(|holder| holder != machine) {
+        return Ok(Attached::Held(other));
+    }
+    ensure_alone(shared, row, place)?;
+    if place.mounted()?.is_some() {
+        return Ok(Attached::At(place.mnt())); // by a spawn that was cut off
+    }
+    // Written before it is mounted: whatever happens from here, the machine's clean-up lets go of it.
+    write_synced(&place.holder(), machine.as_str()).map_err(|e| format!("volume {}: {e}", row.id))?;
+    lock(&shared.volumes.holders).insert(row.id.clone(), machine.clone());
+    let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
+    let deadline = Instant::now() + LET_GO;
+    loop {
+        match volume.ready().and_then(|()| volume.mount(&place.mnt())) {
+            Err(VolumeError::InUse { .. }) if Instant::now() < deadline => std::thread::sleep(LOOK),
+            Err(error) => return Err(format!("volume {}: {}", row.id, chain(&error))),
+            Ok(_) => break,
+        }
+    }
+    lock(&shared.volumes.grow_later).remove(&row.id);
+    Ok(Attached::At(place.mnt()))
+}
+
+/// Takes the volumes of a machine from it; no process of it lives.
+pub fn release(shared: &Shared, machine: &MachineId) -> Result<(), String> {
+    let held: Vec<VolumeId> =
+        lock(&shared.volumes.holders).iter().filter(|(_, holder)| *holder == machine).map(|(id, _)| id.clone()).collect();
+    held.iter().try_for_each(|id| {
+        alone(shared, id, |place| {
+            unmount(place)?;
+            match fs::remove_file(place.holder()) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(format!("volume {id}: {e}")),
+                _ => {}
+            }
+            lock(&shared.volumes.holders).remove(id);
+            lock(&shared.volumes.grow_later).remove(id);
+            Ok(())
+        })
+    })
+}
+
+/// Machines of which the journal knows nothing have no volumes either.
+pub fn release_strangers(shared: &Shared, known: &BTreeSet<MachineId>) {
+    let strangers: BTreeSet<MachineId> =
+        lock(&shared.volumes.holders).values().filter(|holder| !known.contains(*holder)).cloned().collect();
+    for machine in strangers {
+        if let Err(error) = release(shared, &machine) {
+            tracing::error!(%machine, error, "a machine that is not known keeps a volume");
+        }
+    }
+}
+
+fn unmount(place: &Place) -> Result<(), String> {
+    let deadline = Instant::now() + LET_GO;
+    while let Some(mounted) = place.mounted()? {
+        match mounted.unmount() {
+            Ok(()) => {}
+            Err(VolumeError::Busy(_)) if Instant::now() < deadline => std::thread::sleep(LOOK),
+            Err(error) => return Err(chain(&error)),
+        }
+    }
+    Ok(())
+}
+
+/// Unmounts all volumes of a data directory whose machines were ended.
+pub fn unmount_all(data_dir: &Path) {
+    for id in ids(data_dir) {
+        if let Err(error) = unmount(&Place::of(data_dir, &id)) {
+            tracing::error!(volume = %id, error, "it stays mounted");
+        }
+    }
+}
+
+/// Brings the files to what config facts say, for as long as `lives`.
+pub async fn follow(shared: Arc<Shared>, lives: impl Fn() -> bool) {
+    let mut changes = shared.view.subscribe();
+    let mut told = BTreeMap::new();
+    let (mut done, mut looked) = (None, Instant::now());
+    while lives() {
+        let config = changes.current().config.clone();
+        if done != Some(config.generation) || looked.elapsed() >= LOOK_AT_SNAPSHOTS {
+            looked = Instant::now();
+            let (turn, generation) = (shared.clone(), config.generation);
+            let round = tokio::task::spawn_blocking(move || reconcile(&turn, &config));
+            let problems = round.await.unwrap_or_default(); // a panic was reported by itself
+            for (id, why) in &problems {
+                if told.get(id) != Some(why) {
+                    tracing::warn!(volume = %id, why, "a volume is not as it should be");
+                }
+            }
+            done = problems.is_empty().then_some(generation);
+            told = problems;
+        }
+        let _ = tokio::time::timeout(AGAIN, changes.changed()).await; // looks again in any case
+    }
+}
+
+fn reconcile(shared: &Shared, config: &ConfigState) -> BTreeMap<VolumeId, String> {
+    let ours = config.volumes.values().filter(|row| row.host == shared.config.id);
+    let made = ours.filter(|row| !config.volume_tombstones.contains_key(&row.id));
+    let made = made.filter_map(|row| Some((row.id.clone(), ensure(shared, row).err()?)));
+    let old = ids(&shared.config.data_dir).into_iter().filter(|id| !config.volume_tombstones.contains_key(id));
+    let old = old.filter_map(|id| Some((id.clone(), snapshots::expire(shared, &id).err()?)));
+    let gone = config.volume_tombstones.iter().filter(|(_, host)| **host == shared.config.id);
+    let gone = gone.filter_map(|(id, _)| Some((id.clone(), remove(shared, id).err()?)));
+    made.chain(old).chain(gone).collect()
+}
+
+/// On its tombstone, once no machine has it.
+fn remove(shared: &Shared, id: &VolumeId) -> Result<(), String> {
+    alone(shared, id, |place| {
+        if !place.0.exists() {
+            return Ok(());
+        }
+        if let Some(machine) = shared.volumes.holder(id) {
+            return Err(format!("it is destroyed once machine {machine} lets go of it"));
+        }
+        unmount(place)?;
+        dunlin_runtime::remove_tree(&place.0).map_err(|e| e.to_string())?;
+        tracing::info!(volume = %id, "volume destroyed");
+        Ok(())
+    })
+}
+
+fn ids(data_dir: &Path) -> Vec<VolumeId> {
+    let entries = fs::read_dir(data_dir.join("volumes")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn write_synced(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}

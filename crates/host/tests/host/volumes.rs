@@ -1,0 +1,155 @@
+//! Volumes of machines, on the host that keeps them.
+
+use crate::setup::{PATIENCE, World};
+use dunlin_api::{CommandKind, HostApi, Refusal};
+use dunlin_model::volume::{VolumeRow, VolumeSource};
+use dunlin_model::{MachineId, MachineState, SnapshotId, VolumeId};
+use serde_json::json;
+use std::path::PathBuf;
+
+fn volume(world: &mut World, n: u8, size_gb: u32, source: Option<VolumeSource>) -> VolumeId {
+    let id = VolumeId::from_random([n; 8]);
+    let row = VolumeRow {
+        id: id.clone(),
+        name: "data".into(),
+        org: "personal".parse().unwrap(),
+        app: "web".parse().unwrap(),
+        host: "h1".parse().unwrap(),
+        region: "local".parse().unwrap(),
+        size_gb,
+        created_at_ms: 0,
+        snapshot_retention: 5,
+        source,
+    };
+    world.config.volumes.insert(id.clone(), row);
+    world.publish();
+    id
+}
+
+fn with(id: &VolumeId) -> impl FnOnce(&mut serde_json::Value) {
+    move |spec| spec["mounts"] = json!([{ "volume": id, "name": "data", "path": "/data" }])
+}
+
+fn dir(world: &World, id: &VolumeId) -> PathBuf {
+    world.dir.path().join("volumes").join(id.as_str())
+}
+
+fn printed(world: &World, id: &MachineId, line: &str) {
+    world.until(&format!("{id} prints {line}"), || world.printed(id).contains(&line.to_owned()).then_some(()));
+}
+
+fn mounts(of: &std::path::Path) -> usize {
+    std::fs::read_to_string("/proc/self/mounts").unwrap().matches(of.to_str().unwrap()).count()
+}
+
+pub fn a_volume_outlives_its_machines_and_goes_with_its_tombstone() {
+    let mut world = World::new();
+    let id = volume(&mut world, 1, 1, None);
+    let first = world.ended(1, "echo kept > /data/file", with(&id));
+    world.until("it lets go", || (mounts(&dir(&world, &id)) == 0).then_some(()));
+    let second = world.started(2, "cat /data/file; id -u; echo more >> /data/file; exec sleep 1000", with(&id));
+    printed(&world, &second, "kept");
+    // One machine at a time: it waits, and the volume comes free with the end of the other.
+    let third = world.created(3, "cat /data/file; exec sleep 1000", with(&id));
+    world.command(&third, CommandKind::Start).unwrap();
+    world.destroy(&second);
+    world.destroy(&first);
+    printed(&world, &third, "more");
+    // Without a row and without a tombstone it stays.
+    let row = world.config.volumes.remove(&id).unwrap();
+    world.publish();
+    world.destroy(&third);
+    world.until("it lets go", || (mounts(&dir(&world, &id)) == 0).then_some(()));
+    assert!(dir(&world, &id).join("data.ext4").exists());
+    world.config.volume_tombstones.insert(id.clone(), row.host);
+    world.publish();
+    world.until("its files are gone", || (!dir(&world, &id).exists()).then_some(()));
+}
+
+pub fn a_volume_survives_the_ends_of_agents_and_supervisors() {
+    let mut world = World::new();
+    let id = volume(&mut world, 1, 1, None);
+    let script = "echo attempt >> /data/log; sync; echo up; exec sleep 1000";
+    let again = |spec: &mut serde_json::Value| {
+        with(&id)(spec);
+        spec["restart"] = json!({ "policy": "always", "max_retries": 0 });
+    };
+    let machine = world.started(1, &script.replace("sync", "/bin/busybox sync"), again);
+    printed(&world, &machine, "up");
+    world.stop_host();
+    assert_eq!(mounts(&dir(&world, &id)), 1, "the machine lives on, and so does its volume");
+    world.start_host();
+    world.wait_for(&machine, MachineState::Started);
+    let lines = |world: &World| {
+        let log = dir(world, &id).join("mnt/log");
+        std::fs::read_to_string(log).unwrap_or_default().lines().count()
+    };
+    assert_eq!(lines(&world), 1);
+    let supervisor = dunlin_runtime::lock_holder(&world.machine_dir(&machine)).unwrap().expect("it lives");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(supervisor), nix::sys::signal::Signal::SIGKILL).unwrap();
+    world.until("the next attempt writes to it", || (lines(&world) == 2).then_some(()));
+    assert_eq!(mounts(&dir(&world, &id)), 1);
+    world.destroy(&machine);
+    world.until("it lets go", || (mounts(&dir(&world, &id)) == 0).then_some(()));
+}
+
+pub fn a_full_volume_is_its_tenants_problem_and_grows() {
+    let mut world = World::new();
+    let id = volume(&mut world, 1, 1, None);
+    let script = "[ -e /data/big ] || dd if=/dev/zero of=/data/big bs=1M; echo full; exec sleep 1000";
+    let machine = world.started(1, script, with(&id));
+    printed(&world, &machine, "full");
+    let status = world.block_on(world.host().volume(&id, 1)).unwrap();
+    assert!(status.blocks_avail * status.block_size < 8 << 20, "{status:?}");
+    assert!(world.printed(&machine).iter().any(|line| line.contains("No space left")), "{:?}", world.printed(&machine));
+
+    world.config.volumes.get_mut(&id).unwrap().size_gb = 2;
+    world.publish();
+    let grown = world.until("it has its new size", || {
+        let length = std::fs::metadata(dir(&world, &id).join("data.ext4")).unwrap().len();
+        (length == 2 << 30).then(|| world.block_on(world.host().volume(&id, 1)).unwrap())
+    });
+    let larger = |status: dunlin_api::VolumeStatus| status.blocks_avail * status.block_size > 900 << 20;
+    // Where the kernel does not let this process resize, the next start does.
+    assert_eq!(larger(grown), !grown.needs_restart, "{grown:?}");
+    world.command(&machine, CommandKind::Restart { timeout_ms: None }).unwrap();
+    world.until("it runs again", || (world.printed(&machine).iter().filter(|line| *line == "full").count() == 2).then_some(()));
+    world.wait_for(&machine, MachineState::Started);
+    let status = world.block_on(world.host().volume(&id, 2)).unwrap();
+    assert!(larger(status) && !status.needs_restart, "{status:?}");
+}
+
+pub fn snapshots_are_restored_and_volumes_forked() {
+    let mut world = World::new();
+    let id = volume(&mut world, 1, 1, None);
+    let script = "echo one > /data/file; echo up; while [ ! -e /data/go ]; do sleep 0.1; done; echo two > /data/file; /bin/busybox sync; echo done; exec sleep 1000";
+    let machine = world.started(1, script, with(&id));
+    printed(&world, &machine, "up");
+    let snapshot = SnapshotId::from_random([7; 8]);
+    let made = world.block_on(world.host().snapshot(&id, &snapshot)).unwrap();
+    assert!(made.size > 0 && made.size < made.volume_size, "{made:?}");
+    assert_eq!(world.block_on(world.host().snapshot(&id, &snapshot)).unwrap(), made, "a repeat makes no other");
+    std::fs::write(dir(&world, &id).join("mnt/go"), "").unwrap();
+    printed(&world, &machine, "done");
+    let restored = volume(&mut world, 2, 1, Some(VolumeSource { volume: id.clone(), snapshot: Some(snapshot) }));
+    let forked = volume(&mut world, 3, 2, Some(VolumeSource { volume: id.clone(), snapshot: None }));
+    let old = world.ended(2, "cat /data/file", with(&restored));
+    let new = world.ended(3, "cat /data/file", with(&forked));
+    assert_eq!((world.printed(&old), world.printed(&new)), (vec!["one".to_owned()], vec!["two".to_owned()]));
+    let listed = world.block_on(world.host().snapshots(&id)).unwrap();
+    assert_eq!(listed, [made]);
+    let gone = VolumeId::from_random([9; 8]);
+    assert_eq!(world.block_on(world.host().volume(&gone, 1)), Err(Refusal::NoSuchVolume(gone)));
+}
+
+/// A volume whose files are lost does not begin anew and empty.
+pub fn lost_files_are_said_to_be_lost() {
+    let mut world = World::new();
+    let id = volume(&mut world, 1, 1, None);
+    world.block_on(world.host().volume(&id, 1)).unwrap();
+    std::fs::remove_file(dir(&world, &id).join("data.ext4")).unwrap();
+    let machine = world.assign(1, "true", with(&id));
+    let fact = world.wait_for(&machine, MachineState::Failed);
+    assert!(fact.problem.is_some_and(|problem| problem.contains("are gone")), "within {PATIENCE:?}");
+    assert!(!dir(&world, &id).join("data.ext4").exists());
+}
