@@ -1,7 +1,7 @@
 //! The command line.
 
 use clap::{Args, Subcommand};
-use dunlin_model::{AppName, MachineId};
+use dunlin_model::{AppName, MachineId, Region, SnapshotId, VolumeId};
 use std::path::{Path, PathBuf};
 
 /// Options of every command.
@@ -49,6 +49,9 @@ pub enum Command {
     /// List, inspect and control machines
     #[command(subcommand, visible_alias = "machines")]
     Machine(MachineCommand),
+    /// Create, list, extend, copy and destroy volumes: files that outlive machines
+    #[command(subcommand, visible_alias = "volumes")]
+    Volume(VolumeCommand),
     /// Show or change how many machines run
     #[command(subcommand)]
     Scale(ScaleCommand),
@@ -222,6 +225,83 @@ pub enum MachineCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+/// A volume: ids are unique on the platform, so that the app needs no naming.
+#[derive(Debug, Args)]
+pub struct VolumeArgs {
+    pub id: VolumeId,
+    /// The volume's app [default: found by the volume's id]
+    #[arg(short, long)]
+    pub app: Option<AppName>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume; a deploy takes it for a machine whose [mounts] name it
+    Create {
+        name: String,
+        #[command(flatten)]
+        target: AppArgs,
+        /// GB, which it takes from the disk at once [default: 1, or that of the snapshot]
+        #[arg(short, long)]
+        size: Option<u32>,
+        #[arg(short, long)]
+        region: Option<Region>,
+        /// Begin with what a snapshot has
+        #[arg(long)]
+        snapshot_id: Option<SnapshotId>,
+        /// Days that its snapshots are kept [default: 5]
+        #[arg(long)]
+        snapshot_retention: Option<u32>,
+    },
+    /// List an app's volumes, how full they are and which machines have them
+    List(AppArgs),
+    /// Show one volume
+    Show(VolumeArgs),
+    /// Make a volume larger, in GB; its machine goes on
+    Extend {
+        #[command(flatten)]
+        target: VolumeArgs,
+        #[arg(short, long)]
+        size: u32,
+    },
+    /// Change how long snapshots are kept that are made from now on
+    Update {
+        #[command(flatten)]
+        target: VolumeArgs,
+        /// Days
+        #[arg(long)]
+        snapshot_retention: u32,
+    },
+    /// Make a volume that begins as a copy of another one as it is now
+    Fork {
+        #[command(flatten)]
+        target: VolumeArgs,
+        /// [default: that of the volume]
+        #[arg(short, long)]
+        name: Option<String>,
+        /// GB [default: that of the volume]
+        #[arg(short, long)]
+        size: Option<u32>,
+    },
+    /// Destroy a volume that no machine has, with its snapshots
+    Destroy {
+        #[command(flatten)]
+        target: VolumeArgs,
+        #[arg(short, long)]
+        yes: bool,
+    },
+    /// Make and list snapshots
+    #[command(subcommand)]
+    Snapshots(SnapshotsCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SnapshotsCommand {
+    List(VolumeArgs),
+    /// Copy what the volume has now; its machine goes on, and waits with writes for a moment
+    Create(VolumeArgs),
 }
 
 #[derive(Debug, Subcommand)]

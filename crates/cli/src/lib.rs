@@ -16,6 +16,7 @@ mod logs;
 mod machines;
 mod secrets;
 mod ui;
+mod volumes;
 
 pub use args::{Command, DEFAULT_DATA_DIR, Globals};
 pub use exit::{CliError, Exit};
@@ -43,6 +44,7 @@ async fn dispatch(command: Command, globals: Globals) -> Result<Exit, CliError> 
         Command::Status(args) => apps::status(&session, args).await,
         Command::Logs(args) => logs::logs(&session, args).await,
         Command::Machine(command) => machines::machine(&session, command).await,
+        Command::Volume(command) => volumes::volume(&session, command).await,
         Command::Scale(command) => apps::scale(&session, command).await,
         Command::Secrets(command) => secrets::secrets(&session, command).await,
         Command::Releases(args) => deploy::releases(&session, args).await,

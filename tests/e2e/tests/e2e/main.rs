@@ -9,3 +9,4 @@ mod machines;
 mod registry;
 mod secrets;
 mod server;
+mod volumes;
