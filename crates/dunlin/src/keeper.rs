@@ -3,21 +3,24 @@
 //! connection: while no server runs, connections wait in the sockets' backlog.
 //!
 //! The server is this binary again, as a hidden personality; it gets the sockets over its standard
-//! input, a socket pair whose end also tells it that the keeper is gone.
+//! input, a socket pair whose end also tells it that the keeper is gone, and says there that it is ready. A reload
+//! takes up the binary that an upgrade put in the old one's place; one that does not get ready is taken back
+//! ([`Program`]). What is said over the socket pair is frozen: a keeper drives the servers of later versions.
 
+use crate::program::Program;
 use crate::settings::Settings;
 use anyhow::{Context, bail};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::{self, File, OpenOptions};
-use std::io::{IoSlice, IoSliceMut, Write as _};
+use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,6 +34,12 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 /// A predecessor's server may need this long to end after its keeper was killed.
 const TAKEOVER: Duration = Duration::from_secs(15);
 const BACKLOG: i32 = 4096;
+/// A new binary's server must be ready by then: machines adopted, edge and control up.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+/// And must live this long after it.
+const PROVEN_AFTER: Duration = Duration::from_secs(10);
+/// What a server says when it is ready.
+const READY: u8 = b'r';
 
 /// The sockets, as the server receives them.
 pub struct Sockets {
@@ -45,6 +54,8 @@ pub struct Sockets {
 
 enum Input {
     Signal(i32),
+    /// The server with this process id does all that it is there for.
+    Ready(u32),
     Exited(std::io::Result<std::process::ExitStatus>),
 }
 
@@ -61,12 +72,18 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     let from_signals = inputs.clone();
     thread::spawn(move || signals.forever().all(|signal| from_signals.send(Input::Signal(signal)).is_ok()));
 
+    let mut program = Program::of_this_process(&settings.data_dir)?;
     let mut backoff = FIRST_BACKOFF;
     let mut args = server_args.to_vec();
     loop {
         let started = Instant::now();
-        let (child, _link) = match spawn(&args, &[http.as_fd(), https.as_fd(), api.as_fd(), lock.as_fd()]) {
+        let sockets = [http.as_fd(), https.as_fd(), api.as_fd(), lock.as_fd()];
+        let (child, _link) = match spawn(&program, &args, &sockets, &inputs) {
             Ok(spawned) => spawned,
+            Err(error) if program.is_on_trial() => {
+                program.go_back(&format!("{error:#}"));
+                continue;
+            }
             // Giving up would close the sockets; memory or processes may come back.
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "the server could not be started; trying again");
@@ -76,25 +93,18 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
                 continue;
             }
         };
-        let pid = rustix::process::Pid::from_child(&child);
+        let id = child.id();
         watch(child, inputs.clone());
         // A kill point is for one life: the next is the one that a test looks at.
         take_kill_point(&mut args);
-        let mut asked = None;
-        let status = loop {
-            match input.recv()? {
-                Input::Exited(status) => break status?,
-                Input::Signal(signal) => {
-                    asked = Some(signal);
-                    let passed = if signal == SIGHUP { rustix::process::Signal::HUP } else { rustix::process::Signal::TERM };
-                    // Gone already: its exit is the next input.
-                    let _ = rustix::process::kill_process(pid, passed);
-                }
-            }
-        };
+        let (status, asked) = live(&input, id, &mut program)?;
         match asked {
-            Some(SIGHUP) => tracing::info!("restarting the server"),
+            Some(SIGHUP) => {
+                tracing::info!("restarting the server");
+                program.take_up();
+            }
             Some(_) => return Ok(()),
+            None if program.is_on_trial() => program.go_back(&format!("its server ended: {status}")),
             None if status.code() == Some(EXIT_DO_NOT_RESTART) => bail!("the server cannot run; its reason is above"),
             None => {
                 backoff = if started.elapsed() > HEALTHY_AFTER { FIRST_BACKOFF } else { backoff };
@@ -106,6 +116,57 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
             }
         }
     }
+}
+
+/// Until the server ends: how it did, and the signal that asked for it.
+fn live(
+    input: &mpsc::Receiver<Input>,
+    id: u32,
+    program: &mut Program,
+) -> anyhow::Result<(std::process::ExitStatus, Option<i32>)> {
+    let pid = rustix::process::Pid::from_raw(id as i32).context("a process has an id")?;
+    let tell = |signal| {
+        let _ = rustix::process::kill_process(pid, signal); // gone already: its exit is the next input
+    };
+    let mut asked = None;
+    let mut trial = program.is_on_trial().then(|| Trial { is_ready: false, until: Instant::now() + READY_WITHIN });
+    loop {
+        let heard = match &trial {
+            Some(trial) => input.recv_timeout(trial.until.saturating_duration_since(Instant::now())),
+            None => input.recv().map_err(mpsc::RecvTimeoutError::from),
+        };
+        match heard {
+            Ok(Input::Exited(status)) => return Ok((status?, asked)),
+            Ok(Input::Ready(which)) => {
+                if let Some(trial) = trial.as_mut().filter(|trial| which == id && !trial.is_ready) {
+                    *trial = Trial { is_ready: true, until: Instant::now() + PROVEN_AFTER };
+                }
+            }
+            Ok(Input::Signal(SIGHUP)) if trial.is_some() => {
+                tracing::info!("a new binary is on trial; reload again when it is over");
+            }
+            Ok(Input::Signal(signal)) => {
+                trial = None;
+                asked = Some(signal);
+                tell(if signal == SIGHUP { rustix::process::Signal::HUP } else { rustix::process::Signal::TERM });
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                if trial.take().is_some_and(|trial| trial.is_ready) {
+                    program.prove();
+                } else {
+                    tracing::error!("the new binary's server is not ready after {} s", READY_WITHIN.as_secs());
+                    tell(rustix::process::Signal::KILL);
+                }
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => bail!("nothing watches the server any more"),
+        }
+    }
+}
+
+/// Of a new binary.
+struct Trial {
+    is_ready: bool,
+    until: Instant,
 }
 
 /// With this code the server says that a restart would not help.
@@ -222,27 +283,42 @@ fn bind_api(settings: &Settings) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-fn spawn(args: &[String], sockets: &[std::os::fd::BorrowedFd<'_>]) -> anyhow::Result<(Child, UnixStream)> {
+fn spawn(
+    program: &Program,
+    args: &[String],
+    sockets: &[std::os::fd::BorrowedFd<'_>],
+    inputs: &mpsc::Sender<Input>,
+) -> anyhow::Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(sockets));
     rustix::net::sendmsg(&ours, &[IoSlice::new(b"s")], &mut ancillary, rustix::net::SendFlags::empty())?;
-    let child = Command::new(own_path()?)
+    let mut said = ours.try_clone()?;
+    let child = program
+        .command()
         .arg(SERVE)
         .args(args)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .spawn()
         .context("the server could not be started")?;
+    let (id, inputs) = (child.id(), inputs.clone());
+    thread::spawn(move || {
+        let mut byte = [0];
+        // It ends without a word, or the keeper does.
+        if said.read_exact(&mut byte).is_ok() && byte[0] == READY {
+            let _ = inputs.send(Input::Ready(id));
+        }
+    });
     Ok((child, ours))
 }
 
-/// Where this binary is, or the one that an upgrade put in its place.
-fn own_path() -> anyhow::Result<std::path::PathBuf> {
-    use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-    let path = std::env::current_exe().context("the path of this binary is not known")?.into_os_string().into_vec();
-    let path = path.strip_suffix(b" (deleted)").unwrap_or(&path);
-    Ok(std::ffi::OsStr::from_bytes(path).into())
+/// The server's side: all that it is there for works.
+pub fn say_ready(keeper: &UnixStream) {
+    let mut keeper = keeper;
+    if let Err(error) = keeper.write_all(&[READY]) {
+        tracing::warn!(%error, "the keeper could not be told that the server is ready");
+    }
 }
 
 /// The server's side: takes the sockets off standard input.

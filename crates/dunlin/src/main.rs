@@ -7,8 +7,10 @@
 mod doctor;
 mod image;
 mod keeper;
+mod program;
 mod server;
 mod settings;
+mod upgrade;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -38,6 +40,8 @@ enum Command {
     Image(image::ImageCommand),
     /// Check what this computer offers and what is missing
     Doctor,
+    /// Exchange the binary of the server on this computer; one that does not work is taken back
+    Upgrade(upgrade::UpgradeArgs),
     /// Print the version
     Version,
     /// Print a completion script for a shell
@@ -53,6 +57,8 @@ fn main() -> ExitCode {
         Some(personality) if dunlin_runtime::is_personality(personality) => dunlin_runtime::supervisor_main(),
         Some(dunlin_builder::PERSONALITY) => dunlin_builder::inside_main(),
         Some(keeper::SERVE) => {
+            // One that was started by a descriptor has its number for a name.
+            let _ = rustix::thread::set_name(c"dunlin"); // only for people who look at a list
             let rest: Vec<String> = args.collect();
             let parsed = Dunlin::parse_from([name].into_iter().chain(rest));
             match parsed.command {
@@ -77,6 +83,7 @@ fn dispatch(parsed: Dunlin) -> ExitCode {
         Command::Server(args) => finish(keep(&args, parsed.globals.data_dir.as_deref())),
         Command::Image(command) => finish(image::run(command, parsed.globals.data_dir(), json)),
         Command::Doctor => finish(doctor::run(parsed.globals.data_dir(), json)),
+        Command::Upgrade(args) => finish(upgrade::run(&args, parsed.globals.data_dir(), json)),
         Command::Version => {
             println!("{}", if json { version_json() } else { format!("dunlin {VERSION} ({COMMIT})") });
             ExitCode::SUCCESS

@@ -8,7 +8,7 @@ mod front;
 mod keys;
 mod sweep;
 
-use crate::keeper::Sockets;
+use crate::keeper::{self, Sockets};
 use crate::settings::{BaseImages, LogFormat, Role, Settings};
 use anyhow::Context;
 use arc_swap::ArcSwap;
@@ -76,6 +76,10 @@ async fn serve(settings: Settings, sockets: Sockets) -> anyhow::Result<()> {
             front.close("this server runs without the control role");
         }
     }
+    let ready = sockets.keeper.try_clone()?;
+    if !settings.roles.contains(&Role::Control) {
+        keeper::say_ready(&ready);
+    }
     let control = settings.roles.contains(&Role::Control).then(|| {
         let plan = ControlPlan {
             settings: settings.clone(),
@@ -89,7 +93,7 @@ async fn serve(settings: Settings, sockets: Sockets) -> anyhow::Result<()> {
             metrics: local_metrics,
             fronts: (api, edge_api, registry),
         };
-        tokio::spawn(keep_control(plan, stop.clone()))
+        tokio::spawn(keep_control(plan, stop.clone(), ready))
     });
     tracing::info!(
         host = %settings.host_id, region = %settings.region, http = %settings.http, https = %settings.https,
@@ -303,7 +307,7 @@ struct ControlPlan {
 }
 
 /// Starts control; if it cannot start, says why and tries again. Traffic goes on meanwhile.
-async fn keep_control(plan: ControlPlan, stop: CancellationToken) {
+async fn keep_control(plan: ControlPlan, stop: CancellationToken, keeper: std::os::unix::net::UnixStream) {
     let control = loop {
         match start_control(&plan).await {
             Ok(control) => break control,
@@ -326,6 +330,7 @@ async fn keep_control(plan: ControlPlan, stop: CancellationToken) {
     registry.open(dunlin_registry::router(state));
     edge_api.open(control.edge_router());
     api.open(control.root_router());
+    keeper::say_ready(&keeper);
     tokio::select! {
         () = stop.cancelled() => {}
         () = sweep::run(&control, &plan.content, &plan.images) => {}

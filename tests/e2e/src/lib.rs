@@ -89,6 +89,8 @@ pub struct Server {
     /// Further flags of `dunlin server`.
     pub flags: Vec<String>,
     expected: Mutex<Vec<String>>,
+    /// What the server is started from, where it is not what cargo built.
+    binary: Option<PathBuf>,
 }
 
 impl Server {
@@ -112,7 +114,15 @@ impl Server {
         let copied = Command::new("cp").args(copy).arg(template().join("registry")).arg(&data).status().unwrap();
         assert!(copied.success());
         let (http, https) = (free_port(), free_port());
-        Self { dir, data, keeper: None, http, https, number: next_number(), flags: vec![], expected: Mutex::default() }
+        Self { dir, data, keeper: None, http, https, number: next_number(), flags: vec![], expected: Mutex::default(), binary: None }
+    }
+
+    /// The server runs from a binary of its own, which a test may exchange.
+    pub fn with_own_binary(&mut self) -> PathBuf {
+        let own = self.dir.path().join("dunlin");
+        fs::copy(binary(), &own).unwrap();
+        self.binary = Some(own.clone());
+        own
     }
 
     pub fn dir(&self) -> &Path {
@@ -134,7 +144,7 @@ impl Server {
 
     /// The command that starts the keeper.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = Command::new(self.binary.clone().unwrap_or_else(binary));
         command
             .args(["server", "--base-images", "bootstrapped", "--data-dir"])
             .arg(self.data())

@@ -9,4 +9,5 @@ mod machines;
 mod registry;
 mod secrets;
 mod server;
+mod upgrades;
 mod volumes;
