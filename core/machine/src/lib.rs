@@ -21,10 +21,12 @@
 
 mod command;
 mod event;
+mod idle;
 mod life;
 mod record;
 
 pub use command::{Asked, Checked, Deny, MAX_REMEMBERED, Order, Verb};
 pub use event::{Alive, Effect, Event};
+pub use idle::{Running, one_too_many};
 pub use life::{Machine, backoff_ms};
 pub use record::{Goal, MAX_EVENTS, Record, Stop};

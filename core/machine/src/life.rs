@@ -55,6 +55,11 @@ impl Machine {
         &self.record
     }
 
+    /// What the checks say of an order, without giving it.
+    pub fn check(&self, order: &Order, now_ms: u64) -> Checked {
+        command::check(&self.record, order, now_ms)
+    }
+
     /// A new fact is needed although the record's state is the same: a check's result changed. Not
     /// journalled: sequences skip ahead after a restart, see [`Machine::from_record`].
     pub fn touch(&mut self, now_ms: u64) {

@@ -184,7 +184,7 @@ impl Record {
         next.memory_mb > self.reserved_mb() || own_cores(next) > self.reserved_cores()
     }
 
-    pub(crate) fn holds_resources(&self) -> bool {
+    pub fn holds_resources(&self) -> bool {
         self.may_live() || self.state == MachineState::Restarting
     }
 

@@ -264,10 +264,6 @@ impl Host {
             Pending::Freeze(attempt) => {
                 let thawed = std::mem::take(&mut self.thaw_waits);
                 self.frozen = ok && self.alive == Some(attempt) && !thawed;
-                let sleeps = self.machine.as_ref().is_some_and(|machine| machine.record().state == S::Suspending);
-                if !ok && sleeps && self.intent == Intent::Sleep {
-                    self.intent = Intent::Run; // it could not be, and goes on
-                }
                 self.hear(Event::Frozen { attempt, result });
             }
             Pending::Exited(exit) => self.hear(Event::Exited(exit)),
@@ -359,6 +355,9 @@ impl Host {
         let durable = self.journal.clone();
         match effect {
             Effect::Journal => {
+                if self.intent == Intent::Sleep && record.state == S::Started {
+                    self.intent = Intent::Run; // it could not be suspended, and goes on
+                }
                 self.journal = Some(record);
                 let answered = all.iter().any(|effect| matches!(effect, Effect::Answer { answer: Ok(_), .. }));
                 if answered && let Some(id) = answered_id(all) {

@@ -25,7 +25,7 @@ pub use ids::{
     AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region, SnapshotId, VolumeId,
 };
 pub use machine::{
-    Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, ExitInfo, Guest, ImageRef, MachineSpec, MachineState,
+    AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, ExitInfo, Guest, ImageRef, MachineSpec, MachineState,
     RestartPolicy, RestartWhen, Service, StopConfig,
 };
 pub use volume::{Mount, VolumeSource};

@@ -84,13 +84,88 @@ pub struct Service {
     /// A request may start a sleeping machine.
     #[serde(default = "yes")]
     pub autostart: bool,
-    /// The host may stop an idle machine.
+    /// What the host does with an idle machine.
     #[serde(default)]
-    pub autostop: bool,
+    pub autostop: AutoStop,
+    /// So many are not put to sleep for being idle.
     #[serde(default)]
     pub min_machines_running: u32,
+    /// So many of the process group run at most because of requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_machines_running: Option<u32>,
     #[serde(default)]
     pub concurrency: Concurrency,
+}
+
+/// Written as Fly's clients write it: `false`, `true` for stop, `"suspend"`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AutoStop {
+    #[default]
+    Off,
+    Stop,
+    /// Its processes are frozen and stay in memory.
+    Suspend,
+}
+
+impl AutoStop {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Stop => "stop",
+            Self::Suspend => "suspend",
+        }
+    }
+}
+
+impl Serialize for AutoStop {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_bool(false),
+            Self::Stop => serializer.serialize_bool(true),
+            Self::Suspend => serializer.serialize_str("suspend"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for AutoStop {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Truth(bool),
+            Word(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Truth(false) => Ok(Self::Off),
+            Written::Truth(true) => Ok(Self::Stop),
+            Written::Word(word) => match word.as_str() {
+                "off" => Ok(Self::Off),
+                "stop" => Ok(Self::Stop),
+                "suspend" => Ok(Self::Suspend),
+                _ => Err(serde::de::Error::custom("autostop is \"off\", \"stop\", \"suspend\", true or false")),
+            },
+        }
+    }
+}
+
+impl MachineSpec {
+    /// An idle machine sleeps only if all of its services allow it, and is suspended only if all say so.
+    pub fn autostop(&self) -> AutoStop {
+        let of = |wanted| self.services.iter().any(|service| service.autostop == wanted);
+        match () {
+            () if self.services.is_empty() || of(AutoStop::Off) => AutoStop::Off,
+            () if of(AutoStop::Stop) => AutoStop::Stop,
+            () => AutoStop::Suspend,
+        }
+    }
+
+    pub fn min_machines_running(&self) -> u32 {
+        self.services.iter().map(|service| service.min_machines_running).max().unwrap_or(0)
+    }
+
+    pub fn max_machines_running(&self) -> Option<u32> {
+        self.services.iter().filter_map(|service| service.max_machines_running).min()
+    }
 }
 
 fn yes() -> bool {

@@ -101,8 +101,11 @@ impl Ask<'_> {
         if self.route.candidates.iter().any(|c| is_coming(&c)) {
             return None;
         }
+        let runs = self.route.candidates.iter().filter(|c| !matches!(c.availability, Availability::Asleep | Availability::Unavailable));
+        let runs = runs.count();
         let can_wake = |c: &&Arc<Candidate>| {
-            c.availability == Availability::Asleep && c.service.autostart && !self.was_tried(c) && has_room(c)
+            c.service.max_machines_running.is_none_or(|max| runs < max as usize)
+                && c.availability == Availability::Asleep && c.service.autostart && !self.was_tried(c) && has_room(c)
         };
         let by_region = |c: &&Arc<Candidate>| (c.load.is_penalised(self.now_ms), c.region != *self.region);
         self.route.candidates.iter().filter(can_wake).min_by_key(by_region).cloned()

@@ -54,8 +54,9 @@ fn snapshot(machines: &[M]) -> Snapshot {
             internal_port: 8080,
             force_https: m.force_https,
             autostart: m.autostart,
-            autostop: false,
+            autostop: Default::default(),
             min_machines_running: 0,
+            max_machines_running: None,
             concurrency: Concurrency { kind: ConcurrencyKind::Requests, soft_limit: m.soft, hard_limit: m.hard },
         };
         let spec = MachineSpec {

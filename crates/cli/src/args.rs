@@ -205,6 +205,8 @@ pub enum MachineCommand {
         #[arg(long)]
         timeout: Option<u64>,
     },
+    /// Freeze a machine and wait until it stands still; its memory is kept, a start or a request thaws it
+    Suspend(MachineArgs),
     /// Stop a machine and start it again
     Restart(MachineArgs),
     /// Run a command in a running machine; its exit code becomes this one's

@@ -1,4 +1,4 @@
-//! `machine`: list, status, start, stop, restart, exec, destroy.
+//! `machine`: list, status, start, stop, suspend, restart, exec, destroy.
 
 use crate::args::{MachineArgs, MachineCommand};
 use crate::config_file::app_name;
@@ -33,6 +33,7 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
         MachineCommand::Stop { target, signal, timeout } => {
             act(session, &target, "stop", &StopMachine { signal, timeout: timeout.map(Value::from) }).await
         }
+        MachineCommand::Suspend(target) => act(session, &target, "suspend", &json!({})).await,
         MachineCommand::Restart(target) => act(session, &target, "restart", &json!({})).await,
         MachineCommand::Exec { target, timeout, command } => exec(session, &target, timeout, command).await,
         MachineCommand::Destroy { target, force } => {
@@ -73,7 +74,11 @@ async fn find(session: &Session, target: &MachineArgs) -> Result<Machine, CliErr
 async fn act(session: &Session, target: &MachineArgs, verb: &str, body: &impl serde::Serialize) -> Result<Exit, CliError> {
     let (app, id) = (app_of(session, target).await?, &target.id);
     session.client.post::<Value>(&format!("/v1/apps/{app}/machines/{id}/{verb}"), body).await?;
-    let wanted = if verb == "stop" { "stopped" } else { "started" };
+    let wanted = match verb {
+        "stop" => "stopped",
+        "suspend" => "suspended",
+        _ => "started",
+    };
     let wait = format!("/v1/apps/{app}/machines/{id}/wait?state={wanted}&timeout=60");
     session.client.get::<Value>(&wait).await?;
     let machine: Machine = session.client.get(&format!("/v1/apps/{app}/machines/{id}")).await?;

@@ -214,6 +214,7 @@ fn start_host(
         machine_prefix: settings.machine_prefix,
         cpus: settings.cpus,
         memory_mb: settings.memory_mb,
+        autostop_after_ms: settings.autostop_after_s * 1000,
         key: key.clone(),
         kill_at,
     };

@@ -11,6 +11,9 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+/// Of looking at a machine before it is put to sleep.
+const AUTOSTOP_AFTER_S: u64 = 60;
+
 pub const DEFAULT_MACHINE_PREFIX: &str = "10.201.0.0/16";
 
 /// Flags of `dunlin server`; each has a variable and a key of the settings file.
@@ -48,6 +51,9 @@ pub struct ServerArgs {
     /// Memory that machines may reserve, in MiB [default: the machine's memory less 512]
     #[arg(long, env = "DUNLIN_MEMORY_MB", value_name = "MIB")]
     pub memory_mb: Option<u32>,
+    /// Seconds without need for a machine after which auto_stop_machines puts it to sleep [default: 60]
+    #[arg(long, env = "DUNLIN_AUTOSTOP_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub autostop_after: Option<u64>,
     /// Format of the server's own log
     #[arg(long, env = "DUNLIN_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -98,6 +104,7 @@ struct FileSettings {
     machine_prefix: Option<String>,
     base_images: Option<BaseImages>,
     memory_mb: Option<u32>,
+    autostop_after: Option<u64>,
     log_format: Option<LogFormat>,
 }
 
@@ -115,6 +122,7 @@ pub struct Settings {
     pub base_images: BaseImages,
     pub cpus: u32,
     pub memory_mb: u32,
+    pub autostop_after_s: u64,
     pub log_format: LogFormat,
     pub kill_at: Option<String>,
 }
@@ -165,6 +173,7 @@ impl Settings {
                     base_images: args.base_images.or(file.base_images).unwrap_or(BaseImages::Upstream),
                     cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
                     memory_mb,
+                    autostop_after_s: args.autostop_after.or(file.autostop_after).unwrap_or(AUTOSTOP_AFTER_S).clamp(1, 86_400),
                     log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
                     kill_at: args.kill_at.clone(),
                 })
@@ -181,7 +190,7 @@ impl Settings {
     pub fn summary(&self) -> String {
         format!(
             "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ndomain = {:?}\nhost_id = {:?}\nregion = {:?}\nrole = {:?}\n\
-             machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nlog_format = {:?}",
+             machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nautostop_after = {}\nlog_format = {:?}",
             self.data_dir,
             self.http.to_string(),
             self.https.to_string(),
@@ -193,6 +202,7 @@ impl Settings {
             self.machine_prefix.length,
             format!("{:?}", self.base_images).to_lowercase(),
             self.memory_mb,
+            self.autostop_after_s,
             format!("{:?}", self.log_format).to_lowercase(),
         )
     }

@@ -42,7 +42,12 @@ impl Agent {
         if self.slots.len() >= MAX_MACHINES {
             return Err(Refusal::InsufficientCapacity { host, why: format!("it carries {MAX_MACHINES} machines") });
         }
-        self.room(&reserve.guest, &reserve.machine).map_err(|why| Refusal::InsufficientCapacity { host, why })?;
+        // Those that sleep are gone before it starts.
+        if let Err(why) = self.room(&reserve.guest, &reserve.machine)
+            && !self.make_room(&reserve.guest, &reserve.machine)
+        {
+            return Err(Refusal::InsufficientCapacity { host, why });
+        }
         let Held { memory_mb, cores } = Held::of(&reserve.guest);
         let until_ms = now_ms() + reserve.ttl_ms.min(MAX_RESERVATION_MS);
         let written = self.journal.reserve(reserve.machine, Reservation { memory_mb, cores, until_ms });
@@ -61,7 +66,16 @@ impl Agent {
 
     /// Whether a machine of this size fits beside all others.
     fn room(&self, guest: &Guest, id: &MachineId) -> Result<(), String> {
-        let (wanted, held) = (Held::of(guest), self.held(Some(id)));
+        self.room_beside(guest, self.held(std::slice::from_ref(id)))
+    }
+
+    /// Whether one of this size would fit if these were gone.
+    pub(crate) fn fits_without(&self, guest: &Guest, gone: &[MachineId]) -> bool {
+        self.room_beside(guest, self.held(gone)).is_ok()
+    }
+
+    fn room_beside(&self, guest: &Guest, held: Held) -> Result<(), String> {
+        let wanted = Held::of(guest);
         let config = &self.shared.config;
         if held.memory_mb.saturating_add(wanted.memory_mb) > config.memory_mb {
             let free = config.memory_mb.saturating_sub(held.memory_mb);
@@ -75,7 +89,7 @@ impl Agent {
     }
 
     /// By machines that run, and by promises: a machine that runs on a promise holds the greater of both.
-    pub(crate) fn held(&self, but: Option<&MachineId>) -> Held {
+    pub(crate) fn held(&self, but: &[MachineId]) -> Held {
         let now = now_ms();
         let promised = |id: &MachineId| {
             let promise = self.journal.reserved().get(id).filter(|promise| promise.until_ms > now);
@@ -88,6 +102,6 @@ impl Agent {
         });
         let only_promised = self.journal.reserved().keys().filter(|id| !self.slots.contains_key(*id));
         let all = machines.chain(only_promised.map(|id| (id, promised(id))));
-        all.filter(|(id, _)| Some(*id) != but).map(|(_, held)| held).fold(Held::default(), Held::plus)
+        all.filter(|(id, _)| !but.contains(id)).map(|(_, held)| held).fold(Held::default(), Held::plus)
     }
 }

@@ -4,10 +4,11 @@ use crate::act::{self, Acts};
 use crate::checks::Checks;
 use crate::journal::{Journal, JournalError, Replayed};
 use crate::kill::kill_point;
+use crate::sleep::Load;
 use crate::{Shared, convert, now_ms, tombstones, volumes};
 use dunlin_api::{Refusal, Reserve};
 use dunlin_cluster::View;
-use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order, Record};
+use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order, Record, Verb};
 use dunlin_model::{CommandId, MachineId, MachineState};
 use dunlin_runtime::Phase;
 use dunlin_view::{CheckStatus, ConfigState, HostFact, MachineFact, Snapshot};
@@ -55,6 +56,9 @@ pub struct Slot {
     /// What the app last said to each check.
     answers: BTreeMap<String, String>,
     checks: Option<Checks>,
+    pub(crate) load: Option<Load>,
+    /// It was told to end because others need its memory.
+    pub(crate) makes_room: bool,
     replies: HashMap<CommandId, Reply>,
     acts: Acts,
 }
@@ -64,6 +68,10 @@ pub struct Agent {
     pub(crate) journal: Journal,
     inputs: mpsc::Sender<Input>,
     pub(crate) slots: BTreeMap<MachineId, Slot>,
+    /// Orders that wait until others have made room.
+    pub(crate) parked: Vec<(MachineId, Order, Reply)>,
+    /// That the host has given by itself.
+    pub(crate) own_orders: u64,
 }
 
 /// Every newer snapshot becomes an input.
@@ -97,7 +105,7 @@ pub fn follow_view(view: View, inputs: mpsc::Sender<Input>) {
 
 impl Agent {
     pub fn new(shared: Arc<Shared>, journal: Journal, inputs: mpsc::Sender<Input>) -> Self {
-        Self { shared, journal, inputs, slots: BTreeMap::new() }
+        Self { shared, journal, inputs, slots: BTreeMap::new(), parked: Vec::new(), own_orders: 0 }
     }
 
     pub fn run(mut self, replayed: Replayed, mut receiver: mpsc::Receiver<Input>) {
@@ -120,7 +128,11 @@ impl Agent {
                 Input::Record(id, reply) => {
                     let _ = reply.send(self.slots.get(&id).map(|slot| Box::new(slot.machine.record().clone())));
                 }
-                Input::Heartbeat => self.heartbeat(),
+                Input::Heartbeat => {
+                    self.heartbeat();
+                    self.put_to_sleep();
+                    self.try_parked();
+                }
                 Input::Quit => return,
             }
         }
@@ -216,8 +228,12 @@ impl Agent {
         });
     }
 
-    fn on_command(&mut self, id: MachineId, mut order: Order, reply: Reply) {
+    pub(crate) fn on_command(&mut self, id: MachineId, mut order: Order, reply: Reply) {
         order.room = self.room_to_start(&id);
+        if order.verb == Verb::Wake && order.room.is_ok() {
+            order.room = self.runs_enough(&id);
+        }
+        let Some((order, reply)) = self.park(&id, order, reply) else { return };
         let Some(slot) = self.slots.get_mut(&id) else {
             return; // the caller sees a closed channel: no such machine
         };
@@ -254,7 +270,7 @@ impl Agent {
         Ok(slot.answers.get(check).cloned().unwrap_or_default())
     }
 
-    fn dispatch(&mut self, id: &MachineId, mut event: Event) {
+    pub(crate) fn dispatch(&mut self, id: &MachineId, mut event: Event) {
         if let Event::Prepared { room, .. } = &mut event {
             *room = self.room_to_update(id);
         }
@@ -262,6 +278,7 @@ impl Agent {
         let before = slot.machine.clone();
         let now = now_ms();
         let again = (!matches!(event, Event::Ordered(_))).then(|| event.clone());
+        let is_frozen = matches!(event, Event::Frozen { .. });
         let lost = if let Event::Exited(exit) = &event { exit.error.clone() } else { None };
         let effects = slot.machine.handle(event, now);
         let (from, to) = (before.record().state, slot.machine.record().state);
@@ -283,6 +300,12 @@ impl Agent {
             if let Some(event) = again {
                 self.hear_again(Input::Event(id.clone(), event));
             }
+        }
+        if is_frozen {
+            self.wake_if_needed(id);
+        }
+        if from != to && !self.parked.is_empty() {
+            self.try_parked();
         }
     }
 
@@ -390,7 +413,7 @@ impl Agent {
             region: config.region.clone(),
             cpus: config.cpus,
             memory_mb: config.memory_mb,
-            memory_reserved_mb: self.held(None).memory_mb,
+            memory_reserved_mb: self.held(&[]).memory_mb,
             updated_at_ms: now,
         });
     }
@@ -413,6 +436,8 @@ impl Slot {
             said_at: None,
             answers: BTreeMap::new(),
             checks: None,
+            load: None,
+            makes_room: false,
             replies: HashMap::new(),
             acts: Acts::default(),
         }

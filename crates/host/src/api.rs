@@ -104,8 +104,11 @@ impl HostApi for Host {
             if right_version && wait.states.contains(&fact.state) {
                 return Ok((*fact).clone());
             }
+            // Versions come in their order: one that was replaced does not come back.
+            let replaced = wait.version.as_ref().is_some_and(|version| *version < fact.version);
             let hopeless = match fact.state {
                 MachineState::Destroyed | MachineState::Destroying => !wait.states.contains(&MachineState::Destroyed),
+                _ if replaced => !wait.states.contains(&MachineState::Destroyed),
                 MachineState::Failed => right_version && !wait.states.contains(&MachineState::Destroyed),
                 _ => false,
             };

@@ -33,6 +33,8 @@ struct Entry {
 #[derive(Default)]
 struct Counters {
     in_flight: AtomicU32,
+    /// The most at once since the last look.
+    peak: AtomicU32,
     /// The newest start for a request; `None` in it until it is answered.
     start: Mutex<Option<watch::Receiver<Option<Started>>>>,
 }
@@ -74,6 +76,13 @@ impl Table {
         self.entries.store(Arc::new(next));
     }
 
+    /// Requests now, and the most at once since this was asked before.
+    pub fn load_of(&self, id: &MachineId) -> (u32, u32) {
+        let Some(entry) = self.get(id) else { return (0, 0) };
+        let now = entry.counters.in_flight.load(Ordering::Acquire);
+        (now, entry.counters.peak.swap(now, Ordering::AcqRel).max(now))
+    }
+
     fn get(&self, id: &MachineId) -> Option<Arc<Entry>> {
         self.entries.load().get(id).cloned()
     }
@@ -108,6 +117,7 @@ impl LastHop for Host {
         }
         let guard = InFlight(entry.counters.clone());
         let in_flight = entry.counters.in_flight.fetch_add(1, Ordering::AcqRel) + 1;
+        entry.counters.peak.fetch_max(in_flight, Ordering::AcqRel);
         if entry.hard_limit.is_some_and(|limit| in_flight > limit) {
             return Err(AdmitRefusal::AtLimit); // dropping the guard takes it back
         }

@@ -24,6 +24,7 @@ mod last_hop;
 mod logs;
 mod metrics;
 mod ps;
+mod sleep;
 mod snapshots;
 mod spec;
 mod tombstones;
@@ -64,6 +65,8 @@ pub struct HostConfig {
     pub cpus: u32,
     /// What machines may reserve in all.
     pub memory_mb: u32,
+    /// So long a machine is looked at before it is put to sleep for being idle.
+    pub autostop_after_ms: u64,
     /// Opens the secrets that control sealed to this host.
     pub key: OpeningKey,
     /// See [`KILL_POINTS`].

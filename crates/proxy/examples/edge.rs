@@ -115,8 +115,9 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         internal_port: port,
         force_https: false,
         autostart: true,
-        autostop: false,
+        autostop: Default::default(),
         min_machines_running: 0,
+        max_machines_running: None,
         concurrency,
     };
     let spec = MachineSpec {

@@ -35,7 +35,7 @@ pub use render::render;
 pub use units::{GUEST_SIZES, GuestSize};
 pub use validate::InvalidConfig;
 
-use crate::machine::{CheckKind, Concurrency, CpuKind, RestartWhen};
+use crate::machine::{AutoStop, CheckKind, Concurrency, CpuKind, RestartWhen};
 use crate::{AppName, Region};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -153,9 +153,12 @@ pub enum Strategy {
 pub struct HttpService {
     pub internal_port: u16,
     pub force_https: bool,
+    #[serde(serialize_with = "as_word")]
     pub auto_stop_machines: AutoStop,
     pub auto_start_machines: bool,
     pub min_machines_running: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_machines_running: Option<u32>,
     /// Process groups that it belongs to; empty = the default group.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub processes: Vec<String>,
@@ -172,6 +175,7 @@ impl Default for HttpService {
             auto_stop_machines: AutoStop::Off,
             auto_start_machines: true,
             min_machines_running: 0,
+            max_machines_running: None,
             processes: Vec::new(),
             concurrency: Concurrency::default(),
             checks: Vec::new(),
@@ -179,11 +183,8 @@ impl Default for HttpService {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AutoStop {
-    Off,
-    Stop,
+fn as_word<S: serde::Serializer>(auto_stop: &AutoStop, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(auto_stop.as_str())
 }
 
 /// A check of a service: routing and deploys wait for it.

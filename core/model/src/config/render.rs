@@ -1,6 +1,6 @@
 //! Writing a configuration file that people read.
 
-use super::{AppConfig, AutoStop, Build, Deploy, HttpService, ServiceCheck, Strategy, units};
+use super::{AppConfig, Build, Deploy, HttpService, ServiceCheck, Strategy, units};
 use crate::machine::{CheckKind, ConcurrencyKind, CpuKind, RestartWhen};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -123,13 +123,12 @@ fn render_deploy(out: &mut Out, deploy: &Deploy) {
 
 /// All of a service but its port, `force_https` and checks; tables under `path` come last.
 fn render_service(out: &mut Out, path: &str, service: &HttpService) {
-    let auto_stop = match service.auto_stop_machines {
-        AutoStop::Off => "off",
-        AutoStop::Stop => "stop",
-    };
-    out.text("auto_stop_machines", auto_stop);
+    out.text("auto_stop_machines", service.auto_stop_machines.as_str());
     out.raw_noted("auto_start_machines", service.auto_start_machines, "a request starts a machine that is stopped");
     out.raw("min_machines_running", service.min_machines_running);
+    if let Some(max) = service.max_machines_running {
+        out.raw("max_machines_running", max);
+    }
     out.list("processes", &service.processes);
     let limits = &service.concurrency;
     if *limits != Default::default() {

@@ -1,6 +1,6 @@
 //! From a config to what the machines of one process group are asked to be.
 
-use super::{AppConfig, AutoStop, DEFAULT_GROUP, GuestSize, HttpService, MountConfig, words};
+use super::{AppConfig, DEFAULT_GROUP, GuestSize, HttpService, MountConfig, words};
 use crate::machine::{Check, CheckKind, Guest, RestartPolicy, Service, StopConfig};
 
 /// Times of the check that a service without checks of its own gets.
@@ -67,8 +67,9 @@ impl AppConfig {
                 internal_port: service.internal_port,
                 force_https: service.force_https,
                 autostart: service.auto_start_machines,
-                autostop: service.auto_stop_machines == AutoStop::Stop,
+                autostop: service.auto_stop_machines,
                 min_machines_running: service.min_machines_running,
+                max_machines_running: service.max_machines_running,
                 concurrency: service.concurrency.clone(),
             })
             .collect()

@@ -207,6 +207,7 @@ fn shorten(near: &str, path: &str) -> String {
 fn elsewhere(name: &str) -> Option<String> {
     let table = match name {
         "internal_port" | "force_https" | "auto_stop_machines" | "auto_start_machines" | "min_machines_running"
+        | "max_machines_running"
         | "concurrency" => "http_service",
         "dockerfile" | "image" | "ignorefile" | "build-target" | "args" => "build",
         "strategy" | "max_unavailable" | "wait_timeout" | "release_command" => "deploy",

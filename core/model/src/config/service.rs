@@ -2,8 +2,8 @@
 
 use super::parse::read_groups;
 use super::section::{Findings, Refused, Section, value};
-use super::{AutoStop, DEFAULT_PORT, HttpService, NamedCheck, ServiceCheck};
-use crate::machine::{CheckKind, Concurrency, ConcurrencyKind};
+use super::{DEFAULT_PORT, HttpService, NamedCheck, ServiceCheck};
+use crate::machine::{AutoStop, CheckKind, Concurrency, ConcurrencyKind};
 use std::collections::BTreeMap;
 use toml_edit::Value;
 
@@ -117,33 +117,35 @@ fn read_port<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> Port {
 fn read_common<'t>(f: &mut Findings<'t>, section: &mut Section<'t>) -> HttpService {
     let default = HttpService::default();
     let auto_stop = section.read(f, "auto_stop_machines", "\"off\", \"stop\" or \"suspend\"", |value| match value {
-        Value::Boolean(truth) => Ok(if *truth.value() { "stop" } else { "off" }),
-        Value::String(text) => ["off", "stop", "suspend"].into_iter().find(|known| known == text.value()).ok_or(Refused::Type),
+        Value::Boolean(truth) => Ok(if *truth.value() { AutoStop::Stop } else { AutoStop::Off }),
+        Value::String(text) => match text.value().as_str() {
+            "off" => Ok(AutoStop::Off),
+            "stop" => Ok(AutoStop::Stop),
+            "suspend" => Ok(AutoStop::Suspend),
+            _ => Err(Refused::Type),
+        },
         _ => Err(Refused::Type),
     });
-    if matches!(auto_stop, Some("stop" | "suspend")) {
-        let (span, key) = (section.span_of("auto_stop_machines"), section.key("auto_stop_machines"));
-        f.note(span, key, "an idle machine goes on running");
-    }
     let min = format!("a number up to {MAX_MIN_RUNNING}");
     let min_machines_running = section.read(f, "min_machines_running", &min, value::number(0..=MAX_MIN_RUNNING));
-    if min_machines_running.is_some_and(|min| min > 0) {
-        let (span, key) = (section.span_of("min_machines_running"), section.key("min_machines_running"));
-        f.note(span, key, "no machine is stopped for being idle, so all of them run");
+    let max = format!("a number from 1 to {MAX_MIN_RUNNING}");
+    let max_machines_running = section.read(f, "max_machines_running", &max, value::number(1..=MAX_MIN_RUNNING));
+    if let (Some(min), Some(max)) = (min_machines_running, max_machines_running)
+        && min > max
+    {
+        f.mistake(section.span_of("max_machines_running"), format!("{} is below min_machines_running", section.key("max_machines_running")));
     }
     HttpService {
         internal_port: section
             .read(f, "internal_port", "a port from 1 to 65535", value::port)
             .unwrap_or(DEFAULT_PORT),
         force_https: false,
-        auto_stop_machines: match auto_stop {
-            Some("stop" | "suspend") => AutoStop::Stop,
-            _ => AutoStop::Off,
-        },
+        auto_stop_machines: auto_stop.unwrap_or(default.auto_stop_machines),
         auto_start_machines: section
             .read(f, "auto_start_machines", "true or false", value::truth)
             .unwrap_or(default.auto_start_machines),
         min_machines_running: min_machines_running.unwrap_or(default.min_machines_running),
+        max_machines_running,
         processes: read_groups(f, section),
         concurrency: section.section(f, "concurrency").map(|limits| read_concurrency(f, limits)).unwrap_or_default(),
         checks: Vec::new(),

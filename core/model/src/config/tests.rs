@@ -108,7 +108,7 @@ fn reads_every_honoured_key() {
 
     let services = config.services_for("app");
     assert_eq!(services.len(), 1);
-    assert!(services[0].force_https && services[0].autostop && services[0].min_machines_running == 1);
+    assert!(services[0].force_https && services[0].autostop == AutoStop::Stop && services[0].min_machines_running == 1);
     assert_eq!(services[0].concurrency.kind, ConcurrencyKind::Requests);
     assert_eq!(config.services_for("worker"), []);
 
@@ -214,16 +214,15 @@ fn a_file_as_fly_launch_writes_it_is_deployed_as_it_is() {
     let text = "app = \"web\"\nprimary_region = \"fra\"\n[http_service]\ninternal_port = 3000\nforce_https = true\n\
                 auto_stop_machines = \"stop\"\nauto_start_machines = true\nmin_machines_running = 0\nprocesses = [\"app\"]\n\
                 [[vm]]\nmemory = \"1gb\"\ncpu_kind = \"shared\"\ncpus = 1\n";
-    let note = "line 6: http_service.auto_stop_machines has no effect yet: an idle machine goes on running";
-    let config = warned(text, &[note]);
+    let config = warned(text, &[]);
     assert_eq!(config.http_service.unwrap().auto_stop_machines, AutoStop::Stop);
-    warned(&text.replace("\"stop\"", "\"suspend\""), &[note]);
+    let suspend = warned(&text.replace("\"stop\"", "\"suspend\""), &[]);
+    assert_eq!(suspend.services_for("app")[0].autostop, AutoStop::Suspend);
     warned(&text.replace("\"stop\"", "\"off\""), &[]);
     let more = "[http_service]\nmin_machines_running = 1\n[http_service.concurrency]\ntype = \"connections\"\n";
     warned(
         more,
         &[
-            "line 2: http_service.min_machines_running has no effect yet: no machine is stopped for being idle, so all of them run",
             "line 4: http_service.concurrency.type has no effect yet: limits count requests that are under way",
         ],
     );

@@ -79,8 +79,9 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         internal_port: 8080,
         force_https: false,
         autostart: true,
-        autostop: false,
+        autostop: Default::default(),
         min_machines_running: 0,
+        max_machines_running: None,
         concurrency: Default::default(),
     };
     MachineSpec {

@@ -81,6 +81,7 @@ impl World {
             machine_prefix: self.prefix(),
             cpus: 2,
             memory_mb: 1024,
+            autostop_after_ms: 300,
             key: OpeningKey::from_bytes([5; 32]),
             kill_at: None,
         }

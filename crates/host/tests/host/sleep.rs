@@ -1,10 +1,11 @@
 //! Suspended machines: asleep in memory, and what wakes or ends them.
 
 use crate::setup::World;
-use dunlin_api::{CommandKind, HostApi, LastHop, Refusal};
+use dunlin_api::{AdmitRefusal, AdmitRequest, CommandKind, HostApi, LastHop, Refusal, WaitFor};
 use dunlin_model::{EventKind, MachineId, MachineState};
 use dunlin_runtime::SupervisorSpec;
 use dunlin_runtime::cgroup::Cgroups;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// Prints a number every now and then.
@@ -15,7 +16,7 @@ fn is_frozen(world: &World, id: &MachineId) -> bool {
     cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).unwrap().is_frozen().unwrap()
 }
 
-fn suspended(world: &mut World, n: u8, change: impl FnOnce(&mut serde_json::Value)) -> MachineId {
+fn suspended(world: &mut World, n: u8, change: impl FnOnce(&mut Value)) -> MachineId {
     let id = world.started(n, COUNTS, change);
     world.until("it counts", || (!world.printed(&id).is_empty()).then_some(()));
     world.command(&id, CommandKind::Suspend).unwrap();
@@ -52,7 +53,7 @@ pub fn it_stands_still_and_goes_on_where_it_was() {
 
 pub fn it_sleeps_through_a_restart_of_the_agent() {
     let mut world = World::new();
-    let id = suspended(&mut world, 1, |spec| spec["services"] = serde_json::json!([{"internal_port": 80}]));
+    let id = suspended(&mut world, 1, |spec| spec["services"] = json!([{"internal_port": 80}]));
     world.stop_host();
     world.start_host();
     world.until("adopted", || world.block_on(world.host().machine(&id)).ok());
@@ -95,7 +96,7 @@ pub fn a_stop_and_a_new_version_end_it_and_it_stays_asleep() {
 
 pub fn only_the_holder_of_a_lease_moves_its_machine() {
     let mut world = World::new();
-    let id = world.started(1, "sleep 1000", |spec| spec["services"] = serde_json::json!([{"internal_port": 80}]));
+    let id = world.started(1, "sleep 1000", |spec| spec["services"] = json!([{"internal_port": 80}]));
     let lease = |ttl_ms| CommandKind::Lease { ttl_ms, owner: "ann".into(), description: "an upgrade".into() };
     assert!(matches!(world.command(&id, lease(0)), Err(Refusal::Invalid(_))));
     let held = world.command(&id, lease(60_000)).unwrap().lease.unwrap();
@@ -124,4 +125,88 @@ pub fn only_the_holder_of_a_lease_moves_its_machine() {
     // It ends by itself.
     world.command(&id, lease(1)).unwrap();
     world.until("its time is over", || world.command(&id, CommandKind::Cordon).ok());
+}
+
+fn service(group: &str, service: Value) -> impl FnOnce(&mut Value) {
+    let group = group.to_owned();
+    move |spec| {
+        spec["services"] = json!([service]);
+        spec["process_group"] = json!(group);
+        spec["release"] = json!(1);
+    }
+}
+
+pub fn an_idle_machine_is_put_to_sleep_and_one_with_a_request_is_not() {
+    let mut world = World::new();
+    let asked = world.started(1, "sleep 1000", service("a", json!({"internal_port": 80, "autostop": true})));
+    let fact = world.fact(&asked).unwrap();
+    let request =
+        AdmitRequest { machine: asked.clone(), version: fact.version, placement: fact.placement, internal_port: 80 };
+    let admission = world.host().admit(&request).unwrap();
+    let idle = world.started(2, "sleep 1000", service("b", json!({"internal_port": 80, "autostop": "suspend"})));
+    let never = world.started(3, "sleep 1000", service("c", json!({"internal_port": 80, "autostop": "off"})));
+    let least = json!({"internal_port": 80, "autostop": "stop", "min_machines_running": 1});
+    let stays = world.started(4, "sleep 1000", service("d", least.clone()));
+    let too_many = world.started(5, "sleep 1000", service("d", least));
+    world.wait_for(&idle, MachineState::Suspended);
+    world.wait_for(&too_many, MachineState::Stopped);
+    assert_eq!(world.fact(&asked).unwrap().state, MachineState::Started, "it has a request");
+    drop(admission);
+    world.wait_for(&asked, MachineState::Stopped);
+    for id in [&never, &stays] {
+        assert_eq!(world.fact(id).unwrap().state, MachineState::Started);
+    }
+    world.block_on(world.host().wake(&idle, u64::MAX)).unwrap();
+    let events = world.block_on(world.host().events(&idle)).unwrap();
+    let causes: Vec<_> = events.iter().take(2).map(|event| (event.kind, event.source)).collect();
+    assert_eq!(causes, [(EventKind::Resume, dunlin_api::Source::Proxy), (EventKind::Suspend, dunlin_api::Source::Host)]);
+}
+
+pub fn a_start_that_lacks_memory_ends_the_longest_sleeper() {
+    let mut world = World::new();
+    let large = |mb: u32| move |spec: &mut Value| spec["guest"]["memory_mb"] = json!(mb);
+    let first = suspended(&mut world, 1, large(400));
+    let second = suspended(&mut world, 2, large(400));
+    let third = world.created(3, "sleep 1000", large(500));
+    world.command(&third, CommandKind::Start).unwrap();
+    world.wait_for(&third, MachineState::Started);
+    assert_eq!(world.fact(&first).unwrap().state, MachineState::Stopped);
+    assert_eq!(world.fact(&second).unwrap().state, MachineState::Suspended);
+    // With all of them it would not be enough.
+    let fourth = world.created(4, "sleep 1000", large(600));
+    let refused = world.command(&fourth, CommandKind::Start);
+    assert!(matches!(refused, Err(Refusal::InsufficientCapacity { .. })), "{refused:?}");
+    assert_eq!(world.fact(&second).unwrap().state, MachineState::Suspended);
+}
+
+pub fn requests_wake_no_more_than_the_configuration_says() {
+    let mut world = World::new();
+    let one = json!({"internal_port": 80, "max_machines_running": 1});
+    let first = world.started(1, "sleep 1000", service("a", one.clone()));
+    let second = world.created(2, "sleep 1000", service("a", one));
+    let refused = world.block_on(world.host().wake(&second, u64::MAX));
+    assert!(matches!(&refused, Err(AdmitRefusal::InsufficientCapacity(why)) if why.contains("max_machines_running")), "{refused:?}");
+    world.command(&first, CommandKind::Stop { signal: None, timeout_ms: None }).unwrap();
+    world.wait_for(&first, MachineState::Stopped);
+    world.block_on(world.host().wake(&second, u64::MAX)).unwrap();
+    world.command(&first, CommandKind::Start).unwrap(); // a person may
+    world.wait_for(&first, MachineState::Started);
+}
+
+pub fn a_wait_says_when_it_is_in_vain() {
+    let mut world = World::new();
+    let id = world.started(1, "sleep 1000", |_| {});
+    let old = world.fact(&id).unwrap().version;
+    let wait = |world: &World, states: &[MachineState], version| {
+        let wait = WaitFor { states: states.to_vec(), version, timeout_ms: 50 };
+        world.block_on(world.host().wait(&id, wait))
+    };
+    let late = wait(&world, &[MachineState::Stopped], Some(old.clone()));
+    assert_eq!(late, Err(Refusal::WaitTimeout { state: MachineState::Started }));
+    assert!(wait(&world, &[MachineState::Stopped, MachineState::Started], None).is_ok());
+    world.assign_as(id.clone(), 1, "sleep 1000", |_| {});
+    world.until("it is in the new version", || world.fact(&id).filter(|fact| fact.version != old && fact.state == MachineState::Started));
+    let wait = WaitFor { states: vec![MachineState::Stopped], version: Some(old), timeout_ms: 60_000 };
+    let vain = world.block_on(world.host().wait(&id, wait));
+    assert_eq!(vain, Err(Refusal::WaitHopeless { state: MachineState::Started }));
 }

@@ -190,8 +190,9 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             internal_port: m.address.port(),
             force_https: m.force_https,
             autostart: true,
-            autostop: false,
+            autostop: Default::default(),
             min_machines_running: 0,
+            max_machines_running: None,
             concurrency,
         };
         let spec = MachineSpec {
