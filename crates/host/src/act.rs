@@ -223,10 +223,17 @@ pub fn is_frozen(shared: &Shared, id: &MachineId) -> bool {
     })
 }
 
+/// No supervisor holds its lock.
+fn has_ended(shared: &Shared, id: &MachineId) -> bool {
+    dunlin_runtime::lock_holder(&shared.machine_dir(id.as_str())).ok().flatten().is_none()
+}
+
 fn freeze(shared: &Shared, id: &MachineId) -> Result<(), String> {
     let cgroup = shared.cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str()));
     let frozen = cgroup.and_then(|cgroup| cgroup.freeze(FREEZE_PATIENCE)).map_err(|error| chain(&error));
-    if let Err(error) = &frozen {
+    if let Err(error) = &frozen
+        && !has_ended(shared, id)
+    {
         tracing::warn!(machine = %id, %error, "it could not be suspended and goes on");
     }
     frozen
@@ -234,7 +241,8 @@ fn freeze(shared: &Shared, id: &MachineId) -> Result<(), String> {
 
 fn thaw(shared: &Shared, id: &MachineId, attempt: u64) {
     match shared.cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).and_then(|cgroup| cgroup.thaw()) {
-        Ok(()) | Err(CgroupError::NotFound(_)) => {} // it ended; that is told by its supervisor
+        Ok(()) | Err(CgroupError::NotFound(_)) => {}
+        Err(_) if has_ended(shared, id) => {} // that is told by its supervisor
         Err(error) => {
             tracing::error!(machine = %id, attempt, error = %chain(&error), "it cannot be resumed; ending it");
             clean_up(shared, id); // the exit that follows decides what is next

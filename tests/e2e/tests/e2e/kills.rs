@@ -211,6 +211,10 @@ fn the_host_is_killed_at_every_boundary() {
             }
         });
         server.until("two machines", || server.machines("web").len() == 2);
+        // The kill may have come between the suspend and the start.
+        for machine in server.machines("web") {
+            let _ = api_post(&server, &format!("/v1/apps/web/machines/{machine}/start"), "{}");
+        }
         is_whole(&server, &[format!("release {release}")]);
         let seen = probe.unwrap().stop();
         assert!(seen.refused.is_empty(), "{point}: {seen:?}");
