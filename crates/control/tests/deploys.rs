@@ -2,6 +2,7 @@
 
 mod world;
 
+use dunlin_api::{Command, CommandKind, HostApi, Source};
 use dunlin_model::desired::ReleaseStatus;
 use serde_json::json;
 use std::sync::atomic::Ordering;
@@ -396,5 +397,36 @@ async fn destroying_an_app_leaves_tombstones_and_frees_the_name() {
     assert_eq!(world.deploy("web", 'a', "good").await.message, "release v1 is live on 1 machine");
     let addresses: Vec<_> = world.view.current().config.machines.values().map(|m| m.address).collect();
     assert_ne!(addresses, ["10.201.0.1".parse::<std::net::Ipv4Addr>().unwrap()], "a freed address rests");
+    world.control.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deploy_waits_for_whoever_leased_a_machine() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    world.create_app("web").await;
+    world.deploy("web", 'a', "good").await;
+    let row = || world.view.current().config.machines.values().next().cloned().unwrap();
+    let before = row();
+    let order = |id: &str, nonce: Option<String>, kind| Command {
+        id: id.parse().unwrap(),
+        machine: before.id.clone(),
+        deadline_ms: u64::MAX,
+        generation: None,
+        plan: None,
+        expected_version: None,
+        nonce,
+        source: Source::User,
+        request_id: None,
+        kind,
+    };
+    let lease = CommandKind::Lease { ttl_ms: 600_000, owner: "ann".into(), description: String::new() };
+    let nonce = world.host.command(order("take", None, lease)).await.unwrap().lease.unwrap().nonce;
+    let release = world.release("web", 'b', "good").await;
+    tokio::time::sleep(Duration::from_millis(500)).await; // so long it would have taken
+    assert_eq!(row().spec.version, before.spec.version, "what is leased was changed");
+    world.host.command(order("give", Some(nonce), CommandKind::Release)).await.unwrap();
+    assert_eq!(world.follow("web", release).await.last().unwrap().ended, Some(ReleaseStatus::Succeeded));
+    assert_ne!(row().spec.version, before.spec.version);
     world.control.shutdown().await;
 }

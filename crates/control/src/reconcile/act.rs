@@ -42,11 +42,12 @@ pub(crate) async fn act(
             }
         }
         StepKind::Assign { .. } => assign(ctx, plan, step).await?,
-        StepKind::Update { group, version } => update(ctx, plan, step, group, version).await?,
-        StepKind::Destroy { .. } => remove(ctx, plan, step).await?,
+        StepKind::Update { group, version } => update(ctx, plan, step, group, version, deadline_ms).await?,
+        StepKind::Destroy { .. } => remove(ctx, plan, step, deadline_ms).await?,
         StepKind::Start { version, .. } => start(ctx, plan, step, version, deadline_ms).await?,
         StepKind::Cordon { .. } => match send(ctx, plan, step, None, CommandKind::Cordon).await? {
             Ok(_) => Done::Passed { floor: None, change: Change::default() },
+            Err(refusal @ Refusal::Leased { .. }) => not_yet(plan, step, &refusal, deadline_ms, "cordoned"),
             Err(refusal) => {
                 // It only helps a clean drain; the stop that follows is what counts.
                 tracing::debug!(app = %plan.app, machine = %step.machine, %refusal, "not cordoned");
@@ -65,6 +66,7 @@ pub(crate) async fn act(
                 Err(Refusal::NoSuchMachine(_) | Refusal::IllegalMove { .. }) => {
                     Done::Passed { floor: None, change: Change::default() }
                 }
+                Err(refusal @ Refusal::Leased { .. }) => not_yet(plan, step, &refusal, deadline_ms, "stopped"),
                 Err(refusal) => Done::Failed(format!("machine {} cannot be stopped: {refusal}", step.machine)),
             }
         }
@@ -163,7 +165,11 @@ async fn update(
     step: &Step,
     group: &str,
     version: &MachineVersion,
+    deadline_ms: u64,
 ) -> Result<Done, Failure> {
+    if let Some(refusal) = leased(ctx, step).await {
+        return Ok(not_yet(plan, step, &refusal, deadline_ms, "updated"));
+    }
     let Some(row) = ctx.state.machine(&step.machine).await? else {
         return Ok(Done::Replan("a machine was destroyed meanwhile"));
     };
@@ -178,7 +184,17 @@ async fn update(
     Ok(Done::Passed { floor: None, change })
 }
 
-async fn remove(ctx: &Ctx, plan: &Plan, step: &Step) -> Result<Done, Failure> {
+/// What is written to the store is not refused by the host: it is asked before.
+async fn leased(ctx: &Ctx, step: &Step) -> Option<Refusal> {
+    // One that its host does not know yet, or cannot speak of, nobody has leased.
+    let lease = ctx.host.lease(&step.machine).await.ok().flatten()?;
+    Some(Refusal::Leased { machine: step.machine.clone(), owner: lease.owner, expires_at_ms: lease.expires_at_ms })
+}
+
+async fn remove(ctx: &Ctx, plan: &Plan, step: &Step, deadline_ms: u64) -> Result<Done, Failure> {
+    if let Some(refusal) = leased(ctx, step).await {
+        return Ok(not_yet(plan, step, &refusal, deadline_ms, "destroyed"));
+    }
     let Some(row) = ctx.state.machine(&step.machine).await? else {
         return Ok(Done::Passed { floor: None, change: Change::default() }); // somebody destroyed it by hand
     };
