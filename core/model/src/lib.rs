@@ -14,6 +14,7 @@
 pub mod config;
 pub mod desired;
 pub mod events;
+pub mod files;
 pub mod ids;
 pub mod machine;
 pub mod seal;
@@ -21,6 +22,7 @@ pub mod token;
 pub mod volume;
 
 pub use events::{EventKind, Lease, MachineEvent, Source};
+pub use files::MachineFile;
 pub use ids::{
     AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region, SnapshotId, VolumeId,
 };

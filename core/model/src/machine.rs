@@ -1,6 +1,6 @@
 //! What a machine is asked to be (its spec) and what it may be found in (its state).
 
-use crate::{AppName, MachineVersion, OrgName};
+use crate::{AppName, MachineFile, MachineVersion, OrgName};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -24,6 +24,12 @@ pub struct MachineSpec {
     #[serde(default)]
     pub env: BTreeMap<String, String>,
     pub guest: Guest,
+    /// Swap beside the guest's memory; 0 = none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub swap_mb: u32,
+    /// Written before each start; see [`crate::files::check_files`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<MachineFile>,
     #[serde(default)]
     pub services: Vec<Service>,
     #[serde(default)]
@@ -170,6 +176,10 @@ impl MachineSpec {
 
 fn yes() -> bool {
     true
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

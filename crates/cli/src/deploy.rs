@@ -2,7 +2,7 @@
 
 use crate::args::{AppArgs, BuildArgs, DeployArgs, RollbackArgs};
 use crate::config_file::{self, Loaded, app_name};
-use crate::{CliError, Exit, Session, context, ui};
+use crate::{CliError, Exit, Session, context, local_files, ui};
 use base64::Engine;
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_api::wire::{AppStatus, BuildEvent, CreateRelease, DeployEvent, Release, Rollback};
@@ -47,7 +47,8 @@ pub async fn deploy_loaded(session: &Session, source: Source<'_>, loaded: Loaded
         }
     };
     progress.step(&format!("releasing {image}"));
-    let body = CreateRelease { image, config: loaded.config, reason: String::new() };
+    let config = local_files::read_in(loaded.config, source.dir)?;
+    let body = CreateRelease { image, config, reason: String::new() };
     let release: Release = session.client.post(&format!("/v1/apps/{app}/releases"), &body).await?;
     if detach {
         print_release(session, &release);

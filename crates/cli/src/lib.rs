@@ -12,6 +12,7 @@ mod context;
 mod deploy;
 mod exit;
 mod launch;
+mod local_files;
 mod logs;
 mod machines;
 mod secrets;

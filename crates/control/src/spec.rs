@@ -44,6 +44,8 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
         command: config.command_for(group),
         env: env(config),
         guest: config.guest_for(group),
+        swap_mb: config.swap_size_mb.unwrap_or(0),
+        files: config.files_for(group),
         services: config.services_for(group),
         checks: config.checks_for(group),
         restart: config.restart_for(group),

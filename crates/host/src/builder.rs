@@ -12,7 +12,7 @@ use dunlin_runtime::net::NetSpec;
 use dunlin_runtime::net::firewall::MachineRule;
 use dunlin_runtime::volume::{LoopVolume, MountedVolume, VolumeError};
 use dunlin_runtime::{
-    Bind, Client, LogLimits, MemoryFile, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION,
+    Bind, Client, LogLimits, GuestFile, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION,
 };
 use std::collections::BTreeMap;
 use std::fs;
@@ -141,7 +141,7 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
         hostname: "builder".into(),
         uid_base,
         cgroups: shared.cgroups.clone(),
-        limits: Limits { cpu_millis: shared.config.cpus * 1000, memory_bytes: MEMORY_BYTES, pids: MAX_PIDS },
+        limits: Limits { cpu_millis: shared.config.cpus * 1000, memory_bytes: MEMORY_BYTES, pids: MAX_PIDS, ..Limits::NONE },
         net: Some(net),
         resolv_conf: shared.firewall.resolv_conf(),
         address: None,
@@ -151,9 +151,9 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
             bind(&request.registry_socket, "/run/registry.sock", false),
             bind(&binary, "/dunlin", true),
         ],
-        files: request.files.iter().map(|(path, content)| MemoryFile { path: path.into(), content: content.clone() }).collect(),
+        files: request.files.iter().map(|(path, content)| GuestFile::in_memory(path.into(), content.clone())).collect(),
         volumes: vec![],
-        log_limits: LogLimits { file_bytes: 64 << 20, files: 2 },
+        log_limits: LogLimits { file_bytes: 64 << 20, files: 2, ..LogLimits::default() },
         start: true,
         kill_at: None,
     };

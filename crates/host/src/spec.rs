@@ -3,13 +3,15 @@
 use crate::Shared;
 use crate::agent::chain;
 use dunlin_machine::Record;
-use dunlin_model::{CpuKind, HostId, MachineSpec};
+use dunlin_model::files::check_files;
+use dunlin_model::{CpuKind, HostId, MachineFile, MachineSpec};
 use dunlin_registry::{Digest, ImageRecord};
 use dunlin_runtime::cgroup::Limits;
 use dunlin_runtime::net::NetSpec;
-use dunlin_runtime::{LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION};
+use dunlin_runtime::{GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION};
 use dunlin_view::SecretsFact;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -17,6 +19,10 @@ use std::time::Duration;
 const MAX_PIDS: u32 = 4096;
 /// A shared cpu may use this much of a core; a performance cpu all of it.
 const SHARED_CPU_MILLIS: u32 = 1000;
+/// Where cores are scarce, a shared cpu counts as a sixteenth of a performance cpu, as on Fly.
+const SHARED_CPU_WEIGHT_MILLIS: u32 = 1000 / 16;
+/// Of files that do not say.
+const FILE_MODE: u32 = 0o644;
 /// Secrets of a new version may still be on their way from control.
 const SECRETS_WAIT: Duration = Duration::from_secs(10);
 
@@ -33,6 +39,7 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
     let image = image(shared, spec).await?;
     let secrets = secrets(shared, spec).await?;
     let command = command(spec, &image)?;
+    let files = files(spec, &secrets)?;
     let mut net = NetSpec::new(id.interface_name(), record.assignment.address, shared.firewall.group());
     net.mtu = shared.mtu;
     Ok(SupervisorSpec {
@@ -56,7 +63,7 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         resolv_conf: shared.firewall.resolv_conf(),
         address: Some(record.assignment.address),
         binds: vec![],
-        files: vec![],
+        files,
         volumes: vec![],
         log_limits: LogLimits::default(),
         start: true,
@@ -80,15 +87,43 @@ fn command(spec: &MachineSpec, image: &ImageRecord) -> Result<Vec<String>, Strin
 }
 
 fn limits(spec: &MachineSpec) -> Limits {
-    let per_cpu = match spec.guest.cpu_kind {
-        CpuKind::Shared => SHARED_CPU_MILLIS,
-        CpuKind::Performance => 1000,
+    let (per_cpu, weight) = match spec.guest.cpu_kind {
+        CpuKind::Shared => (SHARED_CPU_MILLIS, SHARED_CPU_WEIGHT_MILLIS),
+        CpuKind::Performance => (1000, 1000),
     };
+    let cpus = spec.guest.cpus.max(1);
     Limits {
-        cpu_millis: per_cpu * spec.guest.cpus.max(1),
+        cpu_millis: per_cpu * cpus,
+        cpu_weight_millis: weight * cpus,
         memory_bytes: u64::from(spec.guest.memory_mb) << 20,
+        swap_bytes: u64::from(spec.swap_mb) << 20,
         pids: MAX_PIDS,
     }
+}
+
+/// What stands in the spec is no secret and the machine's own from then on; the content of secrets stays in memory.
+fn files(spec: &MachineSpec, secrets: &BTreeMap<String, String>) -> Result<Vec<GuestFile>, String> {
+    check_files(&spec.files)?;
+    let guest_file = |file: &MachineFile| {
+        let path = PathBuf::from(&file.guest_path);
+        let mode = file.mode.unwrap_or(FILE_MODE);
+        let (content, on_disk) = match (&file.raw_value, &file.secret_name) {
+            (Some(text), _) => (MachineFile::decode(text), true),
+            (None, Some(name)) => {
+                let value = secrets.get(name).ok_or_else(|| {
+                    format!("file {}: the app has no secret {name}; set it with `dunlin secrets set`", file.guest_path)
+                })?;
+                let content = MachineFile::decode(value).ok_or_else(|| {
+                    format!("file {}: the value of secret {name} is not base64, as that of a file must be", file.guest_path)
+                })?;
+                (Some(content), false)
+            }
+            (None, None) => (None, false),
+        };
+        let content = content.ok_or_else(|| format!("file {}: it has no content", file.guest_path))?;
+        Ok(GuestFile { path, content, mode, on_disk })
+    };
+    spec.files.iter().map(guest_file).collect()
 }
 
 /// The image's, then the configuration's, then secrets; what the platform says of the machine is last,

@@ -136,6 +136,8 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         restart: Default::default(),
         stop: Default::default(),
         secrets_version: 0,
+        swap_mb: 0,
+        files: vec![],
         metadata: Default::default(),
         mounts: vec![],
     };

@@ -10,6 +10,7 @@ mod container;
 mod exec;
 pub mod features;
 mod files;
+mod guest_files;
 pub mod logs;
 pub mod net;
 mod process;
@@ -30,7 +31,7 @@ pub use agent::{
 pub use files::{ExitRecord, list_exits, lock_holder, read_exit, remove_exit};
 pub use remove::remove_tree;
 pub use spec::{
-    Bind, LogLimits, MemoryFile, ProcessSpec, Profile, Rootfs, SupervisorSpec, UID_RANGE, WIRE_VERSION,
+    Bind, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, UID_RANGE, WIRE_VERSION,
 };
 pub use supervisor::{KILL_POINTS, supervisor_main};
 pub use wire::{ExecSpec, Phase, Status, WindowSize};

@@ -1,6 +1,6 @@
 //! A machine's log: size-rotated files of one JSON object a line, written by its supervisor, read by
-//! the agent. A full disk costs lines, never the machine: lost lines are counted, and said once
-//! writing works again.
+//! the agent. A full disk costs lines, never the machine, and so does a program that prints without end:
+//! lost lines are counted, and said in the log once lines are written again.
 
 use crate::files::now_ms;
 use crate::spec::LogLimits;
@@ -9,9 +9,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// A longer line is cut into several.
 pub const MAX_LINE_BYTES: usize = 16 * 1024;
+/// The stream of what the platform says.
+const PLATFORM: &str = "system";
 
 /// One line that a machine printed, or that the platform says of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,28 +38,52 @@ pub(crate) struct LogWriter {
     number: u64,
     file: Option<File>,
     size: u64,
+    /// Could not be written.
     lost: u64,
+    rate: Rate,
+    /// Were not written, for there were too many.
+    over_rate: u64,
 }
 
 impl LogWriter {
     pub fn open(machine_dir: &Path, attempt: u64, limits: LogLimits) -> Self {
         let dir = machine_dir.join("log");
         let number = numbers(&dir).last().copied().unwrap_or(1);
-        Self { dir, limits, attempt, written: 0, number, file: None, size: 0, lost: 0 }
+        let rate = Rate::new(&limits, Instant::now());
+        Self { dir, limits, attempt, written: 0, number, file: None, size: 0, lost: 0, rate, over_rate: 0 }
     }
 
+    /// What the platform says is few, and never lost for being too much.
     pub fn line(&mut self, stream: &str, line: &str) {
-        if self.lost > 0 {
-            let said = format!("{} lines were lost: the log could not be written", self.lost);
-            if self.try_write("system", &said).is_err() {
-                self.lost += 1;
-                return;
-            }
-            self.lost = 0;
+        let is_platforms = stream == PLATFORM;
+        if !is_platforms && !self.rate.takes(line.len(), Instant::now()) {
+            self.over_rate += 1;
+            self.written += 1;
+            return;
         }
-        if self.try_write(stream, line).is_err() {
+        if self.say_losses().and_then(|()| self.try_write(stream, line)).is_err() {
             self.lost += 1;
         }
+    }
+
+    /// Called now and then: a program that printed too much and is silent now has lines to hear of, too.
+    pub fn look(&mut self) {
+        if self.over_rate > 0 && self.rate.has_rested(Instant::now()) {
+            let _ = self.say_losses(); // said with the next line
+        }
+    }
+
+    fn say_losses(&mut self) -> io::Result<()> {
+        if self.lost > 0 {
+            self.try_write(PLATFORM, &format!("{} lost: the log could not be written", lines(self.lost)))?;
+            self.lost = 0;
+        }
+        if self.over_rate > 0 {
+            let rate = self.limits.bytes_per_second >> 10;
+            self.try_write(PLATFORM, &format!("{} lost: over the rate of {rate} KiB a second", lines(self.over_rate)))?;
+            self.over_rate = 0;
+        }
+        Ok(())
     }
 
     fn try_write(&mut self, stream: &str, line: &str) -> io::Result<()> {
@@ -89,6 +116,58 @@ impl LogWriter {
         self.size += bytes.len() as u64;
         Ok(())
     }
+}
+
+/// How much may be written: a burst, and in the long run so many bytes a second. Once it was too much, nothing is
+/// taken until a second's worth is there again: not every other line would be of use to anybody.
+struct Rate {
+    per_second: u64,
+    burst: u64,
+    left: u64,
+    as_of: Instant,
+    rests: bool,
+}
+
+impl Rate {
+    /// A record's bytes besides its line.
+    const RECORD_BYTES: usize = 80;
+
+    fn new(limits: &LogLimits, now: Instant) -> Self {
+        let kept = limits.file_bytes.saturating_mul(u64::from(limits.files));
+        let burst = kept.max(limits.bytes_per_second);
+        Self { per_second: limits.bytes_per_second, burst, left: burst, as_of: now, rests: false }
+    }
+
+    fn takes(&mut self, line_bytes: usize, now: Instant) -> bool {
+        if !self.has_rested(now) {
+            return false;
+        }
+        let cost = (line_bytes + Self::RECORD_BYTES) as u64;
+        match self.left.checked_sub(cost) {
+            Some(left) => self.left = left,
+            None => self.rests = true,
+        }
+        !self.rests
+    }
+
+    fn has_rested(&mut self, now: Instant) -> bool {
+        let gained = now.saturating_duration_since(self.as_of).as_micros() as u64;
+        let gained = gained.saturating_mul(self.per_second) / 1_000_000;
+        // Shorter times than a byte takes add up.
+        if gained > 0 {
+            self.left = self.left.saturating_add(gained).min(self.burst);
+            self.as_of = now;
+        }
+        self.rests &= self.left < self.per_second;
+        !self.rests
+    }
+}
+
+/// `1 line was`, `1,234 lines were`.
+fn lines(number: u64) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    format!("{} {}", groups.join(","), if number == 1 { "line was" } else { "lines were" })
 }
 
 /// A supervisor that was killed may have left half a line: it must not spoil the next.
@@ -202,7 +281,7 @@ mod tests {
     #[test]
     fn lines_survive_rotation_and_are_read_once() {
         let dir = tempfile::tempdir().unwrap();
-        let limits = LogLimits { file_bytes: 400, files: 3 };
+        let limits = LogLimits { file_bytes: 400, files: 3, ..LogLimits::default() };
         let mut writer = LogWriter::open(dir.path(), 1, limits);
         for i in 0..6 {
             writer.line("stdout", &format!("line {i}"));
@@ -226,6 +305,42 @@ mod tests {
         LogWriter::open(dir.path(), 3, limits).line("stdout", "after a kill");
         let (all, _) = read_logs(dir.path(), LogPosition::default(), 1000).unwrap();
         assert_eq!(all.last().unwrap().line, "after a kill");
+    }
+
+    #[test]
+    fn too_many_lines_are_lost_and_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        // A second's worth is never there again.
+        let limits = LogLimits { file_bytes: 1000, files: 2, bytes_per_second: 0 };
+        let mut writer = LogWriter::open(dir.path(), 1, limits);
+        for i in 0..2000 {
+            writer.line("stdout", &format!("line {i}"));
+        }
+        writer.line("system", "ended");
+        let (records, _) = read_logs(dir.path(), LogPosition::default(), 1000).unwrap();
+        let said: Vec<_> = records.iter().rev().take(2).map(|r| (r.stream.as_str(), r.line.as_str())).collect();
+        assert_eq!(said[0], ("system", "ended"));
+        let kept = 2000 / (Rate::RECORD_BYTES as u64 + 6 + 1);
+        let lost = records[records.len() - 2].line.split(' ').next().unwrap().replace(',', "").parse::<u64>().unwrap();
+        assert!((2000 - kept - 2..2000).contains(&lost), "{said:?}");
+        assert!(said[1].1.ends_with("lines were lost: over the rate of 0 KiB a second"), "{said:?}");
+        assert_eq!(records.last().unwrap().n, 2001, "lost lines are counted too");
+        assert_eq!(lines(1_234_567), "1,234,567 lines were");
+        assert_eq!(lines(1), "1 line was");
+    }
+
+    #[test]
+    fn a_rate_is_a_burst_and_then_so_much_a_second() {
+        use std::time::Duration;
+        let start = Instant::now();
+        let limits = LogLimits { file_bytes: 1000, files: 2, bytes_per_second: 1000 };
+        let mut rate = Rate::new(&limits, start);
+        let line = 100 - Rate::RECORD_BYTES;
+        let taken = |rate: &mut Rate, at: Duration| (0..100).filter(|_| rate.takes(line, start + at)).count();
+        assert_eq!(taken(&mut rate, Duration::ZERO), 20);
+        assert_eq!(taken(&mut rate, Duration::from_millis(500)), 0, "it rests");
+        assert_eq!(taken(&mut rate, Duration::from_millis(1000)), 10);
+        assert_eq!(taken(&mut rate, Duration::from_secs(60)), 20, "never more than the burst");
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //! in a private mount namespace; the machine's first process, root in its own user namespace only,
 //! adds /proc, /sys and /dev and pivots into it. No mount is ever visible on the host.
 
+use crate::guest_files;
 use crate::remove::remove_tree;
-use crate::spec::{Bind, MemoryFile, Profile, Rootfs, SupervisorSpec, UID_RANGE};
+use crate::spec::{Bind, Profile, Rootfs, SupervisorSpec, UID_RANGE};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
@@ -162,7 +163,7 @@ fn bind_into(root: &Path, bind: &Bind, profile: Profile, uid_base: u32) -> io::R
         (false, Profile::Tenant) => sys::Attributes { set: forbidding, clear: 0 },
     };
     let tree = sys::detached_mount(&bind.source, attributes, None).map_err(explain)?;
-    let target = place(root, &bind.target, bind.source.is_dir(), uid_base).map_err(explain)?;
+    let target = place(root, &bind.target, bind.source.is_dir(), uid_base, ResolveFlag::empty()).map_err(explain)?;
     sys::attach_mount(&tree, target.as_fd()).map_err(explain)
 }
 
@@ -172,16 +173,22 @@ fn volume_into(root: &Path, volume: &Bind, uid_base: u32, user_namespace: Borrow
     let read_only = if volume.readonly { sys::READ_ONLY_MOUNT } else { 0 };
     let attributes = sys::Attributes { set: sys::NO_SUID_MOUNT | sys::NO_DEVICES_MOUNT | read_only, clear: 0 };
     let tree = sys::detached_mount(&volume.source, attributes, Some(user_namespace)).map_err(explain)?;
-    let target = place(root, &volume.target, true, uid_base).map_err(explain)?;
+    let target = place(root, &volume.target, true, uid_base, ResolveFlag::empty()).map_err(explain)?;
     sys::attach_mount(&tree, target.as_fd()).map_err(explain)
 }
 
-/// Opens a path inside the root as if the root were `/`; what is missing of it is made.
-fn place(root: &Path, target: &Path, directory: bool, owner: u32) -> io::Result<OwnedFd> {
+/// Opens a path inside the root as if the root were `/`, by these rules too; what is missing of it is made.
+pub(crate) fn place(
+    root: &Path,
+    target: &Path,
+    directory: bool,
+    owner: u32,
+    rules: ResolveFlag,
+) -> io::Result<OwnedFd> {
     let root = openat(AT_FDCWD, root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS | rules);
     let mut names = target.components().filter_map(|part| match part {
         Component::Normal(name) => Some(name),
         _ => None,
@@ -257,7 +264,7 @@ pub(crate) fn enter(spec: &SupervisorSpec) -> io::Result<()> {
     umount2(".", MntFlags::MNT_DETACH).map_err(|e| step("leaving the host's root", e.into()))?;
     std::env::set_current_dir("/")?;
     network_files(spec).map_err(|e| step("/etc", e))?;
-    memory_files(&spec.files)?;
+    guest_files::write(spec)?;
     sysctls();
     mask(spec.profile).map_err(|e| step("masking", e))
 }
@@ -305,36 +312,6 @@ fn network_files(spec: &SupervisorSpec) -> io::Result<()> {
         fs::write(&path, content)?;
     }
     Ok(())
-}
-
-/// After the pivot too. They may be secrets: their content is in a tmpfs that nothing but the binds of
-/// single files refers to, on disk are empty files only.
-fn memory_files(files: &[MemoryFile]) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    if files.is_empty() {
-        return Ok(());
-    }
-    let store = Path::new("/dev/.files");
-    fs::create_dir(store)?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("tmpfs"), store, Some("tmpfs"), flags, Some("mode=700"))?;
-    for (i, file) in files.iter().enumerate() {
-        let explain = |e: io::Error| io::Error::new(e.kind(), format!("file {}: {e}", file.path.display()));
-        let (source, target) = (store.join(i.to_string()), Path::new("/").join(&file.path));
-        let make = || -> io::Result<()> {
-            fs::write(&source, &file.content)?;
-            // The machine has one tenant: whichever user its program runs as may read its files.
-            fs::set_permissions(&source, fs::Permissions::from_mode(0o444))?;
-            fs::create_dir_all(target.parent().unwrap_or(Path::new("/")))?;
-            File::options().append(true).create(true).open(&target)?;
-            mount(Some(&source), &target, NONE, MsFlags::MS_BIND, NONE)?;
-            mount(NONE, &target, NONE, flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, NONE)?;
-            Ok(())
-        };
-        make().map_err(explain)?;
-    }
-    umount2(store, MntFlags::MNT_DETACH)?;
-    fs::remove_dir(store)
 }
 
 /// Comforts of the network namespace; a kernel without them works too.

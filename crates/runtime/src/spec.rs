@@ -38,9 +38,8 @@ pub struct SupervisorSpec {
     /// Mounted file systems of the host whose files belong to the machine's own users, whichever range it has.
     #[serde(default)]
     pub volumes: Vec<Bind>,
-    /// Read-only files whose content is in memory only: it may be secret.
     #[serde(default)]
-    pub files: Vec<MemoryFile>,
+    pub files: Vec<GuestFile>,
     pub log_limits: LogLimits,
     /// `false` prepares everything and waits for [`Client::start`](crate::Client::start).
     pub start: bool,
@@ -84,10 +83,27 @@ pub struct Bind {
     pub readonly: bool,
 }
 
+/// A file that the machine finds when it starts.
 #[derive(Clone, Serialize, Deserialize)]
-pub struct MemoryFile {
+pub struct GuestFile {
     pub path: PathBuf,
     pub content: Vec<u8>,
+    #[serde(default = "for_all")]
+    pub mode: u32,
+    /// In the machine's writable layer, its own from then on. Otherwise it is read-only and in memory: it may be secret.
+    #[serde(default)]
+    pub on_disk: bool,
+}
+
+impl GuestFile {
+    /// Read-only, in memory, readable by whichever user the program runs as: the machine has one tenant.
+    pub fn in_memory(path: PathBuf, content: Vec<u8>) -> Self {
+        Self { path, content, mode: for_all(), on_disk: false }
+    }
+}
+
+fn for_all() -> u32 {
+    0o444
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,11 +112,19 @@ pub struct LogLimits {
     pub file_bytes: u64,
     /// Oldest files are removed above this number.
     pub files: u32,
+    /// Written in the long run; a burst may be as large as all files together. Lines beyond it are lost, and counted.
+    #[serde(default = "usual_rate")]
+    pub bytes_per_second: u64,
+}
+
+/// Some 10,000 lines. The disk and the page cache are everybody's.
+fn usual_rate() -> u64 {
+    1 << 20
 }
 
 impl Default for LogLimits {
     fn default() -> Self {
-        Self { file_bytes: 4 << 20, files: 5 }
+        Self { file_bytes: 4 << 20, files: 5, bytes_per_second: usual_rate() }
     }
 }
 

@@ -282,6 +282,9 @@ impl<'a> Machine<'a> {
             over: [false; 3],
             buffer: vec![0; READ_BYTES],
         };
+        if spec.limits.swap_bytes > 0 && !has_swap() {
+            machine.log.line("system", "swap_size_mb has no effect: this host has no swap; `swapon` gives it some");
+        }
         if spec.start {
             machine.start_program()?;
         }
@@ -346,6 +349,7 @@ impl<'a> Machine<'a> {
             return;
         }
         self.memory_look_at = Instant::now() + MEMORY_LOOK;
+        self.log.look();
         let kills = self.cgroup.oom_kills().unwrap_or(self.oom_kills_said); // looked at again soon
         if kills > self.oom_kills_said {
             self.oom_kills_said = kills;
@@ -605,6 +609,11 @@ impl<'a> Machine<'a> {
         self.log.line("system", &said(&record));
         record
     }
+}
+
+/// A table with a line of titles. One that cannot be read says nothing against it.
+fn has_swap() -> bool {
+    fs::read_to_string("/proc/swaps").map_or(true, |table| table.lines().count() > 1)
 }
 
 fn said(record: &ExitRecord) -> String {

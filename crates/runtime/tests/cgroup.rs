@@ -54,7 +54,7 @@ fn wait_until(what: &str, mut check: impl FnMut() -> bool) {
 #[test]
 fn create_open_list_remove() {
     let root = Root::new("life");
-    let limits = Limits { cpu_millis: 500, memory_bytes: 64 << 20, pids: 32 };
+    let limits = Limits { cpu_millis: 500, memory_bytes: 64 << 20, pids: 32, ..Limits::NONE };
     let cgroup = root.0.create("m1", &limits).expect("create");
     assert!(matches!(root.0.create("m1", &limits), Err(CgroupError::AlreadyExists(_))));
     assert!(matches!(root.0.open("m2"), Err(CgroupError::NotFound(_))));
@@ -69,8 +69,8 @@ fn create_open_list_remove() {
     assert_eq!(again, root.0);
     assert_eq!(again.list().expect("list"), ["m1", "s-m1"]);
     assert_eq!(cgroup.usage().expect("usage").pids, 0);
-    cgroup.set_limits(&Limits { cpu_millis: 2000, memory_bytes: 256 << 20, pids: 64 }).expect("grow");
-    cgroup.set_limits(&Limits { cpu_millis: 5, memory_bytes: 16 << 20, pids: 8 }).expect("shrink");
+    cgroup.set_limits(&Limits { cpu_millis: 2000, memory_bytes: 256 << 20, pids: 64, ..Limits::NONE }).expect("grow");
+    cgroup.set_limits(&Limits { cpu_millis: 5, memory_bytes: 16 << 20, pids: 8, ..Limits::NONE }).expect("shrink");
     cgroup.set_limits(&Limits::NONE).expect("lift");
     cgroup.remove().expect("remove");
     cgroup.remove().expect("remove again");
@@ -80,7 +80,7 @@ fn create_open_list_remove() {
 #[test]
 fn a_process_joins_everywhere_and_its_use_is_counted() {
     let root = Root::new("use");
-    let cgroup = root.0.create("m1", &Limits { cpu_millis: 250, memory_bytes: 64 << 20, pids: 16 }).expect("create");
+    let cgroup = root.0.create("m1", &Limits { cpu_millis: 250, memory_bytes: 64 << 20, pids: 16, ..Limits::NONE }).expect("create");
     let mut child = start_in(&cgroup, "while :; do :; done");
     let pid = i32::try_from(child.id()).expect("pid");
     let joined = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("read");
@@ -102,7 +102,7 @@ fn a_process_joins_everywhere_and_its_use_is_counted() {
 #[test]
 fn memory_beyond_the_limit_ends_the_process_and_is_counted() {
     let root = Root::new("oom");
-    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 24 << 20, pids: 0 }).expect("create");
+    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 24 << 20, pids: 0, ..Limits::NONE }).expect("create");
     assert_eq!(cgroup.oom_kills().expect("count"), 0);
     let mut child = start_in(&cgroup, "exec python3 -c 'x = bytearray(200 << 20)'");
     let status = child.wait().expect("wait");
@@ -113,7 +113,7 @@ fn memory_beyond_the_limit_ends_the_process_and_is_counted() {
 #[test]
 fn more_processes_than_allowed_are_refused() {
     let root = Root::new("pids");
-    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 0, pids: 8 }).expect("create");
+    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 0, pids: 8, ..Limits::NONE }).expect("create");
     let mut child = start_in(&cgroup, "for i in $(seq 50); do sleep 300 & done; wait");
     wait_until("it stands at the limit or gave up", || {
         cgroup.usage().expect("usage").pids == 8 || child.try_wait().expect("wait").is_some()
@@ -162,7 +162,7 @@ fn freezing_stops_and_thawing_goes_on() {
 #[test]
 fn a_fork_storm_is_killed_to_the_last_process() {
     let root = Root::new("storm");
-    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 0, pids: 200 }).expect("create");
+    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 0, pids: 200, ..Limits::NONE }).expect("create");
     let storm = "f() { while :; do (setsid sh -c 'sleep 0.01' &) ; done; }; for i in 1 2 3 4 5 6; do f & done; wait";
     let mut child = start_in(&cgroup, storm);
     wait_until("it storms", || cgroup.procs().expect("procs").len() > 20);
@@ -177,7 +177,7 @@ fn a_fork_storm_is_killed_to_the_last_process() {
 #[test]
 fn a_session_takes_its_own_processes_and_leaves_the_rest() {
     let root = Root::new("session");
-    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 64 << 20, pids: 64 }).expect("create");
+    let cgroup = root.0.create("m1", &Limits { cpu_millis: 0, memory_bytes: 64 << 20, pids: 64, ..Limits::NONE }).expect("create");
     let mut app = start_in(&cgroup, "exec sleep 300");
     let session = cgroup.session("x1").expect("session");
     assert!(matches!(cgroup.session("x1"), Err(CgroupError::AlreadyExists(_))));

@@ -16,6 +16,7 @@
 //! );
 //! ```
 
+mod file;
 mod parse;
 mod problem;
 pub mod procfile;
@@ -29,6 +30,7 @@ pub mod units;
 mod validate;
 pub mod words;
 
+pub use file::FileEntry;
 pub use parse::{Parsed, parse};
 pub use problem::{ConfigError, ConfigProblem, Mistake};
 pub use render::render;
@@ -68,6 +70,9 @@ pub struct AppConfig {
     pub kill_signal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kill_timeout_ms: Option<u64>,
+    /// Swap of every machine, beside its memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub swap_size_mb: Option<u32>,
     pub build: Build,
     pub deploy: Deploy,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -90,6 +95,8 @@ pub struct AppConfig {
     pub restart: Vec<Restart>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<MountConfig>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FileEntry>,
 }
 
 impl AppConfig {

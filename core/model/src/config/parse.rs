@@ -4,7 +4,7 @@ use super::problem::position;
 use super::section::{Findings, GroupUse, Refused, Section, read_item, value};
 use super::{
     AppConfig, Build, ConfigError, ConfigProblem, DEFAULT_GROUP, Deploy, GUEST_SIZES, GuestSize, HttpService,
-    KILL_SIGNALS, MAX_FILE_BYTES, MAX_KILL_TIMEOUT_MS, Mistake, MountConfig, Restart, Strategy, Vm, procfile, service, units, words,
+    KILL_SIGNALS, MAX_FILE_BYTES, MAX_KILL_TIMEOUT_MS, Mistake, MountConfig, Restart, Strategy, Vm, file, procfile, service, units, words,
 };
 use crate::machine::{CpuKind, RestartWhen};
 use crate::volume::{
@@ -24,12 +24,10 @@ pub struct Parsed {
 
 /// Keys at the top of the file that Fly honours and we do not yet.
 const LATER: &[(&str, &str)] = &[
-    ("swap_size_mb", "machines have no swap"),
     ("console_command", "use `dunlin machine exec`"),
     ("host_dedication_id", "hosts cannot be dedicated"),
     ("machine_config", "raw machine configurations are not merged"),
     ("container", "a machine runs one container"),
-    ("files", "files are not written into machines; put them into the image or into a secret"),
     ("statics", "static files are served by the app itself"),
     ("metrics", "metrics of apps are not collected"),
     ("machine_checks", "checks that run a machine are not available"),
@@ -105,6 +103,12 @@ fn read_app<'t>(f: &mut Findings<'t>, mut top: Section<'t>) -> AppConfig {
             let ms = value::duration_ms(1000)(value)?;
             if ms <= MAX_KILL_TIMEOUT_MS { Ok(ms) } else { Err(Refused::Type) }
         }),
+        swap_size_mb: top.read(
+            f,
+            "swap_size_mb",
+            &format!("a number of MB up to {}", units::MAX_SWAP_MB),
+            value::number(0..=units::MAX_SWAP_MB),
+        ),
         build: top.section(f, "build").map(|section| read_build(f, section)).unwrap_or_default(),
         deploy: top.section(f, "deploy").map(|section| read_deploy(f, section)).unwrap_or_default(),
         env: top.section(f, "env").map(|section| read_env(f, section)).unwrap_or_default(),
@@ -115,6 +119,7 @@ fn read_app<'t>(f: &mut Findings<'t>, mut top: Section<'t>) -> AppConfig {
         vm: top.sections(f, "vm").into_iter().map(|section| read_vm(f, section)).collect(),
         mounts: top.sections(f, "mounts").into_iter().filter_map(|section| read_mount(f, section)).collect(),
         restart: top.sections(f, "restart").into_iter().filter_map(|section| read_restart(f, section)).collect(),
+        files: top.sections(f, "files").into_iter().filter_map(|section| file::read_file(f, section)).collect(),
     };
     top.finish(f, LATER);
     config
@@ -369,7 +374,7 @@ where
 }
 
 /// A relative path that stays inside the app's directory.
-fn inner_path(value: &Value) -> Result<String, Refused> {
+pub(super) fn inner_path(value: &Value) -> Result<String, Refused> {
     let path = value::filled(value)?;
     if path.contains("://") {
         return Err(Refused::Because("it must be a path; a URL is not fetched".into()));

@@ -24,6 +24,9 @@ pub fn render(config: &AppConfig) -> String {
     if let Some(ms) = config.kill_timeout_ms {
         out.text("kill_timeout", &units::format_duration_ms(ms));
     }
+    if let Some(mb) = config.swap_size_mb {
+        out.raw("swap_size_mb", mb);
+    }
     render_build(&mut out, &config.build);
     render_deploy(&mut out, &config.deploy);
     if !config.env.is_empty() {
@@ -89,6 +92,14 @@ pub fn render(config: &AppConfig) -> String {
             out.raw("snapshot_retention", days);
         }
         out.list("processes", &mount.processes);
+    }
+    for file in &config.files {
+        out.table("[files]", "A file that machines find when they start.");
+        out.text("guest_path", &file.guest_path);
+        out.optional("local_path", file.local_path.as_deref());
+        out.optional("raw_value", file.raw_value.as_deref());
+        out.optional("secret_name", file.secret_name.as_deref());
+        out.list("processes", &file.processes);
     }
     out.0
 }

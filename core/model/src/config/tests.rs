@@ -27,6 +27,7 @@ app = "hello-web"
 primary_region = "fra"
 kill_signal = "SIGTERM"
 kill_timeout = 10
+swap_size_mb = 512
 
 [build]
 dockerfile = "docker/Dockerfile.web"
@@ -87,6 +88,15 @@ processes = ["worker"]
 [[restart]]
 policy = "always"
 retries = 3
+
+[[files]]
+guest_path = "/etc/app/motd"
+raw_value = "aGVsbG8="
+
+[[files]]
+guest_path = "/etc/app/key.pem"
+secret_name = "KEY_PEM"
+processes = ["worker"]
 "#;
 
 #[test]
@@ -105,6 +115,10 @@ fn reads_every_honoured_key() {
     assert_eq!(config.guest_for("worker"), Guest { cpu_kind: CpuKind::Performance, cpus: 2, memory_mb: 300 });
     assert_eq!(config.restart_for("worker").max_retries, 3);
     assert_eq!(config.stop().signal.as_deref(), Some("SIGTERM"));
+    assert_eq!(config.swap_size_mb, Some(512));
+    let paths = |group: &str| config.files_for(group).into_iter().map(|file| file.guest_path).collect::<Vec<_>>();
+    assert_eq!(paths("app"), ["/etc/app/motd"]);
+    assert_eq!(paths("worker"), ["/etc/app/motd", "/etc/app/key.pem"]);
 
     let services = config.services_for("app");
     assert_eq!(services.len(), 1);
@@ -329,6 +343,21 @@ fn machines_have_the_volume_of_their_group() {
 }
 
 #[test]
+fn files_that_no_machine_can_have_are_refused() {
+    let file = |keys: &str| format!("[[files]]\n{keys}\n");
+    refused(&file("guest_path = \"/a\""), "dunlin.toml:1:1: files[0] needs exactly one of local_path, raw_value and secret_name");
+    refused(
+        &file("guest_path = \"/proc/a\"\nraw_value = \"aGk=\""),
+        "dunlin.toml:1:1: [[files]]: guest_path is in /proc, which the platform makes at every start",
+    );
+    refused(&file("guest_path = \"/a\"\nraw_value = \"?\""), "dunlin.toml:1:1: [[files]]: raw_value is not base64");
+    let config = good(&file("guest_path = \"/a\"\nlocal_path = \"conf/a\""));
+    assert_eq!(config.files[0].local_path.as_deref(), Some("conf/a"));
+    let said = config.validate().unwrap_err().to_string();
+    assert!(said.contains("read by the client"), "{said}");
+}
+
+#[test]
 fn a_release_row_keeps_the_config() {
     let config = good(FULL);
     let json = serde_json::to_string(&config).unwrap();
@@ -350,7 +379,7 @@ proptest! {
     #[test]
     fn any_value_in_any_place_is_survived(
         key in prop::sample::select(vec!["app", "env", "env.A", "build", "build.args", "http_service", "http_service.checks",
-            "http_service.concurrency", "services", "checks", "checks.a", "vm", "restart", "mounts", "mounts.initial_size", "processes", "processes.a", "deploy.strategy", "kill_timeout"]),
+            "http_service.concurrency", "services", "checks", "checks.a", "vm", "restart", "files", "swap_size_mb", "mounts", "mounts.initial_size", "processes", "processes.a", "deploy.strategy", "kill_timeout"]),
         value in prop::sample::select(vec!["1", "-1", "1.5", "nan", "true", "\"x\"", "\"\"", "[]", "[1]", "{}", "[{}]", "{a={}}", "[[1]]", "1979-05-27", "9223372036854775807"]),
     ) {
         if let Ok(parsed) = parse(&format!("{key} = {value}\n"), "f") {

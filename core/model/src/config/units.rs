@@ -6,6 +6,8 @@ use crate::machine::{CpuKind, Guest};
 pub(super) const MAX_DURATION_MS: u64 = 7 * 24 * 3600 * 1000;
 /// Smallest and largest machine, in MB.
 pub const MEMORY_MB: std::ops::RangeInclusive<u32> = 32..=1024 * 1024;
+/// Most swap of a machine.
+pub const MAX_SWAP_MB: u32 = 64 * 1024;
 /// Fewest and most CPUs of a machine.
 pub const CPUS: std::ops::RangeInclusive<u32> = 1..=256;
 

@@ -9,7 +9,7 @@ use super::service::{
     CHECK_NAME_RULE, MAX_LIMIT, MAX_MIN_RUNNING, METHODS, SHORTEST_CHECK_MS, is_check_name, is_header_name,
     is_header_value, is_path,
 };
-use super::units::{CPUS, MAX_DURATION_MS, MEMORY_MB};
+use super::units::{CPUS, MAX_DURATION_MS, MAX_SWAP_MB, MEMORY_MB};
 use super::{AppConfig, GuestSize, HttpService, KILL_SIGNALS, MAX_ENTRIES, MAX_KILL_TIMEOUT_MS, ServiceCheck, words};
 use crate::machine::CheckKind;
 use crate::volume::{
@@ -34,6 +34,11 @@ impl AppConfig {
         findings.checks();
         findings.sizes();
         findings.mounts();
+        let of_files = super::file::invalid(self);
+        of_files.into_iter().for_each(|mistake| findings.need(false, || mistake));
+        for (nth, entry) in self.files.iter().take(MAX_ENTRIES).enumerate() {
+            findings.groups(&format!("files[{nth}].processes"), &entry.processes);
+        }
         if findings.mistakes.is_empty() { Ok(()) } else { Err(InvalidConfig { mistakes: findings.mistakes }) }
     }
 }
@@ -66,6 +71,9 @@ impl Findings<'_> {
         });
         self.need((1..=MAX_DURATION_MS).contains(&config.deploy.wait_timeout_ms), || {
             format!("deploy.wait_timeout must be between 1 and {MAX_DURATION_MS} ms")
+        });
+        self.need(config.swap_size_mb.unwrap_or(0) <= MAX_SWAP_MB, || {
+            format!("swap_size_mb is more than {MAX_SWAP_MB}")
         });
         self.few("env", config.env.len());
         for (name, value) in &config.env {

@@ -100,6 +100,8 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         restart: RestartPolicy::default(),
         stop: StopConfig::default(),
         secrets_version: 0,
+        swap_mb: 0,
+        files: vec![],
         metadata: BTreeMap::new(),
         mounts: vec![],
     }

@@ -5,6 +5,7 @@ mod admission;
 mod builder;
 mod checks;
 mod exec;
+mod files;
 mod firewall;
 mod last_hop;
 mod life;
@@ -35,6 +36,7 @@ const TESTS: &[Test] = tests![
     builder: a_caller_that_goes_away_leaves_no_builder, a_reader_that_stalls_holds_nobody_up;
     checks: what_an_app_answers_stays_on_its_host;
     exec: a_reader_that_stalls_keeps_no_thread, a_refusal_says_why;
+    files: a_machine_has_its_files_and_those_of_its_secrets;
     firewall: it_comes_back_when_somebody_flushes_it, a_docker_that_starts_later_cuts_nobody_off,
         a_host_without_name_servers_starts_and_follows_when_it_gets_some;
     last_hop: a_request_that_gives_up_leaves_the_machine_to_be_woken_by_the_next,

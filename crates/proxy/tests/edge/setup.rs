@@ -211,6 +211,8 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             restart: Default::default(),
             stop: Default::default(),
             secrets_version: 0,
+            swap_mb: 0,
+            files: vec![],
             metadata: Default::default(),
             mounts: vec![],
         };

@@ -150,20 +150,22 @@ impl MachineCgroup {
     }
 
     pub fn set_limits(&self, limits: &Limits) -> Result<()> {
-        self.limit_cpu(limits.cpu_millis)?;
-        self.limit_memory(limits.memory_bytes)?;
+        self.limit_cpu(limits)?;
+        self.limit_memory(limits.memory_bytes, limits.swap_bytes)?;
         let pids = if limits.pids == 0 { "max".to_owned() } else { limits.pids.to_string() };
         write(&self.controller("pids")?.0.join("pids.max"), &pids)
     }
 
-    fn limit_cpu(&self, millis: u32) -> Result<()> {
+    fn limit_cpu(&self, limits: &Limits) -> Result<()> {
         let (dir, unified) = self.controller("cpu")?;
+        let millis = limits.cpu_millis;
+        let weight = if limits.cpu_weight_millis == 0 { millis } else { limits.cpu_weight_millis };
         let quota = (u64::from(millis) * CPU_PERIOD_USEC / 1000).max(CPU_QUOTA_MIN_USEC);
         if unified {
             let (max, weight) = if millis == 0 {
                 (format!("max {CPU_PERIOD_USEC}"), 100)
             } else {
-                (format!("{quota} {CPU_PERIOD_USEC}"), (millis / 10).clamp(1, 10_000))
+                (format!("{quota} {CPU_PERIOD_USEC}"), (weight / 10).clamp(1, 10_000))
             };
             write(&dir.join("cpu.max"), &max)?;
             return write(&dir.join("cpu.weight"), &weight.to_string());
@@ -171,33 +173,39 @@ impl MachineCgroup {
         let (quota, shares) = if millis == 0 {
             ("-1".to_owned(), 1024)
         } else {
-            (quota.to_string(), (u64::from(millis) * 1024 / 1000).clamp(2, 262_144))
+            (quota.to_string(), (u64::from(weight) * 1024 / 1000).clamp(2, 262_144))
         };
         write(&dir.join("cpu.cfs_period_us"), &CPU_PERIOD_USEC.to_string())?;
         write(&dir.join("cpu.cfs_quota_us"), &quota)?;
         write(&dir.join("cpu.shares"), &shares.to_string())
     }
 
-    /// Limits memory and allows no swap beyond it, so that a machine's size means the same on every host.
-    fn limit_memory(&self, bytes: u64) -> Result<()> {
+    /// Limits memory, and swap beyond it to what was asked for, so that a machine's size means the same on every host.
+    fn limit_memory(&self, bytes: u64, swap_bytes: u64) -> Result<()> {
         let (dir, unified) = self.controller("memory")?;
         if unified {
             let max = if bytes == 0 { "max".to_owned() } else { bytes.to_string() };
             write(&dir.join("memory.max"), &max)?;
             let swap = dir.join("memory.swap.max");
-            return if swap.exists() { write(&swap, if bytes == 0 { "max" } else { "0" }) } else { Ok(()) };
+            return match (swap.exists(), swap_bytes) {
+                (true, _) if bytes == 0 => write(&swap, "max"),
+                (true, _) => write(&swap, &swap_bytes.to_string()),
+                (false, 0) => Ok(()),
+                (false, _) => Err(no_swap_accounting()),
+            };
         }
         let value = if bytes == 0 { "-1".to_owned() } else { bytes.to_string() };
         let memory = dir.join("memory.limit_in_bytes");
         let with_swap = dir.join("memory.memsw.limit_in_bytes");
         if !with_swap.exists() {
-            return write(&memory, &value);
+            return if swap_bytes == 0 { write(&memory, &value) } else { Err(no_swap_accounting()) };
         }
+        let both = if bytes == 0 { value.clone() } else { bytes.saturating_add(swap_bytes).to_string() };
         // The limit with swap may never be the smaller one: growing needs it first, shrinking needs it last.
         match write(&memory, &value) {
-            Ok(()) => write(&with_swap, &value),
+            Ok(()) => write(&with_swap, &both),
             Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
-                write(&with_swap, &value)?;
+                write(&with_swap, &both)?;
                 write(&memory, &value)
             }
             Err(error) => Err(error),
@@ -402,6 +410,15 @@ impl MachineCgroup {
     }
 }
 
+/// Without it a machine could fill the host's swap: it gets none rather than all.
+fn no_swap_accounting() -> CgroupError {
+    CgroupError::Unusable(
+        "the kernel does not account swap, so no machine can have swap_size_mb; start it with swapaccount=1, or take \
+         swap_size_mb out of the app's configuration"
+            .into(),
+    )
+}
+
 fn dirs_of(name: &str, hierarchies: &[Hierarchy]) -> Vec<Dir> {
     hierarchies
         .iter()
@@ -529,10 +546,17 @@ mod tests {
         let cgroup = MachineCgroup { name: "m1".to_owned(), dirs, around: Vec::new() };
         let written = |name: &str| std::fs::read_to_string(dir.path().join(name)).expect("read");
 
-        cgroup.set_limits(&Limits { cpu_millis: 1500, memory_bytes: 4096, pids: 9 }).expect("limit");
+        cgroup.set_limits(&Limits { cpu_millis: 1500, memory_bytes: 4096, pids: 9, ..Limits::NONE }).expect("limit");
         assert_eq!(written("cpu.max"), "150000 100000");
         assert_eq!((written("memory.max"), written("memory.swap.max")), ("4096".to_owned(), "0".to_owned()));
         assert_eq!((written("pids.max"), written("cpu.weight")), ("9".to_owned(), "150".to_owned()));
+        for name in ["cpu.max", "cpu.weight", "memory.max", "memory.swap.max", "pids.max"] {
+            file(name, "");
+        }
+        let weighed = Limits { cpu_millis: 1500, cpu_weight_millis: 60, memory_bytes: 4096, swap_bytes: 8192, ..Limits::NONE };
+        cgroup.set_limits(&weighed).expect("limit");
+        assert_eq!((written("cpu.weight"), written("cpu.max")), ("6".to_owned(), "150000 100000".to_owned()));
+        assert_eq!((written("memory.max"), written("memory.swap.max")), ("4096".to_owned(), "8192".to_owned()));
         for name in ["cpu.max", "memory.max", "memory.swap.max", "pids.max"] {
             file(name, "");
         }

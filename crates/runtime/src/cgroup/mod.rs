@@ -71,10 +71,17 @@ pub struct Limits {
     pub cpu_millis: u32,
     pub memory_bytes: u64,
     pub pids: u32,
+    /// Its share where processors are scarce, beside others' in thousandths of one; 0 = `cpu_millis`.
+    #[serde(default)]
+    pub cpu_weight_millis: u32,
+    /// Beyond the memory; without a limit of memory it means nothing.
+    #[serde(default)]
+    pub swap_bytes: u64,
 }
 
 impl Limits {
-    pub const NONE: Limits = Limits { cpu_millis: 0, memory_bytes: 0, pids: 0 };
+    pub const NONE: Limits =
+        Limits { cpu_millis: 0, memory_bytes: 0, pids: 0, cpu_weight_millis: 0, swap_bytes: 0 };
 }
 
 /// What a machine uses now.

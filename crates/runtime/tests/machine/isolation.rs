@@ -105,7 +105,7 @@ fn files_are_in_memory_and_links_of_the_image_lead_nowhere() {
     fs::write(world.dir.path().join("bound"), "from the host").unwrap();
     symlink(&outside, layer.join("absolute")).unwrap();
     symlink("../../../../../../../../../..".to_owned() + outside.to_str().unwrap(), layer.join("relative")).unwrap();
-    let file = |path: &str| MemoryFile { path: path.into(), content: b"very-secret".to_vec() };
+    let file = |path: &str| GuestFile::in_memory(path.into(), b"very-secret".to_vec());
     let bind = |target: &str, readonly| Bind { source: world.dir.path().join("bound"), target: target.into(), readonly };
     let mut spec = world.spec("aa21", "sleep 1000");
     spec.process.env.clear();
@@ -124,4 +124,47 @@ fn files_are_in_memory_and_links_of_the_image_lead_nowhere() {
     assert_ne!(machine.exec("echo x > /data/deep/four").1, 0);
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "the host's directory is untouched");
     assert_no_secret_below(world.dir.path());
+}
+
+#[test]
+fn files_are_the_machines_own_and_lead_nowhere_else() {
+    let world = World::new();
+    let layer = world.dir.path().join("layer");
+    let outside = world.dir.path().join("outside");
+    fs::write(&outside, "the host's").unwrap();
+    symlink(&outside, layer.join("etc/escape")).unwrap();
+    symlink("../../../../../../etc/linked", layer.join("etc/link")).unwrap();
+    fs::write(layer.join("etc/linked"), "").unwrap();
+    fs::write(layer.join("etc/kept"), "the image's, and longer than what comes").unwrap();
+    let file = |path: &str, mode| GuestFile { path: path.into(), content: b"written".to_vec(), mode, on_disk: true };
+    let mut spec = world.spec("aa22", "sleep 1000");
+    spec.files = vec![file("/etc/kept", 0o640), file("/a/b/c", 0o600), file("/etc/link", 0o644)];
+    spec.files.push(GuestFile { on_disk: false, content: b"very-secret".to_vec(), ..file("/a/b/key", 0o400) });
+    let machine = world.run(spec.clone());
+    assert_eq!(machine.exec("cat /etc/kept /a/b/c /etc/linked").0, "written".repeat(3));
+    let (said, _) = machine.exec("busybox stat -c '%a %u' /etc/kept /a/b/c /a/b/key");
+    assert_eq!(said, "640 0\n600 0\n400 0");
+    assert_eq!(machine.exec("echo more >> /etc/kept && cat /etc/kept").0, "writtenmore");
+    assert_eq!(machine.exec("cat /a/b/key").0, "very-secret");
+    assert_ne!(machine.exec("echo x >> /a/b/key").1, 0, "it is read-only");
+    assert_no_secret_below(&world.dir.path().join("machines"));
+    drop(machine);
+    assert_eq!(fs::read_to_string(layer.join("etc/kept")).unwrap(), "the image's, and longer than what comes");
+    // A link whose place is missing in the machine, and links to what is not the machine's own file system.
+    for (path, id) in [("/etc/escape", "aa23"), ("/etc/proc", "aa24"), ("/etc/fd", "aa25"), ("/etc/pipe", "aa26")] {
+        let _ = symlink("/proc/self/oom_score_adj", layer.join("etc/proc"));
+        let _ = symlink("/proc/self/fd/3", layer.join("etc/fd"));
+        let _ = nix::unistd::mkfifo(&layer.join("etc/pipe"), nix::sys::stat::Mode::S_IRWXU);
+        for on_disk in [true, false] {
+            let mut spec = world.spec(id, "sleep 1000");
+            spec.files = vec![GuestFile { on_disk, ..file(path, 0o644) }];
+            match spawn(&world.exe, &spec) {
+                Err(error) => assert!(error.to_string().contains(path), "{error}"),
+                // A secret may cover whatever the image has there.
+                Ok(()) => assert!(path == "/etc/pipe" && !on_disk, "{path}"),
+            }
+            drop(Running { world: &world, spec });
+        }
+    }
+    assert_eq!(fs::read_to_string(&outside).unwrap(), "the host's");
 }

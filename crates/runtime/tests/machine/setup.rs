@@ -63,7 +63,7 @@ impl World {
             hostname: id.into(),
             uid_base: UID_BASE,
             cgroups: self.cgroups.clone(),
-            limits: Limits { cpu_millis: 1000, memory_bytes: 64 << 20, pids: 64 },
+            limits: Limits { cpu_millis: 1000, memory_bytes: 64 << 20, pids: 64, ..Limits::NONE },
             net: None,
             resolv_conf: "nameserver 192.0.2.53\n".into(),
             address: None,
