@@ -4,7 +4,7 @@
 use crate::{Shared, now_ms};
 use dunlin_api::{LogLine, LogQuery, LogStream, Refusal};
 use dunlin_model::{AppName, MachineId};
-use dunlin_runtime::logs::{LogPosition, read_logs};
+use dunlin_runtime::logs::{LogPosition, LogWatch, read_logs};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,21 +19,27 @@ const MAX_TAIL: usize = 50_000;
 const MAX_TAIL_BYTES: usize = 16 << 20;
 /// Each takes a blocking thread, and machines need some, too.
 pub const MAX_STREAMS: usize = 128;
-const FOLLOW_PAUSE: Duration = Duration::from_millis(200);
+/// How often a follower looks for new machines, and whether it is still listened to. Lines wake it at once.
+const LOOK: Duration = Duration::from_secs(1);
 
 pub fn stream(shared: Arc<Shared>, query: LogQuery) -> Result<LogStream, Refusal> {
     let Ok(turn) = shared.followers.clone().try_acquire_owned() else {
         return Err(Refusal::Failed(format!("{MAX_STREAMS} log streams are open on this host; close one, or try again")));
     };
+    let watch = match query.follow.then(LogWatch::new).transpose() {
+        Ok(watch) => watch,
+        Err(error) => return Err(Refusal::Failed(format!("logs cannot be followed on this host now: {error}"))),
+    };
     let (sender, lines) = mpsc::channel(QUEUE);
     tokio::task::spawn_blocking(move || {
-        send(&shared, &query, &sender);
+        send(&shared, &query, watch.as_ref(), &sender);
         drop(turn);
     });
     Ok(LogStream { lines })
 }
 
-fn send(shared: &Shared, query: &LogQuery, sender: &mpsc::Sender<LogLine>) {
+/// A watch says that the lines to come are wanted, too.
+fn send(shared: &Shared, query: &LogQuery, watch: Option<&LogWatch>, sender: &mpsc::Sender<LogLine>) {
     let mut positions = BTreeMap::new();
     let mut lines = read_tail(shared, query, &mut positions);
     loop {
@@ -43,11 +49,14 @@ fn send(shared: &Shared, query: &LogQuery, sender: &mpsc::Sender<LogLine>) {
                 return;
             }
         }
-        if !query.follow || sender.is_closed() {
+        let Some(watch) = watch.filter(|_| !sender.is_closed()) else { return };
+        if idle && let Err(error) = watch.wait(LOOK) {
+            tracing::warn!(%error, "a log is not followed any more");
             return;
         }
-        if idle {
-            std::thread::sleep(FOLLOW_PAUSE);
+        // Before they are read: what is printed afterwards wakes the next wait.
+        for (id, _) in machines(shared, query) {
+            let _ = watch.add(&shared.machine_dir(id.as_str())); // not started yet, or destroyed: looked at again
         }
         lines = read_next(shared, query, &mut positions);
     }

@@ -4,12 +4,16 @@
 
 use crate::files::now_ms;
 use crate::spec::LogLimits;
+use crate::sys;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A longer line is cut into several.
 pub const MAX_LINE_BYTES: usize = 16 * 1024;
@@ -234,6 +238,38 @@ impl LineSplitter {
     }
 }
 
+/// Wakes a reader when one of the machines that it follows has printed.
+pub struct LogWatch(OwnedFd);
+
+impl LogWatch {
+    pub fn new() -> io::Result<Self> {
+        sys::watcher().map(Self)
+    }
+
+    /// Adds a machine; one that is there already stays. Whoever then reads its log and finds nothing misses nothing by
+    /// waiting. A machine that was never started has no log yet: `NotFound`.
+    pub fn add(&self, machine_dir: &Path) -> io::Result<()> {
+        sys::watch(self.0.as_fd(), &machine_dir.join("log"))
+    }
+
+    /// Whether something was written within this time.
+    pub fn wait(&self, timeout: Duration) -> io::Result<bool> {
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) | Err(Errno::EINTR) => return Ok(false),
+            ready => drop(ready?),
+        }
+        let mut events = [0; 4096];
+        loop {
+            match nix::unistd::read(&self.0, &mut events) {
+                Ok(n) if n > 0 => {}
+                Ok(_) | Err(Errno::EAGAIN) => return Ok(true),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
 /// Where a reader stands.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LogPosition {
@@ -331,7 +367,6 @@ mod tests {
 
     #[test]
     fn a_rate_is_a_burst_and_then_so_much_a_second() {
-        use std::time::Duration;
         let start = Instant::now();
         let limits = LogLimits { file_bytes: 1000, files: 2, bytes_per_second: 1000 };
         let mut rate = Rate::new(&limits, start);
@@ -341,6 +376,24 @@ mod tests {
         assert_eq!(taken(&mut rate, Duration::from_millis(500)), 0, "it rests");
         assert_eq!(taken(&mut rate, Duration::from_millis(1000)), 10);
         assert_eq!(taken(&mut rate, Duration::from_secs(60)), 20, "never more than the burst");
+    }
+
+    #[test]
+    fn a_reader_is_woken_by_what_is_printed() {
+        let dir = tempfile::tempdir().unwrap();
+        let watch = LogWatch::new().unwrap();
+        assert_eq!(watch.add(dir.path()).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let mut writer = LogWriter::open(dir.path(), 1, LogLimits { file_bytes: 300, ..LogLimits::default() });
+        writer.line("stdout", "before");
+        watch.add(dir.path()).unwrap();
+        watch.add(dir.path()).unwrap();
+        assert!(!watch.wait(Duration::ZERO).unwrap());
+        let minute = Duration::from_secs(60);
+        for i in 0..20 {
+            writer.line("stdout", &format!("line {i}, also in the next file"));
+            assert!(watch.wait(minute).unwrap());
+            assert!(!watch.wait(Duration::ZERO).unwrap());
+        }
     }
 
     #[test]

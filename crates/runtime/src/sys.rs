@@ -233,3 +233,20 @@ pub(crate) fn reset_signals() {
         }
     }
 }
+
+/// An empty set of watched directories. Reading from it never blocks.
+pub(crate) fn watcher() -> io::Result<OwnedFd> {
+    // SAFETY: takes flags only; the result is a new descriptor.
+    let fd = check(libc::c_long::from(unsafe { libc::inotify_init1(libc::IN_NONBLOCK | libc::IN_CLOEXEC) }))?;
+    // SAFETY: just returned by the kernel, owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Watches a directory for what is written to its files, and for new ones. Watching it again changes nothing.
+pub(crate) fn watch(watcher: BorrowedFd<'_>, dir: &Path) -> io::Result<()> {
+    let path = c_path(dir)?;
+    let events = libc::IN_MODIFY | libc::IN_CREATE | libc::IN_ONLYDIR;
+    // SAFETY: the path is NUL-terminated and outlives the call.
+    let result = unsafe { libc::inotify_add_watch(watcher.as_raw_fd(), path.as_ptr(), events) };
+    check(libc::c_long::from(result)).map(drop)
+}

@@ -41,7 +41,9 @@ const TESTS: &[Test] = tests![
         a_host_without_name_servers_starts_and_follows_when_it_gets_some;
     last_hop: a_request_that_gives_up_leaves_the_machine_to_be_woken_by_the_next,
         a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not;
-    logs: the_newest_lines_are_the_last_of_all_machines;
+    logs: the_newest_lines_are_the_last_of_all_machines,
+        a_machine_that_prints_without_end_loses_lines_and_is_nobodys_trouble,
+        a_follower_hears_machines_that_come_and_attempts_that_follow;
     neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
     ps: they_are_told_with_numbers_directories_and_sockets, a_machine_that_does_not_run_has_none;
     sleep: it_stands_still_and_goes_on_where_it_was, it_sleeps_through_a_restart_of_the_agent,
