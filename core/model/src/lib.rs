@@ -19,6 +19,7 @@ pub mod ids;
 pub mod machine;
 pub mod seal;
 pub mod token;
+pub mod transfer;
 pub mod volume;
 
 pub use events::{EventKind, Lease, MachineEvent, Source};

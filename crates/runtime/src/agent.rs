@@ -273,6 +273,12 @@ pub struct ExecHandle {
 }
 
 impl ExecHandle {
+    /// To the command and its process group.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let request = Request { v: crate::spec::WIRE_VERSION, ask: Ask::SignalExec { signal } };
+        wire::send(self.socket.as_raw_fd(), &request, &[]).map_err(io_error("the supervisor does not take the signal"))
+    }
+
     /// Waits for its end: exit code, or 128 + signal; `None` when the time is over and it still runs.
     pub fn wait(&self, timeout: Duration) -> Result<Option<i32>> {
         if !readable_within(self.socket.as_fd(), timeout).map_err(io_error("poll"))? {
@@ -286,6 +292,13 @@ impl ExecHandle {
             Ok(Some((other, _))) => Err(unexpected(&other)),
             Err(e) => Err(io_error("the session broke")(e)),
         }
+    }
+}
+
+/// Readable when the command has ended.
+impl AsRawFd for ExecHandle {
+    fn as_raw_fd(&self) -> i32 {
+        self.socket.as_raw_fd()
     }
 }
 

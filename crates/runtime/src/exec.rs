@@ -9,6 +9,7 @@ use crate::process;
 use crate::seccomp::Filters;
 use crate::spec::{ProcessSpec, SupervisorSpec};
 use crate::sys;
+use crate::transfer;
 use crate::wire::{self, ExecSpec, WindowSize};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -38,6 +39,14 @@ pub(crate) struct Session {
 }
 
 impl Session {
+    /// To its process group, as a terminal would.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        match nix::sys::signal::killpg(Pid::from_raw(self.pid), signal) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Ends whatever is left of it and removes its control group.
     pub fn clear(self) {
         let _ = self.cgroup.kill_until_empty(KILL_DEADLINE); // the machine's own clean-up tries again
@@ -152,7 +161,10 @@ fn run(target: &Target<'_>, exec: &ExecSpec, stdio: &[OwnedFd], socket: &OwnedFd
         sys::become_user(0, 0, &[])?;
         sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
         sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?; // the change of user clears it
-        let process = process_of(&target.spec.process, exec);
+        let mut process = process_of(&target.spec.process, exec);
+        if exec.transfer.is_some() {
+            process.user = "0".into();
+        }
         let identity = process::resolve_user(&process.user, Path::new("/"))?;
         let env = process::environment(&process, &identity)?;
         process::limits()?;
@@ -170,9 +182,27 @@ fn run(target: &Target<'_>, exec: &ExecSpec, stdio: &[OwnedFd], socket: &OwnedFd
         Ok((process, identity, env))
     };
     match prepared() {
+        Ok((_, identity, _)) if exec.transfer.is_some() => match become_copier(&identity) {
+            // SAFETY: ends the child at once; destructors and buffers are the supervisor's.
+            Ok(()) => unsafe { libc::_exit(exec.transfer.as_ref().map_or(1, transfer::serve)) },
+            Err(e) => e,
+        },
         Ok((process, identity, env)) => process::run_program(&process, &identity, &env),
         Err(e) => e,
     }
+}
+
+/// What `execve` would do for a program: nothing of the supervisor's stays open, and that the handshake's
+/// socket closes says that the copy runs. The memory still is the supervisor's, so nobody may look into it.
+fn become_copier(identity: &process::Identity) -> io::Result<()> {
+    sys::become_user(identity.uid, identity.gid, &[])?;
+    sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
+    sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?;
+    nix::unistd::chdir("/")?;
+    nix::sys::prctl::set_name(c"dunlin-files")?;
+    sys::reset_signals();
+    sys::block_signals(false)?;
+    sys::close_all_but(3, &[])
 }
 
 /// The command, with what it does not say taken from the machine's program.

@@ -21,6 +21,7 @@ mod seccomp;
 mod spec;
 mod supervisor;
 mod sys;
+mod transfer;
 pub mod volume;
 mod wire;
 

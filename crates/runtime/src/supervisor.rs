@@ -513,6 +513,12 @@ impl<'a> Machine<'a> {
                 }
                 Say::Refused { error: "a connection carries one session".into() }
             }
+            Ask::SignalExec { signal } => {
+                if let (Some(session), Ok(signal)) = (&self.connections[connection].session, Signal::try_from(signal)) {
+                    let _ = session.signal(signal); // it may have ended
+                }
+                return;
+            }
         };
         let _ = wire::send(fd, &answer, &[]); // it hung up: noticed in the next round
     }

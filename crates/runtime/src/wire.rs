@@ -1,6 +1,7 @@
 //! The wire between agent and supervisor: SEQPACKET messages of JSON, file descriptors beside them.
 //! Frozen per version: today's agent must drive every released supervisor.
 
+use dunlin_model::transfer::Transfer;
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -33,6 +34,11 @@ pub(crate) enum Ask {
     /// Comes with three descriptors: standard input, output and error of the command. With a terminal
     /// it comes with none, and the answer brings the terminal's master.
     Exec(ExecSpec),
+    /// To the command of this connection and those of its process group. Not answered: the next word on
+    /// the connection is how the command ended. A supervisor that does not know it ends the session.
+    SignalExec {
+        signal: i32,
+    },
 }
 
 /// A command to run beside the machine's program, in all its namespaces and limits.
@@ -48,6 +54,9 @@ pub struct ExecSpec {
     /// Set by [`Client::exec_tty`](crate::Client::exec_tty), ignored without it.
     #[serde(default)]
     pub terminal: Option<WindowSize>,
+    /// Instead of a command, which then is empty: copies files between the machine and the descriptors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Transfer>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -148,3 +148,21 @@ fn a_suspended_machine_refuses_exec_and_hears_a_stop() {
     machine.client().stop(15, PATIENCE).unwrap();
     assert_eq!(machine.exit().exit_code, Some(5));
 }
+
+#[test]
+fn a_signal_reaches_the_command_and_not_the_program() {
+    let world = World::new();
+    let machine = world.run(world.spec("aa30", "sleep 1000"));
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let null = || -> std::os::fd::OwnedFd { fs::File::open("/dev/null").unwrap().into() };
+    let command = ["sh", "-c", "trap 'echo heard; exit 6' USR1; echo ready; while :; do sleep 0.05; done"];
+    let exec = ExecSpec { command: command.map(str::to_owned).to_vec(), ..Default::default() };
+    let session = machine.client().exec(exec, [null(), writer.into(), null()]).unwrap();
+    let mut ready = [0; 6];
+    reader.read_exact(&mut ready).unwrap();
+    session.signal(libc::SIGUSR1).unwrap();
+    let mut rest = String::new();
+    reader.read_to_string(&mut rest).unwrap();
+    assert_eq!((rest.as_str(), session.wait(PATIENCE).unwrap()), ("heard\n", Some(6)));
+    machine.client().status().unwrap();
+}

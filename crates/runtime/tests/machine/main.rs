@@ -4,4 +4,5 @@ mod exec;
 mod isolation;
 mod life;
 mod setup;
+mod transfer;
 mod volumes;
