@@ -4,6 +4,7 @@
 //! fate of an old one. Streams (builds, logs, deploy events) are read line by line.
 
 use crate::error::{ApiError, ErrorBody, ErrorCode};
+use crate::exec::{self, ExecEvents, ExecInput};
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::StreamExt;
 use http::{Method, Request, Response, StatusCode};
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::handshake;
 
 /// Answers that are read whole are refused above this size.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
@@ -143,6 +145,26 @@ impl Client {
         Ok(Lines::new(response.into_body()))
     }
 
+    /// Opens the WebSocket of a command in a machine.
+    pub async fn exec(&self, path: &str) -> Result<(ExecInput, ExecEvents), ApiError> {
+        let key = handshake::client::generate_key();
+        let headers = [
+            ("connection", "upgrade".to_owned()),
+            ("upgrade", "websocket".to_owned()),
+            ("sec-websocket-version", "13".to_owned()),
+            ("sec-websocket-key", key.clone()),
+        ];
+        let response = self.send(Method::GET, path, &headers, empty()).await?;
+        let accepted = response.headers().get("sec-websocket-accept").map(|value| value.as_bytes().to_owned());
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS
+            || accepted.as_deref() != Some(handshake::derive_accept_key(key.as_bytes()).as_bytes())
+        {
+            return Err(ApiError::BadAnswer("it is no WebSocket".into()));
+        }
+        let upgraded = hyper::upgrade::on(response).await.map_err(|e| ApiError::Broken(io::Error::other(e)))?;
+        Ok(exec::open(upgraded).await)
+    }
+
     async fn json<T: DeserializeOwned>(&self, method: Method, path: &str, body: Body) -> Result<T, ApiError> {
         let response = self.send(method, path, &[], body).await?;
         let bytes = read_bounded(response.into_body()).await?;
@@ -191,7 +213,7 @@ impl Client {
                 }
             }
         };
-        if response.status().is_success() {
+        if response.status().is_success() || response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(response);
         }
         Err(refused(response).await)
@@ -206,7 +228,7 @@ impl Client {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         // The connection ends when the response body is read or dropped; it needs no owner beyond that.
-        tokio::spawn(connection);
+        tokio::spawn(connection.with_upgrades());
         sender.send_request(request).await.map_err(broken)
     }
 

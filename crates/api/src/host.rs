@@ -1,6 +1,7 @@
 //! The seam to the host that owns a machine's run state.
 
 use async_trait::async_trait;
+use dunlin_model::transfer::Transfer;
 use dunlin_model::{
     AppName, CommandId, Generation, Guest, HostId, Lease, MachineEvent, MachineId, MachineState, MachineVersion, OrgName,
     SnapshotId, VolumeId,
@@ -192,15 +193,69 @@ pub struct WaitFor {
 #[derive(Debug, Clone)]
 pub struct ExecRequest {
     pub machine: MachineId,
-    pub command: Vec<String>,
+    pub program: ExecProgram,
+    /// Added to the machine's own environment.
     pub env: Vec<(String, String)>,
-    pub stdin: bytes::Bytes,
+    /// Of the image; empty: the machine's own user.
+    pub user: String,
+    /// On a terminal of the machine's own. Standard error then comes as standard output.
+    pub tty: Option<WindowSize>,
+    pub stdin: ExecStdin,
     pub timeout_ms: u64,
+    /// Longest time without a byte either way.
+    pub idle_ms: u64,
 }
 
-/// Output as it comes; the channel closes after `Exited`. Dropping the session kills the command.
+impl ExecRequest {
+    /// A command without input.
+    pub fn new(machine: MachineId, command: Vec<String>, timeout_ms: u64) -> Self {
+        Self {
+            machine,
+            program: ExecProgram::Command(command),
+            env: vec![],
+            user: String::new(),
+            tty: None,
+            stdin: ExecStdin::Whole(bytes::Bytes::new()),
+            timeout_ms,
+            idle_ms: timeout_ms,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecProgram {
+    Command(Vec<String>),
+    /// Copies files between the machine and the session's streams, with no program of the image.
+    Transfer(Transfer),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecStdin {
+    Whole(bytes::Bytes),
+    /// Comes through the session.
+    Open,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    pub rows: u16,
+    pub columns: u16,
+}
+
+/// Output as it comes; the channel closes after `Exited`. Dropping the output ends the command and all that it
+/// started; on a terminal it hears SIGHUP first.
 pub struct ExecSession {
     pub output: mpsc::Receiver<ExecOutput>,
+    /// Its end is the end of the input; on a terminal, the key that says so. There with [`ExecStdin::Open`].
+    pub stdin: Option<mpsc::Sender<bytes::Bytes>>,
+    pub control: mpsc::Sender<ExecControl>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecControl {
+    Resize(WindowSize),
+    /// `SIGTERM`, `TERM` or a number, to the command's process group.
+    Signal(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod error;
+pub mod exec;
 pub mod host;
 pub mod last_hop;
 pub mod volumes;
@@ -14,8 +15,8 @@ pub mod wire;
 
 pub use error::{ApiError, ErrorBody, ErrorCode};
 pub use host::{
-    BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecOutput, ExecRequest, ExecSession, HostApi,
-    ListenSocket, LogLine, LogQuery, LogStream, Process, ProcessSocket, Refusal, Reserve, Source, VolumeSnapshot,
-    VolumeStatus, WaitFor,
+    BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecControl, ExecOutput, ExecProgram, ExecRequest,
+    ExecSession, ExecStdin, HostApi, ListenSocket, LogLine, LogQuery, LogStream, Process, ProcessSocket, Refusal,
+    Reserve, Source, VolumeSnapshot, VolumeStatus, WaitFor, WindowSize,
 };
 pub use last_hop::{Admission, AdmitRefusal, AdmitRequest, LastHop};

@@ -12,6 +12,7 @@
 //! - `GET|POST /v1/apps/{app}/scale` map group -> count; POST answers 201 [`Release`] or 200 when nothing changes
 //! - `GET /v1/apps/{app}/logs?follow=&machine=&since_ms=&tail=` -> NDJSON of `LogLine`
 //! - `GET /v1/apps/{app}/status` -> [`AppStatus`]
+//! - `GET /v1/apps/{app}/machines/{id}/exec/stream` a WebSocket, see [`crate::exec`]
 //! - `POST /v1/tokens` [`CreateToken`] -> [`CreatedToken`]
 
 use dunlin_model::config::AppConfig;

@@ -2,7 +2,7 @@
 //! the organization's cache volume.
 
 use crate::agent::chain;
-use crate::{Shared, exec, now_ms};
+use crate::{Shared, now_ms};
 use bytes::Bytes;
 use dunlin_api::{BuilderRequest, BuilderRun, ExecOutput, Refusal};
 use dunlin_model::OrgName;
@@ -20,6 +20,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 const QUEUE: usize = 256;
@@ -28,6 +29,8 @@ const CACHE_BYTES: u64 = 20 << 30;
 const MEMORY_BYTES: u64 = 4 << 30;
 const MAX_PIDS: u32 = 4096;
 const FOLLOW_PAUSE: Duration = Duration::from_millis(20);
+/// A reader that takes nothing is looked after this often.
+const FULL_PAUSE: Duration = Duration::from_millis(20);
 const END_WITHIN: Duration = Duration::from_secs(10);
 /// Uid ranges of builders, above those of machines; fixed for an organization, because its cache is
 /// owned by it.
@@ -81,7 +84,7 @@ pub async fn run(shared: Arc<Shared>, request: BuilderRequest) -> Result<Builder
                 let last = follow(&shared, &request, build, &sender);
                 drop(turn);
                 if let Some(last) = last {
-                    exec::send(&sender, last, Instant::now() + END_WITHIN); // or nobody listens any more
+                    send(&sender, last, Instant::now() + END_WITHIN); // or nobody listens any more
                 }
             }
             Err(refusal) => {
@@ -255,12 +258,25 @@ fn carry(dir: &Path, position: &mut LogPosition, sender: &mpsc::Sender<ExecOutpu
             let bytes = Bytes::from(line);
             let output =
                 if record.stream == "stdout" { ExecOutput::Stdout(bytes) } else { ExecOutput::Stderr(bytes) };
-            if !exec::send(sender, output, deadline) {
+            if !send(sender, output, deadline) {
                 return false;
             }
         }
     }
     true
+}
+
+/// False: nobody listens, or whoever does took nothing until the deadline.
+fn send(to: &mpsc::Sender<ExecOutput>, mut output: ExecOutput, deadline: Instant) -> bool {
+    loop {
+        match to.try_send(output) {
+            Ok(()) => return true,
+            Err(TrySendError::Closed(_)) => return false,
+            Err(TrySendError::Full(_)) if Instant::now() >= deadline => return false,
+            Err(TrySendError::Full(full)) => output = full,
+        }
+        std::thread::sleep(FULL_PAUSE);
+    }
 }
 
 fn how_it_ended(dir: &Path) -> ExecOutput {

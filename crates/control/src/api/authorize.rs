@@ -126,7 +126,7 @@ fn needs(method: &Method, path: &str) -> Result<Needs, Failure> {
             let verb = match rest {
                 [] if *method == Method::DELETE => Verb::Admin,
                 // Only there: a secret may be called `exec`, too.
-                ["machines", _, "exec"] => Verb::Exec,
+                ["machines", _, "exec"] | ["machines", _, "exec", "stream"] => Verb::Exec,
                 _ if reads => Verb::Read,
                 _ => Verb::Deploy,
             };
@@ -154,6 +154,7 @@ mod tests {
         check(Method::GET, "/v1/apps/web/logs", Needs::Verb(Verb::Read, web()));
         check(Method::POST, "/v1/apps/web/releases", Needs::Verb(Verb::Deploy, web()));
         check(Method::POST, "/v1/apps/web/machines/0123456789abcd/exec", Needs::Verb(Verb::Exec, web()));
+        check(Method::GET, "/v1/apps/web/machines/0123456789abcd/exec/stream", Needs::Verb(Verb::Exec, web()));
         check(Method::POST, "/v1/apps/web/secrets/exec", Needs::Verb(Verb::Deploy, web()));
         check(Method::DELETE, "/v1/apps/web/secrets/exec", Needs::Verb(Verb::Deploy, web()));
         check(Method::GET, "/v1/apps/web/secrets/exec", Needs::Verb(Verb::Read, web()));

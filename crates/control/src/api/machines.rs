@@ -9,7 +9,7 @@ use crate::{Ctx, now_ms};
 use axum::Json;
 use axum::extract::{Extension, Path, Query, RawQuery, State};
 use dunlin_api::wire::{self, ExecAnswer, ExecBody, ImageRefWire, StopMachine};
-use dunlin_api::{Command, CommandKind, ErrorCode, ExecOutput, ExecRequest, Refusal, Source, WaitFor};
+use dunlin_api::{Command, CommandKind, ErrorCode, ExecOutput, ExecRequest, ExecStdin, Refusal, Source, WaitFor};
 use dunlin_model::config::words;
 use dunlin_model::desired::{MachineRow, TombstoneReason};
 use dunlin_model::{AppName, CommandId, MachineId, MachineState, MachineVersion};
@@ -397,13 +397,8 @@ async fn run(ctx: &Ctx, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Fa
         (true, None) => return Err(Failure::invalid("the body has no command").hint("for example {\"command\": [\"ls\", \"-l\"]}")),
     };
     let timeout_s = body.timeout.unwrap_or(EXEC_TIMEOUT_S).clamp(1, MAX_EXEC_TIMEOUT_S);
-    let request = ExecRequest {
-        machine: id.clone(),
-        command,
-        env: vec![],
-        stdin: body.stdin.unwrap_or_default().into(),
-        timeout_ms: timeout_s * 1000,
-    };
+    let stdin = ExecStdin::Whole(body.stdin.unwrap_or_default().into());
+    let request = ExecRequest { stdin, ..ExecRequest::new(id.clone(), command, timeout_s * 1000) };
     let mut session = ctx.host.exec(request).await?;
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     while let Some(output) = session.output.recv().await {

@@ -4,6 +4,7 @@ mod apps;
 mod authorize;
 mod builds;
 mod built;
+mod exec_stream;
 mod machines;
 mod releases;
 mod status;
@@ -86,6 +87,7 @@ pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
         .route("/v1/apps/{app}/volumes/{id}", get(volumes::get).put(volumes::update).delete(volumes::destroy))
         .route("/v1/apps/{app}/volumes/{id}/extend", put(volumes::extend))
         .route("/v1/apps/{app}/volumes/{id}/snapshots", get(volumes::snapshots).post(volumes::snapshot))
+        .route("/v1/apps/{app}/machines/{id}/exec/stream", get(exec_stream::stream))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
