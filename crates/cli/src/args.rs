@@ -52,6 +52,9 @@ pub enum Command {
     /// Create, list, extend, copy and destroy volumes: files that outlive machines
     #[command(subcommand, visible_alias = "volumes")]
     Volume(VolumeCommand),
+    /// Open a shell in a running machine, or copy files
+    #[command(subcommand)]
+    Ssh(SshCommand),
     /// Show or change how many machines run
     #[command(subcommand)]
     Scale(ScaleCommand),
@@ -210,12 +213,16 @@ pub enum MachineCommand {
     /// Stop a machine and start it again
     Restart(MachineArgs),
     /// Run a command in a running machine; its exit code becomes this one's
+    ///
+    /// What is piped in is the command's input. At a terminal the command gets one as well.
     Exec {
         #[command(flatten)]
         target: MachineArgs,
-        /// Seconds until it is ended
-        #[arg(long, default_value_t = 60)]
-        timeout: u64,
+        /// Seconds until it is ended [default: a day; 60 with --json]
+        #[arg(long)]
+        timeout: Option<u64>,
+        #[command(flatten)]
+        run: RunArgs,
         #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
@@ -304,6 +311,79 @@ pub enum SnapshotsCommand {
     List(VolumeArgs),
     /// Copy what the volume has now; its machine goes on, and waits with writes for a moment
     Create(VolumeArgs),
+}
+
+/// How a command runs beside a machine's program.
+#[derive(Debug, Clone, Default, Args)]
+pub struct RunArgs {
+    /// Run as this user of the image [default: the machine's own]
+    #[arg(short, long, default_value = "", hide_default_value = true)]
+    pub user: String,
+    /// Give it a terminal, also when nobody sits at one here
+    #[arg(short, long, visible_alias = "pty", conflicts_with = "no_tty")]
+    pub tty: bool,
+    /// Give it no terminal
+    #[arg(long)]
+    pub no_tty: bool,
+    /// Kind of this terminal
+    #[arg(long, env = "TERM", default_value = "xterm", hide = true)]
+    pub term: String,
+}
+
+/// One of an app's running machines.
+#[derive(Debug, Args)]
+pub struct RunningArgs {
+    #[command(flatten)]
+    pub target: AppArgs,
+    /// The machine [default: the first that runs]
+    #[arg(long)]
+    pub machine: Option<MachineId>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SshCommand {
+    /// Open a shell in a running machine, or run a command there
+    Console {
+        #[command(flatten)]
+        target: RunningArgs,
+        /// Run this instead of a shell; no shell reads it, its words are split
+        #[arg(short = 'C', long, value_name = "COMMAND")]
+        command: Option<String>,
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// Copy files out of a running machine and into it; its image needs no program for that
+    #[command(subcommand)]
+    Sftp(SftpCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SftpCommand {
+    /// Copy a file or directory out of the machine
+    Get {
+        remote: String,
+        /// [default: the same name, in this directory]
+        local: Option<PathBuf>,
+        #[command(flatten)]
+        target: RunningArgs,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
+        /// Needless: directories are copied with all that is in them
+        #[arg(short = 'R', long, hide = true)]
+        recursive: bool,
+    },
+    /// Copy a file or directory into the machine; a file is replaced in one step
+    Put {
+        local: PathBuf,
+        /// A directory that is there, or the new name [default: the same name, in /]
+        remote: Option<String>,
+        #[command(flatten)]
+        target: RunningArgs,
+        /// Needless: directories are copied with all that is in them
+        #[arg(short = 'R', long, hide = true)]
+        recursive: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -10,12 +10,16 @@ mod args;
 mod config_file;
 mod context;
 mod deploy;
+mod exec;
 mod exit;
 mod launch;
 mod local_files;
 mod logs;
 mod machines;
 mod secrets;
+mod sftp;
+mod ssh;
+mod terminal;
 mod ui;
 mod volumes;
 
@@ -46,6 +50,7 @@ async fn dispatch(command: Command, globals: Globals) -> Result<Exit, CliError> 
         Command::Logs(args) => logs::logs(&session, args).await,
         Command::Machine(command) => machines::machine(&session, command).await,
         Command::Volume(command) => volumes::volume(&session, command).await,
+        Command::Ssh(command) => ssh::ssh(&session, command).await,
         Command::Scale(command) => apps::scale(&session, command).await,
         Command::Secrets(command) => secrets::secrets(&session, command).await,
         Command::Releases(args) => deploy::releases(&session, args).await,

@@ -2,11 +2,12 @@
 
 use crate::args::{MachineArgs, MachineCommand};
 use crate::config_file::app_name;
-use crate::{CliError, Exit, Session, apps, ui};
+use crate::{CliError, Exit, Session, apps, exec, ui};
 use dunlin_api::wire::{AppList, ExecAnswer, ExecBody, Machine, StopMachine};
 use dunlin_model::AppName;
 use serde_json::{Value, json};
-use std::io::Write;
+
+const JSON_TIMEOUT_S: u64 = 60;
 
 pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit, CliError> {
     match command {
@@ -35,7 +36,13 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
         }
         MachineCommand::Suspend(target) => act(session, &target, "suspend", &json!({})).await,
         MachineCommand::Restart(target) => act(session, &target, "restart", &json!({})).await,
-        MachineCommand::Exec { target, timeout, command } => exec(session, &target, timeout, command).await,
+        MachineCommand::Exec { target, timeout, run, command } if !session.json => {
+            let app = app_of(session, &target).await?;
+            exec::attach(session, &app, &target.id, exec::Program { command, timeout, args: run }).await
+        }
+        MachineCommand::Exec { target, timeout, command, .. } => {
+            exec_for_json(session, &target, timeout.unwrap_or(JSON_TIMEOUT_S), command).await
+        }
         MachineCommand::Destroy { target, force } => {
             let (app, id) = (app_of(session, &target).await?, target.id);
             session.client.delete::<Value>(&format!("/v1/apps/{app}/machines/{id}?force={force}")).await?;
@@ -90,22 +97,13 @@ async fn act(session: &Session, target: &MachineArgs, verb: &str, body: &impl se
     Ok(Exit::Ok)
 }
 
-async fn exec(session: &Session, target: &MachineArgs, timeout: u64, command: Vec<String>) -> Result<Exit, CliError> {
+/// The whole of what it says as one value.
+async fn exec_for_json(session: &Session, target: &MachineArgs, timeout: u64, command: Vec<String>) -> Result<Exit, CliError> {
     let (app, id) = (app_of(session, target).await?, &target.id);
     let body = ExecBody { command, cmd: None, stdin: None, timeout: Some(timeout) };
     let answer: ExecAnswer = session.client.post(&format!("/v1/apps/{app}/machines/{id}/exec"), &body).await?;
-    if session.json {
-        ui::print_json(&answer);
-    } else {
-        let _ = std::io::stdout().write_all(answer.stdout.as_bytes());
-        let _ = std::io::stderr().write_all(answer.stderr.as_bytes());
-    }
-    if answer.exit_code == 0 {
-        return Ok(Exit::Ok);
-    }
-    let _ = std::io::stdout().flush();
-    // The command's own code is the answer that scripts want; it is none of ours.
-    std::process::exit(answer.exit_code.clamp(1, 255))
+    ui::print_json(&answer);
+    Ok(exec::exit(answer.exit_code))
 }
 
 fn print_machine(machine: &Machine) {

@@ -4,6 +4,7 @@ mod apps;
 mod deploys;
 mod disk;
 mod errors;
+mod exec;
 mod kills;
 mod machines;
 mod registry;
