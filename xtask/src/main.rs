@@ -1,10 +1,11 @@
-//! One entry for all house work: `cargo xtask demo|test|bench|tidy`.
+//! One entry for all house work: `cargo xtask demo|test|sim|bench|tidy`.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod demo;
 mod packages;
 mod sh;
+mod sim;
 mod test;
 mod tidy;
 mod vm;
@@ -20,6 +21,8 @@ usage: cargo xtask <command>
   test            set everything up and pass all tests
   test --fast     without the end-to-end tests
   test --vm       only the tests of the Linux side, on pure control groups v2 in QEMU
+  sim --seed N    tell the story of one seed of the simulator (tests/sim)
+  sim --minutes N look through as many seeds as that allows
   bench [NAME]    print figures beside their peers': deploy, create, proxy, idle
   tidy            check the house rules";
 
@@ -45,6 +48,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["test"] => test::run(test::Scope::All),
         ["test", "--fast"] => test::run(test::Scope::Fast),
         ["test", "--vm"] => vm::run(),
+        ["sim", rest @ ..] => sim::command(rest),
         ["bench", names @ ..] => bench::run(names),
         ["tidy"] => tidy::run(),
         _ => bail!("{USAGE}"),

@@ -33,7 +33,10 @@ pub type Reply = oneshot::Sender<Result<Asked, Deny>>;
 
 /// All that the agent ever hears.
 pub enum Input {
-    View(Arc<Snapshot>),
+    /// There is a newer view, or the newest is to be looked at once more: one that is kept may be old by now.
+    View,
+    /// What could not be recovered while the disk was full.
+    Recover(MachineId),
     Event(MachineId, Event),
     Command { machine: MachineId, order: Order, reply: Reply },
     /// `answer` is the start of what the app said, for people who ask for it.
@@ -49,6 +52,8 @@ pub enum Input {
 
 pub struct Slot {
     pub machine: Machine,
+    /// Until then nothing is decided: the record does not say what is really there.
+    recovered: bool,
     /// As they were published.
     pub statuses: BTreeMap<String, CheckStatus>,
     /// When a check last made a fact.
@@ -72,6 +77,8 @@ pub struct Agent {
     pub(crate) parked: Vec<(MachineId, Order, Reply)>,
     /// That the host has given by itself.
     pub(crate) own_orders: u64,
+    /// The computer was booted since the journal was written.
+    rebooted: bool,
 }
 
 /// Every newer snapshot becomes an input.
@@ -85,7 +92,7 @@ pub fn follow_view(view: View, inputs: mpsc::Sender<Input>) {
             // Only config facts concern the agent: host facts are its own.
             if seen != Some(snapshot.config.generation) {
                 seen = Some(snapshot.config.generation);
-                if inputs.send(Input::View(snapshot)).await.is_err() {
+                if inputs.send(Input::View).await.is_err() {
                     return;
                 }
             }
@@ -105,14 +112,18 @@ pub fn follow_view(view: View, inputs: mpsc::Sender<Input>) {
 
 impl Agent {
     pub fn new(shared: Arc<Shared>, journal: Journal, inputs: mpsc::Sender<Input>) -> Self {
-        Self { shared, journal, inputs, slots: BTreeMap::new(), parked: Vec::new(), own_orders: 0 }
+        Self { shared, journal, inputs, slots: BTreeMap::new(), parked: Vec::new(), own_orders: 0, rebooted: false }
     }
 
     pub fn run(mut self, replayed: Replayed, mut receiver: mpsc::Receiver<Input>) {
         self.recover(replayed);
         while let Some(input) = receiver.blocking_recv() {
             match input {
-                Input::View(snapshot) => self.on_view(&snapshot),
+                Input::View => self.on_view(&self.shared.view.current()),
+                Input::Recover(id) => {
+                    self.recover_one(&id);
+                    self.mark_boot();
+                }
                 Input::Event(id, event) => self.dispatch(&id, event),
                 Input::Command { machine, order, reply } => self.on_command(machine, order, reply),
                 Input::Check { machine, attempt, status, answer } => self.on_check(&machine, attempt, status, answer),
@@ -140,33 +151,48 @@ impl Agent {
 
     /// Machines live on while agents come and go: ask each supervisor, believe the kernel.
     fn recover(&mut self, replayed: Replayed) {
+        self.rebooted = replayed.rebooted;
         let mut adopted = 0;
         volumes::release_strangers(&self.shared, &replayed.machines.keys().cloned().collect());
         for (id, record) in replayed.machines {
-            let dir = self.shared.machine_dir(id.as_str());
-            let attempt = record.attempt;
-            let alive = act::ask_supervisor(&dir);
-            let exit = dunlin_runtime::read_exit(&dir, attempt).ok().flatten().map(convert::exit_info);
-            let frozen = alive.is_some() && act::is_frozen(&self.shared, &id);
-            let alive = Alive {
-                frozen,
-                attempt: alive.as_ref().map(|status| status.attempt),
-                stopping: alive.is_some_and(|status| status.phase == Phase::Stopping),
-                exit,
-                rebooted: replayed.rebooted,
-            };
-            if let Some(attempt) = alive.attempt {
-                adopted += 1;
-                act::watch_exit(&self.shared, &self.inputs, &id, attempt);
-            }
-            self.slots.insert(id.clone(), Slot::new(Machine::from_record(record)));
-            self.dispatch(&id, Event::Recovered(alive));
+            self.slots.insert(id.clone(), Slot { recovered: false, ..Slot::new(Machine::from_record(record)) });
+            adopted += usize::from(self.recover_one(&id));
         }
-        if let Err(error) = self.journal.mark_boot() {
-            tracing::error!(error = %chain(&error), "the boot could not be recorded; the next start recovers as after a boot");
-        }
+        self.mark_boot();
         tracing::info!(host = %self.shared.config.id, machines = self.slots.len(), adopted, "recovered");
         self.heartbeat();
+    }
+
+    /// Asks what is there at the time when it is believed; whether a supervisor lives.
+    fn recover_one(&mut self, id: &MachineId) -> bool {
+        let Some(slot) = self.slots.get(id).filter(|slot| !slot.recovered) else { return false };
+        let dir = self.shared.machine_dir(id.as_str());
+        let attempt = slot.machine.record().attempt;
+        let status = act::ask_supervisor(&dir);
+        let exit = dunlin_runtime::read_exit(&dir, attempt).ok().flatten().map(convert::exit_info);
+        let frozen = status.is_some() && act::is_frozen(&self.shared, id);
+        let alive = Alive {
+            frozen,
+            attempt: status.as_ref().map(|status| status.attempt),
+            stopping: status.is_some_and(|status| status.phase == Phase::Stopping),
+            exit,
+            rebooted: self.rebooted,
+        };
+        let lives = alive.attempt;
+        self.dispatch(id, Event::Recovered(alive));
+        if let Some(attempt) = lives.filter(|_| self.slots.get(id).is_some_and(|slot| slot.recovered)) {
+            act::watch_exit(&self.shared, &self.inputs, id, attempt);
+        }
+        lives.is_some()
+    }
+
+    /// Once nothing of the boot is left to recover.
+    fn mark_boot(&mut self) {
+        if self.slots.values().all(|slot| slot.recovered)
+            && let Err(error) = self.journal.mark_boot()
+        {
+            tracing::error!(error = %chain(&error), "the boot could not be recorded; the next start recovers as after a boot");
+        }
     }
 
     fn on_view(&mut self, snapshot: &Arc<Snapshot>) {
@@ -193,7 +219,7 @@ impl Agent {
         }
         self.obey_tombstones(config);
         if again {
-            self.hear_again(Input::View(self.shared.view.current()));
+            self.hear_again(Input::View);
         }
     }
 
@@ -277,8 +303,25 @@ impl Agent {
         let Some(slot) = self.slots.get_mut(id) else { return };
         let before = slot.machine.clone();
         let now = now_ms();
-        let again = (!matches!(event, Event::Ordered(_))).then(|| event.clone());
         let is_frozen = matches!(event, Event::Frozen { .. });
+        let again = match &event {
+            Event::Ordered(_) => None,
+            // Meanwhile it may be assigned otherwise.
+            Event::Assigned(_) => Some(Input::View),
+            Event::Recovered(_) => Some(Input::Recover(id.clone())),
+            other => Some(Input::Event(id.clone(), other.clone())),
+        };
+        let recovers = matches!(event, Event::Recovered(_));
+        if !slot.recovered && !recovers {
+            if let Event::Ordered(order) = &event {
+                slot.replies.remove(&order.id); // its caller sees a closed channel
+            }
+            if let Some(input) = again {
+                self.hear_again(input);
+            }
+            return;
+        }
+        slot.recovered = true;
         let lost = if let Event::Exited(exit) = &event { exit.error.clone() } else { None };
         let effects = slot.machine.handle(event, now);
         let (from, to) = (before.record().state, slot.machine.record().state);
@@ -297,8 +340,9 @@ impl Agent {
             && let Some(slot) = self.slots.get_mut(id)
         {
             slot.machine = before;
-            if let Some(event) = again {
-                self.hear_again(Input::Event(id.clone(), event));
+            slot.recovered = !recovers;
+            if let Some(input) = again {
+                self.hear_again(input);
             }
         }
         if is_frozen {
@@ -432,6 +476,7 @@ impl Slot {
     fn new(machine: Machine) -> Self {
         Self {
             machine,
+            recovered: true,
             statuses: BTreeMap::new(),
             said_at: None,
             answers: BTreeMap::new(),
