@@ -33,8 +33,10 @@ pub type Reply = oneshot::Sender<Result<Asked, Deny>>;
 
 /// All that the agent ever hears.
 pub enum Input {
-    /// There is a newer view, or the newest is to be looked at once more: one that is kept may be old by now.
+    /// There is a newer view.
     View,
+    /// The newest view once more, after the disk was full. One that was kept would be old by now.
+    ViewAgain,
     /// What could not be recovered while the disk was full.
     Recover(MachineId),
     Event(MachineId, Event),
@@ -79,6 +81,7 @@ pub struct Agent {
     pub(crate) own_orders: u64,
     /// The computer was booted since the journal was written.
     rebooted: bool,
+    looks_again: bool,
 }
 
 /// Every newer snapshot becomes an input.
@@ -112,7 +115,16 @@ pub fn follow_view(view: View, inputs: mpsc::Sender<Input>) {
 
 impl Agent {
     pub fn new(shared: Arc<Shared>, journal: Journal, inputs: mpsc::Sender<Input>) -> Self {
-        Self { shared, journal, inputs, slots: BTreeMap::new(), parked: Vec::new(), own_orders: 0, rebooted: false }
+        Self {
+            shared,
+            journal,
+            inputs,
+            slots: BTreeMap::new(),
+            parked: Vec::new(),
+            own_orders: 0,
+            rebooted: false,
+            looks_again: false,
+        }
     }
 
     pub fn run(mut self, replayed: Replayed, mut receiver: mpsc::Receiver<Input>) {
@@ -120,6 +132,10 @@ impl Agent {
         while let Some(input) = receiver.blocking_recv() {
             match input {
                 Input::View => self.on_view(&self.shared.view.current()),
+                Input::ViewAgain => {
+                    self.looks_again = false;
+                    self.on_view(&self.shared.view.current());
+                }
                 Input::Recover(id) => {
                     self.recover_one(&id);
                     self.mark_boot();
@@ -219,7 +235,7 @@ impl Agent {
         }
         self.obey_tombstones(config);
         if again {
-            self.hear_again(Input::View);
+            self.hear_again(Input::ViewAgain);
         }
     }
 
@@ -246,7 +262,11 @@ impl Agent {
     }
 
     /// The disk was full: the input comes back. Commands do not, their senders were told.
-    fn hear_again(&self, input: Input) {
+    fn hear_again(&mut self, input: Input) {
+        // One look serves all machines: were there one for each, each would bring as many again.
+        if matches!(input, Input::ViewAgain) && std::mem::replace(&mut self.looks_again, true) {
+            return;
+        }
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
             tokio::time::sleep(FULL_DISK_PAUSE).await;
@@ -307,7 +327,7 @@ impl Agent {
         let again = match &event {
             Event::Ordered(_) => None,
             // Meanwhile it may be assigned otherwise.
-            Event::Assigned(_) => Some(Input::View),
+            Event::Assigned(_) => Some(Input::ViewAgain),
             Event::Recovered(_) => Some(Input::Recover(id.clone())),
             other => Some(Input::Event(id.clone(), other.clone())),
         };

@@ -5,9 +5,9 @@
 
 use crate::disk::{Disk, Entry};
 use crate::mutation::{self, Mutation};
-use crate::supervisor::{Behaviour, End, Kept, fate};
+use crate::supervisor::{Behaviour, End, Kept, Living, fate};
 use crate::world::{Assigned, Ctx, Happening, MEMORY_MB};
-use dunlin_machine::{Alive, Effect, Event, Machine, Order, Verb};
+use dunlin_machine::{Alive, Effect, Event, Machine, Order, Record};
 use dunlin_model::{ExitInfo, MachineId, MachineState};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -33,6 +33,8 @@ pub enum Input {
 pub enum Act {
     Spawn { attempt: u64, behaviour: Behaviour },
     Stop { timeout_ms: u64 },
+    Freeze { attempt: u64 },
+    Thaw { attempt: u64 },
     CleanUp { attempt: u64 },
     Acknowledge { attempt: u64 },
     Destroy,
@@ -56,6 +58,7 @@ pub struct Host {
     boot: u64,
     boot_is_noted: bool,
     rebooted: bool,
+    looks_again: bool,
     /// The newest view, which is on disk too.
     view: Rc<Assigned>,
     /// The agent is killed, or the power lost, before it does this many more effects.
@@ -73,6 +76,7 @@ impl Host {
             boot: 1,
             boot_is_noted: false,
             rebooted: false,
+            looks_again: false,
             view: Rc::default(),
             dies_after: None,
         }
@@ -85,6 +89,7 @@ impl Host {
         }
         self.life += 1;
         self.slots = Some(BTreeMap::new());
+        self.looks_again = false;
         let (records, noted) = self.disk.replay();
         let rebooted = noted.is_some_and(|noted| noted != self.boot);
         (self.rebooted, self.boot_is_noted) = (rebooted, noted == Some(self.boot));
@@ -114,6 +119,7 @@ impl Host {
         let alive = Alive {
             attempt: kept.alive.as_ref().map(|alive| alive.attempt),
             stopping: kept.alive.as_ref().is_some_and(|alive| alive.told),
+            frozen: kept.alive.as_ref().is_some_and(|alive| alive.frozen),
             exit: kept.exits.get(&slot.machine.record().attempt).cloned(),
             rebooted,
         };
@@ -158,6 +164,9 @@ impl Host {
     }
 
     pub fn hear(&mut self, ctx: &mut Ctx, input: Input) {
+        if matches!(input, Input::Look) {
+            self.looks_again = false;
+        }
         match input {
             Input::View(view) => self.on_view(ctx, view),
             Input::Recover(id) => self.recover(ctx, &id),
@@ -224,7 +233,11 @@ impl Host {
         if held_mb + wanted_mb <= MEMORY_MB { Ok(()) } else { Err("the host is full".into()) }
     }
 
-    fn hear_again(&self, ctx: &mut Ctx, input: Input) {
+    /// One look serves all machines: were there one for each, each would bring as many again.
+    fn hear_again(&mut self, ctx: &mut Ctx, input: Input) {
+        if matches!(input, Input::Look) && std::mem::replace(&mut self.looks_again, true) {
+            return;
+        }
         ctx.after(FULL_DISK_PAUSE_MS, Happening::Heard { host: self.index, life: self.life, input: Box::new(input) });
     }
 
@@ -254,7 +267,7 @@ impl Host {
         slot.recovered = true;
         ctx.tell(|| format!("    {id} hears {}", short(&event)));
         if let Event::Ordered(order) = &event {
-            ctx.promises.ordered(id, before.record(), order);
+            ctx.promises.ordered(ctx.now_ms, id, before.record(), order);
         }
         let recovering = matches!(event, Event::Recovered(_));
         let recovered = if let Event::Recovered(alive) = &event { Some(alive.clone()) } else { None };
@@ -275,7 +288,9 @@ impl Host {
                 self.hear_again(ctx, input);
             }
         } else if let Some(slots) = &self.slots {
-            let held_mb = slots.values().map(|slot| slot.machine.record().reserved_mb()).sum();
+            // What is being destroyed may still hold something, and asks nobody.
+            let records = slots.values().map(|slot| slot.machine.record());
+            let held_mb = records.filter(|record| record.state != MachineState::Destroying).map(Record::reserved_mb).sum();
             ctx.promises.holds(self.index, held_mb);
         }
     }
@@ -377,6 +392,8 @@ impl Host {
                 Act::Spawn { attempt, behaviour: fate(slot.machine.record().spec()) }
             }
             Effect::Stop { timeout_ms, .. } => Act::Stop { timeout_ms },
+            Effect::Freeze { attempt } => Act::Freeze { attempt },
+            Effect::Thaw { attempt } => Act::Thaw { attempt },
             Effect::CleanUp { attempt } => Act::CleanUp { attempt },
             Effect::Acknowledge { attempt } => Act::Acknowledge { attempt },
             Effect::Destroy => {
@@ -384,8 +401,6 @@ impl Host {
                 Act::Destroy
             }
             Effect::Journal | Effect::Answer { .. } | Effect::Publish | Effect::Forget => unreachable!("done by the agent itself"),
-            #[allow(unreachable_patterns, reason = "the core may learn to ask for more than this host can do")]
-            other => panic!("this host cannot do {other:?}"),
         };
         slot.acts.push_back(act);
         if slot.acts.len() == 1 {
@@ -417,12 +432,24 @@ impl Host {
             }
             Act::Stop { timeout_ms } => {
                 let Some(alive) = self.kept.get_mut(id).and_then(|kept| kept.alive.as_mut()) else { return };
-                alive.told = true;
+                (alive.told, alive.frozen) = (true, false);
                 let deaf = alive.behaviour == Behaviour::Deaf;
                 let in_ms = if deaf { timeout_ms } else { ctx.rng.between(0, timeout_ms.min(2_000)) };
                 let end = if deaf { End::Killed } else { End::Exits(0) };
                 let attempt = alive.attempt;
                 ctx.after(in_ms, Happening::AttemptEnds { host: self.index, machine: id.clone(), attempt, end });
+            }
+            Act::Freeze { attempt } => {
+                let fails = !ctx.calm && ctx.rng.percent(10);
+                let alive = self.living(id, attempt).filter(|_| !fails);
+                let result = alive.map(|alive| alive.frozen = true).ok_or_else(|| "it cannot be frozen".to_owned());
+                ctx.promises.frozen(id, attempt, result.is_ok());
+                self.soon(ctx, id, Event::Frozen { attempt, result });
+            }
+            Act::Thaw { attempt } => {
+                if let Some(alive) = self.living(id, attempt) {
+                    alive.frozen = false;
+                }
             }
             Act::CleanUp { attempt } => {
                 let kept = self.kept.entry(id.clone()).or_default();
@@ -442,6 +469,10 @@ impl Host {
         }
     }
 
+    fn living(&mut self, id: &MachineId, attempt: u64) -> Option<&mut Living> {
+        self.kept.get_mut(id)?.alive.as_mut().filter(|alive| alive.attempt == attempt)
+    }
+
     fn comes_up(&mut self, ctx: &mut Ctx, id: &MachineId, attempt: u64, behaviour: Behaviour) {
         ctx.tell(|| format!("h{}: {id} attempt {attempt} comes up ({behaviour:?})", self.index));
         ctx.promises.lives(id, attempt);
@@ -453,6 +484,10 @@ impl Host {
 
     /// A program ended, or its supervisor was killed. The agent that lives then hears of it.
     pub fn end_attempt(&mut self, ctx: &mut Ctx, id: &MachineId, attempt: u64, end: End) {
+        if end != End::SupervisorKilled && self.living(id, attempt).is_some_and(|alive| alive.frozen) {
+            // What stands still ends later.
+            return ctx.after(10_000, Happening::AttemptEnds { host: self.index, machine: id.clone(), attempt, end });
+        }
         let Some(kept) = self.kept.get_mut(id) else { return };
         let Some(exit) = kept.end(attempt, end, ctx.now_ms) else { return };
         ctx.tell(|| format!("h{}: {id} attempt {attempt} ends: {end:?}", self.index));
@@ -485,13 +520,4 @@ fn short(event: &Event) -> String {
 /// The end of an attempt as its record says it.
 pub fn exit_info(attempt: u64, at_ms: u64) -> ExitInfo {
     ExitInfo { attempt, exit_code: None, signal: None, oom_killed: false, requested_stop: false, at_ms, error: None }
-}
-
-/// Whether a command is to make the machine run or rest.
-pub fn wants(verb: &Verb) -> Option<bool> {
-    match verb {
-        Verb::Start | Verb::Wake | Verb::Restart { .. } => Some(true),
-        Verb::Stop { .. } => Some(false),
-        _ => None,
-    }
 }

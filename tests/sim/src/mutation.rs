@@ -68,6 +68,14 @@ mutations! {
     LoseStops = "lose-stops",
     /// Does not go on with a stop after a crash.
     ForgetToStopAgain = "forget-to-stop-again",
+    /// Lets anybody move a machine that is leased.
+    IgnoreLeases = "ignore-leases",
+    /// Does not journal a lease.
+    ForgetLeases = "forget-leases",
+    /// Leaves a machine frozen that is to go on.
+    NoThaw = "no-thaw",
+    /// Never asks on recovery whether a machine stands still.
+    BelieveThawed = "believe-thawed",
     /// Never looks for room.
     NoAdmission = "no-admission",
 }
@@ -79,6 +87,8 @@ pub fn event(mutation: Option<Mutation>, record: &Record, event: &mut Event) {
         (Some(M::OldGeneration), Event::Ordered(order)) => order.generation = None,
         (Some(M::OldPlan), Event::Ordered(order)) => order.plan = None,
         (Some(M::LateCommands), Event::Ordered(order)) => order.deadline_ms = u64::MAX,
+        (Some(M::IgnoreLeases), Event::Ordered(order)) => order.nonce = record.lease.as_ref().map(|lease| lease.nonce.clone()),
+        (Some(M::BelieveThawed), Event::Recovered(alive)) => alive.frozen = false,
         (Some(M::NoAdmission), Event::Ordered(order)) => order.room = Ok(()),
         (Some(M::NoAdmission), Event::Prepared { room, .. }) => *room = Ok(()),
         (Some(M::OldAssignment), Event::Assigned(assignment)) => {
@@ -100,6 +110,7 @@ pub fn effects(mutation: Option<Mutation>, recovered: Option<&Alive>, before: &R
         Some(M::PublishFirst) => to_front(effects, |effect| *effect == Effect::Publish),
         Some(M::AcknowledgeEarly) => to_front(effects, |effect| matches!(effect, Effect::CleanUp { .. })),
         Some(M::NoCleanUp) => effects.retain(|effect| !matches!(effect, Effect::CleanUp { .. })),
+        Some(M::NoThaw) => effects.retain(|effect| !matches!(effect, Effect::Thaw { .. })),
         Some(M::NoAlarm) => effects.retain(|effect| !matches!(effect, Effect::WakeAt { .. })),
         Some(M::NeverForget) => effects.retain(|effect| *effect != Effect::Forget),
         Some(M::LoseStops) if before.state == MachineState::Starting => {
@@ -120,6 +131,7 @@ pub fn record(mutation: Option<Mutation>, record: &mut Record) {
         Some(Mutation::ForgetStop) if record.goal == dunlin_machine::Goal::Rest && record.may_live() => {
             record.goal = dunlin_machine::Goal::Run;
         }
+        Some(Mutation::ForgetLeases) => record.lease = None,
         Some(Mutation::ForgetCordon) => record.cordoned = false,
         _ => {}
     }

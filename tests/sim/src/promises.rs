@@ -3,10 +3,9 @@
 //!
 //! Nothing in here asks the core what is right.
 
-use crate::host::wants;
 use crate::world::MEMORY_MB;
 use dunlin_machine::{Asked, Deny, MAX_REMEMBERED, Order, Record, Verb};
-use dunlin_model::{CommandId, ExitInfo, Generation, MachineId, MachineState as S, MachineVersion, RestartWhen};
+use dunlin_model::{CommandId, ExitInfo, Generation, Lease, MachineId, MachineState as S, MachineVersion, RestartWhen};
 use dunlin_view::MachineAssignment;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,6 +17,8 @@ pub enum Intent {
     Nothing,
     Run,
     Rest,
+    /// Suspended, until somebody starts it.
+    Sleep,
     /// It was to run, and ended as its restart policy allows.
     Over,
 }
@@ -32,7 +33,10 @@ pub struct Promised {
     /// First answers that are to be remembered, in their order.
     answers: Vec<(CommandId, Result<Asked, Deny>)>,
     /// As it was before the new command that was heard last.
-    before: Option<(CommandId, Box<Record>)>,
+    before: Option<(CommandId, Box<Record>, Option<Lease>)>,
+    lease: Option<Lease>,
+    /// Attempts that could not be frozen go on.
+    awake: BTreeSet<u64>,
     durable: Option<Box<Record>>,
     plan: Generation,
     /// How many versions control had made before each, and the latest that was obeyed.
@@ -83,10 +87,11 @@ impl Promises {
     // What the agent does.
 
     /// Only the first time that it is obeyed a command is judged; its journalled answer may be told at any time.
-    pub fn ordered(&mut self, id: &MachineId, record: &Record, order: &Order) {
+    pub fn ordered(&mut self, now_ms: u64, id: &MachineId, record: &Record, order: &Order) {
         let promised = self.promised(id);
         let known = promised.counted.contains(&order.id);
-        promised.before = (!known).then(|| (order.id.clone(), Box::new(record.clone())));
+        let lease = promised.lease.clone().filter(|lease| now_ms < lease.expires_at_ms);
+        promised.before = (!known).then(|| (order.id.clone(), Box::new(record.clone()), lease));
     }
 
     pub fn moved(&mut self, id: &MachineId, before: &Record, after: &Record) {
@@ -98,9 +103,13 @@ impl Promises {
 
     /// The record is on disk: what it says of commands is promised, though nobody may hear of it.
     pub fn journalled(&mut self, id: &MachineId, record: &Record) {
-        let obeyed = record.commands.iter().filter(|remembered| remembered.answer.is_ok());
-        for command in obeyed.map(|remembered| remembered.id.clone()).collect::<Vec<_>>() {
-            self.count(id, &command);
+        if self.promised(id).placement != record.assignment.placement {
+            self.promised(id).lease = None;
+        }
+        for remembered in &record.commands {
+            if let Ok(asked) = &remembered.answer {
+                self.count(id, &remembered.id, asked);
+            }
         }
         let promised = self.promised(id);
         let made = promised.made.get(&record.assignment.spec.version).copied().unwrap_or_default();
@@ -110,6 +119,9 @@ impl Promises {
         let ended = promised.intent == Intent::Run && matches!(record.state, S::Stopped | S::Failed);
         if ended {
             promised.intent = Intent::Over;
+        }
+        if promised.intent == Intent::Sleep && record.state == S::Started && promised.awake.contains(&record.attempt) {
+            promised.intent = Intent::Run;
         }
         promised.durable = Some(Box::new(record.clone()));
         self.must(placement >= placed, || format!("{id} went back to an older placement"));
@@ -130,22 +142,22 @@ impl Promises {
     }
 
     /// Once for each command that was obeyed.
-    fn count(&mut self, id: &MachineId, command: &CommandId) {
+    fn count(&mut self, id: &MachineId, command: &CommandId, asked: &Asked) {
         let Some(order) = self.orders.get(command).cloned() else { return };
         let promised = self.promised(id);
         if !promised.counted.insert(command.clone()) {
             return;
         }
         promised.plan = promised.plan.max(order.plan.unwrap_or_default());
-        match wants(&order.verb) {
-            Some(true) => promised.intent = Intent::Run,
-            Some(false) => promised.intent = Intent::Rest,
-            None => {}
-        }
         match order.verb {
             Verb::Cordon => promised.cordoned = true,
             Verb::Uncordon => promised.cordoned = false,
-            _ => {}
+            Verb::Start | Verb::Wake | Verb::Restart { .. } => promised.intent = Intent::Run,
+            Verb::Stop { .. } => promised.intent = Intent::Rest,
+            Verb::Suspend => promised.intent = Intent::Sleep,
+            Verb::Lease { .. } => promised.lease = asked.lease.clone(),
+            Verb::Release => promised.lease = None,
+            Verb::Signal { .. } => {}
         }
     }
 
@@ -166,21 +178,23 @@ impl Promises {
         promised.answers.push((command.clone(), answer.clone()));
         let durable = promised.durable.as_ref().is_some_and(|record| record.commands.iter().any(|known| known.id == *command));
         let plan = promised.plan;
-        let before = promised.before.take().filter(|(heard, _)| heard == command).map(|(_, record)| *record);
+        let before = promised.before.take().filter(|(heard, ..)| heard == command);
         self.must(durable, || format!("{id} answered {command} before it was durable"));
-        let Some(before) = before else { return };
+        let Some((_, before, lease)) = before else { return };
         self.must(now_ms <= order.deadline_ms, || format!("{id} obeyed {command} after its time"));
+        let holds_it = lease.as_ref().is_none_or(|lease| order.nonce.as_ref() == Some(&lease.nonce));
+        self.must(holds_it, || format!("{id} obeyed {command}, and is leased to another: {lease:?}"));
         let held = before.assignment.placement;
         self.must(order.generation.is_none_or(|offered| offered >= held), || format!("{id} obeyed {command} of an older placement"));
         let old_plan = order.plan.is_some_and(|offered| offered < plan);
         self.must(!old_plan, || format!("{id} obeyed {command} of an older plan"));
         let other = order.expected_version.as_ref().is_some_and(|expected| expected != before.version());
         self.must(!other, || format!("{id} obeyed {command} meant for another version"));
-        if answer.is_ok() {
+        if let Ok(asked) = answer {
             self.must(may_be_asked(&order.verb, &before), || {
                 format!("{id} obeyed {} in state {}", order.verb.name(), before.state.as_str())
             });
-            self.count(id, command);
+            self.count(id, command, asked);
         }
     }
 
@@ -242,6 +256,12 @@ impl Promises {
         self.must(before.is_none(), || format!("{id}: attempts {before:?} and {attempt} live at once"));
     }
 
+    pub fn frozen(&mut self, id: &MachineId, attempt: u64, done: bool) {
+        if !done {
+            self.promised(id).awake.insert(attempt);
+        }
+    }
+
     pub fn ended(&mut self, id: &MachineId, attempt: u64, exit: Option<&ExitInfo>) {
         let promised = self.promised(id);
         promised.alive = None;
@@ -264,12 +284,13 @@ fn legal(from: S, to: S) -> bool {
         S::Created | S::Failed => matches!(to, S::Starting | S::Created | S::Destroying),
         S::Starting => matches!(to, S::Started | S::Stopping | S::Updating | S::Restarting | S::Stopped | S::Failed | S::Destroying),
         S::Started => {
-            matches!(to, S::Stopping | S::Updating | S::Restarting | S::Stopped | S::Failed | S::Suspended | S::Starting | S::Destroying)
+            matches!(to, S::Stopping | S::Updating | S::Restarting | S::Stopped | S::Failed | S::Suspending | S::Starting | S::Destroying)
         }
         S::Stopping => matches!(to, S::Stopped | S::Starting | S::Destroying),
         S::Updating => matches!(to, S::Starting | S::Stopping | S::Destroying),
         S::Stopped => matches!(to, S::Starting | S::Destroying),
-        S::Suspended => matches!(to, S::Starting | S::Started | S::Stopping | S::Stopped | S::Destroying),
+        S::Suspending => matches!(to, S::Suspended | S::Started | S::Stopping | S::Stopped | S::Destroying),
+        S::Suspended => matches!(to, S::Suspending | S::Started | S::Stopping | S::Stopped | S::Destroying),
         S::Restarting => matches!(to, S::Starting | S::Stopped | S::Destroying),
         S::Destroying => to == S::Destroyed,
         S::Destroyed => false,
@@ -287,8 +308,7 @@ fn may_be_asked(verb: &Verb, before: &Record) -> bool {
         Verb::Stop { .. } => !matches!(before.state, S::Creating | S::Destroying | S::Destroyed),
         Verb::Restart { .. } => matches!(before.state, S::Started | S::Starting),
         Verb::Signal { .. } => before.state == S::Started,
-        Verb::Cordon | Verb::Uncordon => !matches!(before.state, S::Destroying | S::Destroyed),
-        #[allow(unreachable_patterns, reason = "the core may learn more verbs than are sent here")]
-        _ => true,
+        Verb::Suspend => matches!(before.state, S::Started | S::Suspending | S::Suspended),
+        Verb::Cordon | Verb::Uncordon | Verb::Lease { .. } | Verb::Release => !matches!(before.state, S::Destroying | S::Destroyed),
     }
 }

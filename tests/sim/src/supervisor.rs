@@ -58,6 +58,7 @@ pub struct Living {
     pub behaviour: Behaviour,
     /// To stop.
     pub told: bool,
+    pub frozen: bool,
 }
 
 #[derive(Default)]
@@ -68,7 +69,7 @@ pub struct Kept {
 
 impl Kept {
     pub fn come_up(&mut self, attempt: u64, behaviour: Behaviour) {
-        self.alive = Some(Living { attempt, behaviour, told: false });
+        self.alive = Some(Living { attempt, behaviour, told: false, frozen: false });
     }
 
     /// `None` if that attempt does not live.

@@ -7,7 +7,7 @@ use crate::promises::{Intent, Promises};
 use crate::rng::Rng;
 use crate::supervisor::{Behaviour, End, fate};
 use dunlin_machine::{Order, Record, Verb};
-use dunlin_model::{CommandId, Generation, MachineId, MachineState as S, MachineVersion};
+use dunlin_model::{CommandId, Generation, MachineId, MachineState as S, MachineVersion, Source};
 use dunlin_view::MachineAssignment;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,6 +94,8 @@ pub struct World {
     incarnation: u64,
     plan: u64,
     commands: Vec<Command>,
+    /// The nonce that was sent last for each machine.
+    leases: BTreeMap<MachineId, String>,
 }
 
 impl World {
@@ -117,6 +119,7 @@ impl World {
             incarnation: 1,
             plan: 1,
             commands: Vec::new(),
+            leases: BTreeMap::new(),
         };
         for host in 0..HOSTS {
             world.hosts[host].start_agent(&mut world.ctx);
@@ -227,13 +230,18 @@ impl World {
         let machines: Vec<MachineId> = self.home.keys().cloned().collect();
         let Some(machine) = self.ctx.rng.pick(&machines) else { return };
         let rng = &mut self.ctx.rng;
-        let verb = match rng.below(20) {
+        let ttl_ms = rng.between(1_000, 60_000);
+        let nonce = format!("n{}", self.commands.len());
+        let verb = match rng.below(25) {
             0..7 => Verb::Start,
             7..10 => Verb::Wake,
             10..14 => Verb::Stop { signal: None, timeout_ms: if rng.percent(50) { Some(rng.between(0, 10_000)) } else { None } },
             14..16 => Verb::Restart { timeout_ms: None },
             16 => Verb::Signal { signal: 1 },
             17 => Verb::Uncordon,
+            18..20 => Verb::Lease { nonce: nonce.clone(), ttl_ms, owner: "somebody".into(), description: String::new() },
+            20 => Verb::Release,
+            21..24 => Verb::Suspend,
             _ => Verb::Cordon,
         };
         let assignment = self.assigned.machines.get(&machine);
@@ -249,6 +257,11 @@ impl World {
         });
         let version = assignment.map(|assignment| assignment.spec.version.clone()).filter(|_| rng.percent(15));
         let late_ms = if rng.percent(30) { rng.between(0, 3_000) } else { rng.between(10_000, 60_000) };
+        // Who took the lease last, or somebody who knows nothing of it.
+        let held = self.leases.get(&machine).cloned().filter(|_| rng.percent(50));
+        if let Verb::Lease { .. } = verb {
+            self.leases.insert(machine.clone(), held.clone().unwrap_or(nonce));
+        }
         if rng.percent(5) {
             self.plan += 1;
         }
@@ -259,6 +272,9 @@ impl World {
             generation,
             plan,
             expected_version: version,
+            nonce: held,
+            source: Source::User,
+            request_id: None,
             verb,
             room: Ok(()), // the agent looks
         };
@@ -455,8 +471,13 @@ impl World {
             let runs = state == S::Started && alive == Some(record.attempt);
             let why_not = state == S::Restarting && record.exit.is_some() && alive.is_none();
             let sleeps = alive.is_none() && matches!(state, S::Created | S::Stopped | S::Failed);
-            let kept_its_word = if intent == Intent::Run { runs || why_not } else { sleeps };
-            promises.must(kept_its_word, || format!("{id} is to be {intent:?}, and is {} (alive {alive:?})", state.as_str()));
+            let frozen = host.kept.get(&id).and_then(|kept| kept.alive.as_ref()).is_some_and(|alive| alive.frozen);
+            let kept_its_word = match intent {
+                Intent::Run => runs && !frozen || why_not,
+                Intent::Sleep => sleeps || state == S::Suspended && frozen,
+                Intent::Rest | Intent::Nothing | Intent::Over => sleeps,
+            };
+            promises.must(kept_its_word, || format!("{id} is to be {intent:?}, and is {} (alive {alive:?}, frozen {frozen})", state.as_str()));
             promises.must(record.cordoned == cordoned, || format!("{id}: cordoned is {}, promised {cordoned}", record.cordoned));
             let target = &self.assigned.machines[&id];
             let told_why = record.problem.is_some() || fate(&target.spec) == Behaviour::Missing;

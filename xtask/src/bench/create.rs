@@ -55,16 +55,31 @@ pub fn run(table: &mut Table) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn runc(bundle: &Path, root: &Path) -> anyhow::Result<Times> {
+#[derive(PartialEq, Eq)]
+pub enum Network {
+    Own,
+    OfTheHost,
+}
+
+pub fn runc_bundle(bundle: &Path, root: &Path, command: &[String], network: Network) -> anyhow::Result<()> {
     fs::create_dir_all(bundle)?;
     sh::run(Command::new("runc").arg("spec").current_dir(bundle))?;
     let config = bundle.join("config.json");
     let mut spec: serde_json::Value = serde_json::from_str(&fs::read_to_string(&config)?)?;
     spec["root"] = serde_json::json!({ "path": root, "readonly": false });
     spec["process"]["terminal"] = false.into();
-    spec["process"]["args"] = serde_json::json!(["/bin/busybox", "sleep", "100000"]);
+    spec["process"]["args"] = serde_json::json!(command);
     spec["linux"]["resources"] = serde_json::json!({ "memory": { "limit": 256 << 20 }, "pids": { "limit": 4096 } });
+    if network == Network::OfTheHost {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().context("runc names namespaces")?;
+        namespaces.retain(|namespace| namespace["type"] != "network");
+    }
     fs::write(&config, spec.to_string())?;
+    Ok(())
+}
+
+fn runc(bundle: &Path, root: &Path) -> anyhow::Result<Times> {
+    runc_bundle(bundle, root, &["/bin/busybox", "sleep", "100000"].map(str::to_owned), Network::Own)?;
     let state = bundle.join("state");
     let tool = || {
         let mut command = Command::new("runc");
@@ -98,16 +113,16 @@ fn podman(dir: &Path, root: &Path) -> anyhow::Result<Times> {
 }
 
 /// One kept connection: a process per call would be measured too.
-struct Api {
+pub struct Api {
     stream: BufReader<UnixStream>,
 }
 
 impl Api {
-    fn connect(socket: &Path) -> anyhow::Result<Self> {
+    pub fn connect(socket: &Path) -> anyhow::Result<Self> {
         Ok(Self { stream: BufReader::new(UnixStream::connect(socket)?) })
     }
 
-    fn call(&mut self, method: &str, path: &str, body: &str) -> anyhow::Result<String> {
+    pub fn call(&mut self, method: &str, path: &str, body: &str) -> anyhow::Result<String> {
         let request = format!(
             "{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()

@@ -1,0 +1,173 @@
+//! How fast one machine is for whoever waits for it, with a trivial server in it: woken by a request through the
+//! edge, started by the API until its program answers, and a command in it. The peers start the same program from
+//! the same files and answer the same first request.
+
+use super::create::{Api, Network, runc_bundle};
+use super::{Figure, PODMAN_RUN, Table, Times, time, unmount_storage};
+use crate::sh;
+use anyhow::{Context, bail};
+use dunlin_e2e::Server;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 50;
+/// What an attempt left is cleared away meanwhile; the peers' `delete` does that before it returns.
+const CLEARED: Duration = Duration::from_millis(300);
+const PATIENCE: Duration = Duration::from_secs(30);
+const PORT: u16 = 8080;
+const SERVE: [&str; 6] = ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h"];
+const ROOM: &str = "[http_service]\ninternal_port = 8080\nauto_start_machines = true\n";
+
+pub fn run(table: &mut Table) -> anyhow::Result<()> {
+    let server = Server::start();
+    let command: Vec<String> = SERVE.iter().chain(&["/www"]).map(|word| format!("{word:?}")).collect();
+    let dockerfile = format!("FROM scratch\nCOPY busybox /bin/busybox\nCOPY www /www\nCMD [{}]\n", command.join(", "));
+    let files = [("Dockerfile", dockerfile.as_str()), ("www/index.html", "ok\n"), ("dunlin.toml", &format!("app = \"bench\"\n{ROOM}"))];
+    let source = server.source("bench", &files);
+    fs::copy("/bin/busybox", source.join("busybox"))?;
+    server.ok(&["apps", "create", "bench"]);
+    server.ok_in(&source, &["deploy"]);
+    let machine = server.machine_list("bench").pop().context("the app has a machine")?;
+    let address: IpAddr = machine["private_ip"].as_str().context("it has an address")?.parse()?;
+    let mut api = Api::connect(&server.data().join("run/api.sock"))?;
+    let path = format!("/v1/apps/bench/machines/{}", machine["id"].as_str().context("it has an id")?);
+    let edge = SocketAddr::from((Ipv4Addr::LOCALHOST, server.http));
+
+    let started = Times::of(ROUNDS, |_| {
+        rest(&mut api, &path, "stop", "stopped")?;
+        time(|| {
+            api.call("POST", &format!("{path}/start"), "{}")?;
+            first_byte((address, PORT).into(), "bench")
+        })
+    })?;
+    let woken = Times::of(ROUNDS, |_| {
+        rest(&mut api, &path, "stop", "stopped")?;
+        time(|| first_byte(edge, "bench.localhost"))
+    })?;
+    let resumed = Times::of(ROUNDS, |_| {
+        rest(&mut api, &path, "suspend", "suspended")?;
+        time(|| first_byte(edge, "bench.localhost"))
+    })?;
+    let exec_body = r#"{"command":["/bin/busybox","true"]}"#;
+    let exec = Times::of(ROUNDS, |_| time(|| api.call("POST", &format!("{path}/exec"), exec_body)))?;
+
+    let root = server.dir().join("rootfs");
+    fs::create_dir_all(root.join("bin"))?;
+    fs::create_dir_all(root.join("www"))?;
+    fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+    fs::write(root.join("www/index.html"), "ok\n")?;
+    symlink("busybox", root.join("bin/sleep"))?;
+    let mut peers = vec![("runc", oci("runc", &server.dir().join("runc"), &root)?)];
+    // It refuses the hybrid control groups of many machines.
+    match oci("crun", &server.dir().join("crun"), &root) {
+        Ok(times) => peers.push(("crun", times)),
+        Err(error) => println!("    crun: NOT MEASURED, {error}"),
+    }
+    peers.push(("podman", podman(&server.dir().join("podman"), &root)?));
+
+    for (name, (start, peers_exec)) in &peers {
+        row(table, "create to first byte, p50", started.p50(), Some((name, start.p50())), "<= 12 ms");
+        row(table, "create to first byte, p99", started.p99(), Some((name, start.p99())), "<= 45 ms");
+        row(table, "exec, API call to its end, p50", exec.p50(), Some((name, peers_exec.p50())), "<= 4 ms");
+    }
+    row(table, "first byte through the proxy, stopped machine, p50", woken.p50(), None, "<= 25 ms");
+    row(table, "first byte through the proxy, suspended machine, p50", resumed.p50(), None, "<= 3 ms");
+    Ok(())
+}
+
+fn row(table: &mut Table, what: &str, ours: Duration, peer: Option<(&str, Duration)>, goal: &str) {
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let peer = peer.map(|(name, time)| (name, ms(time)));
+    table.add(Figure { what, ours: ms(ours), unit: "ms", peer, goal });
+}
+
+fn rest(api: &mut Api, path: &str, verb: &str, state: &str) -> anyhow::Result<()> {
+    let body = if verb == "stop" { "{\"timeout\":0}" } else { "{}" };
+    if verb == "suspend" {
+        api.call("GET", &format!("{path}/wait?state=started&timeout=30"), "")?;
+    }
+    api.call("POST", &format!("{path}/{verb}"), body)?;
+    api.call("GET", &format!("{path}/wait?state={state}&timeout=30"), "")?;
+    thread::sleep(CLEARED);
+    Ok(())
+}
+
+/// Asks until somebody answers: a program that starts does not listen at once.
+fn first_byte(at: SocketAddr, host: &str) -> anyhow::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if let Ok(mut stream) = TcpStream::connect_timeout(&at, PATIENCE) {
+            stream.set_read_timeout(Some(PATIENCE))?;
+            write!(stream, "GET / HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")?;
+            let mut start = [0; 12];
+            stream.read_exact(&mut start)?;
+            if !start.ends_with(b"200") {
+                bail!("{at} answered {:?}", String::from_utf8_lossy(&start));
+            }
+            return Ok(());
+        }
+        thread::sleep(Duration::from_micros(200));
+    }
+    bail!("{at} did not answer within {PATIENCE:?}")
+}
+
+/// (start to first byte, exec) of a runtime with runc's command line, in the host's network.
+fn oci(program: &str, bundle: &Path, root: &Path) -> anyhow::Result<(Times, Times)> {
+    let port = dunlin_e2e::free_port();
+    runc_bundle(bundle, root, &serve(port), Network::OfTheHost)?;
+    let tool = || {
+        let mut command = Command::new(program);
+        command.arg("--root").arg(bundle.join("state")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    };
+    let run = || {
+        sh::run(tool().args(["run", "-d", "--bundle"]).arg(bundle).arg("bench"))?;
+        first_byte((Ipv4Addr::LOCALHOST, port).into(), "bench")
+    };
+    let starts = Times::of(ROUNDS, |_| {
+        let took = time(run);
+        sh::run(tool().args(["delete", "-f", "bench"]))?;
+        took
+    })?;
+    run()?;
+    let execs = Times::of(ROUNDS, |_| time(|| sh::run(tool().args(["exec", "bench", "/bin/busybox", "true"]))));
+    sh::run(tool().args(["delete", "-f", "bench"]))?;
+    Ok((starts, execs?))
+}
+
+fn podman(dir: &Path, root: &Path) -> anyhow::Result<(Times, Times)> {
+    let port = dunlin_e2e::free_port();
+    let tool = || {
+        let mut command = Command::new("podman");
+        command.args(["--root", &format!("{}/storage", dir.display()), "--runroot", &format!("{}/run", dir.display())]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    };
+    let run = || {
+        let flags = ["--name", "bench", "--network", "host", "--memory", "256m", "--rootfs"];
+        sh::run(tool().args(PODMAN_RUN).args(flags).arg(root).args(serve(port)))?;
+        first_byte((Ipv4Addr::LOCALHOST, port).into(), "bench")
+    };
+    let remove = || sh::run(tool().args(["rm", "-f", "-t", "0", "bench"]));
+    let starts = Times::of(ROUNDS, |_| {
+        let took = time(run);
+        remove()?;
+        took
+    });
+    let execs = run().and_then(|()| Times::of(ROUNDS, |_| time(|| sh::run(tool().args(["--runtime=runc", "exec", "bench", "/bin/busybox", "true"])))));
+    let removed = remove();
+    unmount_storage(dir);
+    removed?;
+    Ok((starts?, execs?))
+}
+
+fn serve(port: u16) -> Vec<String> {
+    let port = port.to_string();
+    SERVE.iter().map(|word| if *word == "8080" { port.as_str() } else { word }).chain(["/www"]).map(str::to_owned).collect()
+}
