@@ -16,6 +16,7 @@ mod launch;
 mod local_files;
 mod logs;
 mod machines;
+mod printed;
 mod secrets;
 mod sftp;
 mod ssh;

@@ -1,7 +1,8 @@
 //! How results, progress and errors look.
 
-use crate::CliError;
+use crate::{CliError, printed};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
@@ -12,9 +13,11 @@ pub fn print_json(value: &impl Serialize) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
-/// Prints a line of data.
+/// Prints a line of data. Programs and the people who name things choose much of it: see [`printed::safe`].
 pub fn print_line(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+    let mut out = std::io::stdout();
+    let line = for_person(line, out.is_terminal());
+    let _ = writeln!(out, "{line}");
 }
 
 /// Prints rows under a heading, columns as wide as their longest cell.
@@ -46,9 +49,11 @@ pub fn print_error(error: &CliError, json: bool) {
         let _ = writeln!(err, "{value}");
         return;
     }
-    let _ = writeln!(err, "{} {}", paint("31;1", "error:"), error.message);
+    let is_terminal = err.is_terminal();
+    let shown = |text: &str| text.lines().map(|line| for_person(line, is_terminal)).collect::<Vec<_>>().join("\n");
+    let _ = writeln!(err, "{} {}", paint("31;1", "error:"), shown(&error.message));
     for cause in &error.causes {
-        let _ = writeln!(err, "  {cause}");
+        let _ = writeln!(err, "  {}", shown(cause));
     }
     if let Some(hint) = &error.hint {
         let _ = writeln!(err, "{} {hint}", paint("36;1", "hint:"));
@@ -75,7 +80,7 @@ impl Progress {
     }
 
     pub fn detail(&self, line: &str) {
-        eprintln!("          {line}");
+        eprintln!("          {}", for_person(line, std::io::stderr().is_terminal()));
     }
 }
 
@@ -88,6 +93,10 @@ pub fn confirm(question: &str) -> Result<bool, CliError> {
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer).map_err(|e| CliError::failed(format!("no answer could be read: {e}")))?;
     Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+}
+
+fn for_person(line: &str, is_terminal: bool) -> Cow<'_, str> {
+    if is_terminal { printed::safe(line) } else { line.into() }
 }
 
 fn paint(code: &str, text: &str) -> String {
