@@ -25,7 +25,8 @@ const TEST: &[(&str, &str, &str)] = &[
     ("/bin/busybox", "busybox-static", "a root file system in tests"),
     ("/usr/bin/setfattr", "attr", "extended attributes in tests"),
     ("/usr/bin/zstd", "zstd", "layers in tests"),
-    ("/usr/bin/python3", "python3", "servers in tests"),
+    ("/usr/bin/python3", "python3", "servers, and attempts to break out, in tests"),
+    ("/sbin/setcap", "libcap2-bin", "capabilities of files in tests"),
 ];
 
 const BENCH: &[(&str, &str, &str)] = &[

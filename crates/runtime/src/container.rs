@@ -17,15 +17,18 @@ use crate::process::{self, Identity};
 use crate::rootfs;
 use crate::seccomp::Filters;
 use crate::spec::{SupervisorSpec, UID_RANGE};
-use crate::sys;
+use crate::{sys, wire};
+use nix::fcntl::{OFlag, open};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What the first process reports, one line of text each: a tag and what goes with it.
 pub(crate) const READY: &str = "ready";
@@ -55,10 +58,10 @@ pub(crate) fn create(
     let (stdout, stdout_writer) = io::pipe()?;
     let (stderr, stderr_writer) = io::pipe()?;
     let (report, report_writer) = io::pipe()?;
-    let (go, mut go_writer) = io::pipe()?;
+    let (go, go_sender) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let (start_reader, start) = io::pipe()?;
     let flags = libc::CLONE_NEWUSER | libc::CLONE_NEWNET | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-    let init = sys::clone_process(flags)?;
+    let init = sys::clone_owned_by(spec.uid_base, flags)?;
     if init == 0 {
         let pipes = InitPipes { go, start: start_reader, stdout: stdout_writer, stderr: stderr_writer, report: report_writer };
         init_main(spec, filters, pipes);
@@ -75,14 +78,15 @@ pub(crate) fn create(
         net::attach(net, init).map_err(io::Error::other)?;
     }
     join(init)?;
-    let mut message = crate::sys::c_path(&root)?.into_bytes();
-    message.push(b'\n');
-    go_writer.write_all(&message)?;
+    // Open, because the way to it leads through directories that are root's alone.
+    let root = open(&root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    wire::send(go_sender.as_raw_fd(), &(), &[root.as_raw_fd()])?;
     Ok(Container { init, init_fd, stdout, stderr, report, start })
 }
 
 struct InitPipes {
-    go: PipeReader,
+    /// Brings the root.
+    go: OwnedFd,
     start: PipeReader,
     stdout: PipeWriter,
     stderr: PipeWriter,
@@ -126,16 +130,20 @@ fn init_main(spec: &SupervisorSpec, filters: &Filters, pipes: InitPipes) -> ! {
     }
 }
 
-/// As root of the host's ids first, because the way to the root leads through directories that are
-/// root's alone; as root of the machine's ids from the pivot on.
-fn prepare(spec: &SupervisorSpec, filters: &Filters, mut go: &PipeReader) -> io::Result<(Identity, Vec<CString>)> {
+/// With none of the machine's ids first, but all capabilities in its user namespace; as its root from then on.
+fn prepare(spec: &SupervisorSpec, filters: &Filters, go: &OwnedFd) -> io::Result<(Identity, Vec<CString>)> {
     // Dies with its supervisor; the control group is the guarantee, this is the quick way.
     sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?;
     nix::sys::prctl::set_name(c"init")?;
-    let root = PathBuf::from(read_line(&mut go)?);
+    let root = match wire::receive::<()>(go.as_raw_fd())? {
+        Some(((), mut fds)) if fds.len() == 1 => fds.remove(0),
+        _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+    };
     nix::unistd::setsid()?;
+    nix::unistd::fchdir(&root)?;
+    drop(root);
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_NEWCGROUP)?;
-    rootfs::reach(&root)?;
+    rootfs::reach()?;
     sys::become_user(0, 0, &[])?;
     sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?; // the change of user cleared it
     nix::unistd::sethostname(&spec.hostname)?;
@@ -147,18 +155,6 @@ fn prepare(spec: &SupervisorSpec, filters: &Filters, mut go: &PipeReader) -> io:
     sys::block_signals(true)?;
     process::confine(spec.profile, filters)?;
     Ok((identity, env))
-}
-
-fn read_line(reader: &mut impl Read) -> io::Result<String> {
-    let mut line = Vec::new();
-    let mut byte = [0];
-    while line.len() < 4096 && reader.read(&mut byte)? == 1 && byte[0] != b'\n' {
-        line.push(byte[0]);
-    }
-    if line.is_empty() {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    String::from_utf8(line).map_err(io::Error::other)
 }
 
 /// Forks the program; an error pipe that closes on exec tells whether it came that far.

@@ -161,6 +161,14 @@ fn run(target: &Target<'_>, exec: &ExecSpec, stdio: &[OwnedFd], socket: &OwnedFd
         sys::become_user(0, 0, &[])?;
         sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
         sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?; // the change of user clears it
+        if exec.terminal.is_none() {
+            for (i, fd) in stdio.iter().enumerate() {
+                sys::dup_to(fd.as_fd(), i as i32)?;
+            }
+        }
+        // What the supervisor has open is the host's. Closed now and not by the program's start: its path and its
+        // working directory may name a descriptor.
+        sys::close_all_but(3, &[socket.as_raw_fd()])?;
         let mut process = process_of(&target.spec.process, exec);
         if exec.transfer.is_some() {
             process.user = "0".into();
@@ -168,14 +176,9 @@ fn run(target: &Target<'_>, exec: &ExecSpec, stdio: &[OwnedFd], socket: &OwnedFd
         let identity = process::resolve_user(&process.user, Path::new("/"))?;
         let env = process::environment(&process, &identity)?;
         process::limits()?;
-        match exec.terminal {
-            None => {
-                for (i, fd) in stdio.iter().enumerate() {
-                    sys::dup_to(fd.as_fd(), i as i32)?;
-                }
-            }
-            Some(size) => terminal(size, identity.uid, socket)
-                .map_err(|e| io::Error::new(e.kind(), format!("the machine's /dev/pts: {e}")))?,
+        if let Some(size) = exec.terminal {
+            terminal(size, identity.uid, socket)
+                .map_err(|e| io::Error::new(e.kind(), format!("the machine's /dev/pts: {e}")))?;
         }
         process::confine(target.spec.profile, target.filters)?;
         sys::close_on_exec_from(3)?;

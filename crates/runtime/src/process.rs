@@ -102,7 +102,9 @@ fn prepare(process: &ProcessSpec, identity: &Identity) -> io::Result<(CString, V
     let dir = if process.working_dir.is_empty() { "/" } else { &process.working_dir };
     fs::create_dir_all(dir).map_err(|e| context(e, &format!("working directory {dir}")))?;
     sys::become_user(identity.uid, identity.gid, &identity.groups)?;
-    std::env::set_current_dir(dir).map_err(|e| context(e, &format!("working directory {dir}")))?;
+    std::env::set_current_dir(dir)
+        .and_then(|()| sys::working_directory_is_below_root())
+        .map_err(|e| context(e, &format!("working directory {dir}")))?;
     let path = process.env.iter().rev().find(|(name, _)| name == "PATH").map_or(DEFAULT_PATH, |(_, value)| value);
     let name = process.command.first().ok_or_else(|| io::Error::other("the image names no command to run"))?;
     let program = find_program(name, path)?;

@@ -28,6 +28,8 @@ const MASKED: &[&str] = &[
     "/sys/firmware",
 ];
 const READ_ONLY: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+/// Where the root is mounted, below the machine's `mnt`.
+const ROOT: &str = "root";
 /// The overlay's writable layer and its work space, in the machine's directory.
 const WRITTEN: [&str; 2] = ["upper", "work"];
 const NONE: Option<&str> = None;
@@ -56,7 +58,7 @@ pub(crate) fn assemble(spec: &SupervisorSpec, user_namespace: BorrowedFd<'_>) ->
     let mnt = make_dir(&spec.machine_dir, "mnt", 0)?;
     mount(Some("tmpfs"), &mnt, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=711,size=1m"))?;
     // The machine's root passes through here before it pivots.
-    let root = make_dir(&mnt, "root", spec.uid_base)?;
+    let root = make_dir(&mnt, ROOT, spec.uid_base)?;
     match &spec.rootfs {
         Rootfs::Layers(layers) => overlay(spec, layers, &mnt, &root, user_namespace)?,
         Rootfs::HostUsr => host_usr(spec, &root)?,
@@ -238,12 +240,13 @@ fn make_dir(parent: &Path, name: impl AsRef<Path>, owner: u32) -> io::Result<Pat
     Ok(path)
 }
 
-/// In the machine's first process, in a mount namespace of its own but still with the host's ids: a
-/// mount that this namespace may pivot to, as the working directory.
-pub(crate) fn reach(root: &Path) -> io::Result<()> {
+/// In the machine's first process, with the root as its working directory and in a mount namespace of its own: a mount
+/// that this namespace may pivot to, as the working directory.
+pub(crate) fn reach() -> io::Result<()> {
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
-    mount(Some(root), root, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
-    std::env::set_current_dir(root)
+    mount(Some("."), ".", NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
+    // From underneath the new mount onto it.
+    std::env::set_current_dir(Path::new("..").join(ROOT))
 }
 
 /// In the same process, root of the machine's ids now: mounts what belongs to its namespaces and
@@ -252,8 +255,12 @@ pub(crate) fn enter(spec: &SupervisorSpec) -> io::Result<()> {
     let step = |what: &str, e: io::Error| io::Error::new(e.kind(), format!("{what}: {e}"));
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     for dir in ["proc", "sys", "dev"] {
-        if !Path::new(dir).is_dir() {
-            fs::create_dir(dir).map_err(|e| step(dir, e))?;
+        match fs::symlink_metadata(dir) {
+            Ok(found) if found.is_dir() => {}
+            // A link would lead out of the root that is not left yet, and what is mounted there would not be where
+            // it is masked.
+            Ok(_) => return Err(io::Error::other(format!("the image has something else than a directory at /{dir}"))),
+            Err(_) => fs::create_dir(dir).map_err(|e| step(dir, e))?,
         }
     }
     mount(Some("proc"), "proc", Some("proc"), plain, NONE).map_err(|e| step("/proc", e.into()))?;

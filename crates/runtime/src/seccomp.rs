@@ -22,6 +22,15 @@ const NEW_NAMESPACE_FLAGS: [u64; 8] =
 /// PER_LINUX, PER_LINUX32, the question for the current one; not those that weaken address randomisation.
 const PERSONALITIES: [u64; 3] = [0x0, 0x8, 0xffff_ffff];
 const SOCKET_FAMILIES: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+/// Routes and addresses, `ss`, audit (which the kernel turns off in a user namespace, and programs like useradd take a
+/// refusal to open for a fault), device events. Not netfilter, xfrm, crypto, generic and others: much code that only
+/// the host's root has a use for.
+const NETLINK_PROTOCOLS: [i32; 4] =
+    [libc::NETLINK_ROUTE, libc::NETLINK_SOCK_DIAG, libc::NETLINK_AUDIT, libc::NETLINK_KOBJECT_UEVENT];
+/// What asks for others (SCTP, DCCP, L2TP) makes the host load a module for it.
+const INTERNET_PROTOCOLS: [i32; 6] = [
+    0, libc::IPPROTO_ICMP, libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_ICMPV6, libc::IPPROTO_MPTCP,
+];
 /// Push characters into a terminal that somebody else types at.
 const TERMINAL_INJECTION: [u64; 2] = [libc::TIOCSTI, libc::TIOCLINUX];
 
@@ -55,7 +64,7 @@ fn allow_list(profile: Profile) -> Result<BpfProgram, seccompiler::BackendError>
 
 fn refusals(profile: Profile) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: Rules = REFUSED.iter().map(|number| (*number, vec![])).collect();
-    rules.insert(libc::SYS_socket, vec![none_of(0, &SOCKET_FAMILIES.map(|family| family as u64))?]);
+    rules.insert(libc::SYS_socket, odd_sockets()?);
     rules.insert(libc::SYS_personality, vec![none_of(0, &PERSONALITIES)?]);
     let injections = TERMINAL_INJECTION.iter().map(|request| one_of(1, Op::Eq, *request));
     rules.insert(libc::SYS_ioctl, injections.collect::<Result<_, _>>()?);
@@ -75,10 +84,27 @@ fn refusals(profile: Profile) -> Result<BpfProgram, seccompiler::BackendError> {
     SeccompFilter::new(rules, SeccompAction::Allow, eperm, arch())?.try_into()
 }
 
+fn odd_sockets() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let within = |family: i32, protocols: &[i32]| {
+        let mut conditions = vec![Condition::new(0, Len::Dword, Op::Eq, family as u64)?];
+        conditions.extend(differs(2, &protocols.iter().map(|number| *number as u64).collect::<Vec<_>>())?);
+        SeccompRule::new(conditions)
+    };
+    Ok(vec![
+        none_of(0, &SOCKET_FAMILIES.map(|family| family as u64))?,
+        within(libc::AF_NETLINK, &NETLINK_PROTOCOLS)?,
+        within(libc::AF_INET, &INTERNET_PROTOCOLS)?,
+        within(libc::AF_INET6, &INTERNET_PROTOCOLS)?,
+    ])
+}
+
 /// Matches if the argument is none of the values.
 fn none_of(argument: u8, values: &[u64]) -> Result<SeccompRule, seccompiler::BackendError> {
-    let differs = values.iter().map(|value| Condition::new(argument, Len::Dword, Op::Ne, *value));
-    SeccompRule::new(differs.collect::<Result<_, _>>()?)
+    SeccompRule::new(differs(argument, values)?)
+}
+
+fn differs(argument: u8, values: &[u64]) -> Result<Vec<Condition>, seccompiler::BackendError> {
+    values.iter().map(|value| Condition::new(argument, Len::Dword, Op::Ne, *value)).collect()
 }
 
 fn one_of(argument: u8, op: Op, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {

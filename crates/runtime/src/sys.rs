@@ -112,23 +112,34 @@ pub(crate) fn prctl(option: libc::c_int, argument: libc::c_ulong) -> io::Result<
     check(libc::c_long::from(unsafe { libc::prctl(option, argument, 0, 0, 0) })).map(drop)
 }
 
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Capabilities {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// _LINUX_CAPABILITY_VERSION_3, of this process.
+const CAPABILITIES_OF_SELF: CapabilityHeader = CapabilityHeader { version: 0x2008_0522, pid: 0 };
+
+fn permitted_capabilities() -> io::Result<u64> {
+    let (header, mut data) = (CAPABILITIES_OF_SELF, [Capabilities::default(); 2]);
+    // SAFETY: version 3 takes a header and fills two data structs of exactly this layout.
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw const header, data.as_mut_ptr()) })?;
+    Ok(u64::from(data[1].permitted) << 32 | u64::from(data[0].permitted))
+}
+
 /// Sets effective, permitted and inheritable capabilities of this process.
 pub(crate) fn set_capabilities(effective: u64, permitted: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    #[repr(C)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    /// _LINUX_CAPABILITY_VERSION_3
-    const VERSION: u32 = 0x2008_0522;
-    let header = Header { version: VERSION, pid: 0 };
-    let half = |shift: u32| Data {
+    let header = CAPABILITIES_OF_SELF;
+    let half = |shift: u32| Capabilities {
         effective: (effective >> shift) as u32,
         permitted: (permitted >> shift) as u32,
         inheritable: 0,
@@ -136,6 +147,23 @@ pub(crate) fn set_capabilities(effective: u64, permitted: u64) -> io::Result<()>
     let data = [half(0), half(32)];
     // SAFETY: version 3 takes a header and two data structs of exactly this layout.
     check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) }).map(drop)
+}
+
+/// [`clone_process`], with a user namespace among the flags that belongs to the user `owner` and not to this process's:
+/// the kernel counts much of what is used inside (inotify, message queues, timers, processes) for the owner too, and would
+/// hold all machines together to the limits of one user, who is the host's root.
+pub(crate) fn clone_owned_by(owner: u32, flags: libc::c_int) -> io::Result<libc::pid_t> {
+    const KEEP: libc::uid_t = libc::uid_t::MAX;
+    let (own, permitted) = (nix::unistd::geteuid().as_raw(), permitted_capabilities()?);
+    // SAFETY: integers only.
+    let become_effectively = |uid: libc::uid_t| check(unsafe { libc::syscall(libc::SYS_setresuid, KEEP, uid, KEEP) });
+    become_effectively(owner)?;
+    // The change took the effective ones, without which some hosts allow no user namespace.
+    let cloned = set_capabilities(permitted, permitted).and_then(|()| clone_process(flags));
+    if !matches!(cloned, Ok(0)) {
+        become_effectively(own)?; // which gives them back
+    }
+    cloned
 }
 
 /// Ids through the raw calls: single-threaded, so the kernel's per-thread ids are the process's.
@@ -215,6 +243,14 @@ pub(crate) fn dup_to(fd: BorrowedFd<'_>, target: RawFd) -> io::Result<()> {
     }
     // SAFETY: integers only; 0-2 are owned by nobody.
     check(libc::c_long::from(unsafe { libc::dup2(fd.as_raw_fd(), target) })).map(drop)
+}
+
+/// Fails in a directory that no path leads to from this process's root. The C library's `getcwd` would look for one.
+pub(crate) fn working_directory_is_below_root() -> io::Result<()> {
+    let mut path = [0_u8; libc::PATH_MAX as usize];
+    // SAFETY: the kernel writes at most `path.len()` bytes into `path`.
+    check(unsafe { libc::syscall(libc::SYS_getcwd, path.as_mut_ptr(), path.len()) })?;
+    if path[0] == b'/' { Ok(()) } else { Err(io::Error::other("it is outside of the machine")) }
 }
 
 /// Signals of this process, all blocked or all let through.

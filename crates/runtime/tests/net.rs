@@ -441,6 +441,35 @@ fn udp_multicast_and_ipv6_do_not_reach_the_host() {
     }
 }
 
+/// The kernel keeps all connections of a host in one table, and drops everybody's new ones once it is full.
+#[test]
+fn a_machine_takes_no_more_than_its_part_of_the_connections() {
+    const MOST: u16 = 50;
+    let lab = Lab::new("dunlin_part");
+    lab.host.run({
+        let firewall = lab.firewall.clone().with_connections_max(u32::from(MOST));
+        move || firewall.apply(&[])
+    })
+    .expect("apply");
+    let greedy = lab.machine("7777777777dddd", "10.201.0.7");
+    let other = lab.machine("8888888888dddd", "10.201.0.8");
+    let _server = Server::start(&lab.internet, "0.0.0.0:80");
+    let received = lab.internet.run(|| UdpSocket::bind("0.0.0.0:7000").expect("bind"));
+    // Every source port is a connection of its own to the kernel.
+    greedy.ns.run(|| {
+        for _ in 0..3 * MOST {
+            UdpSocket::bind("0.0.0.0:0").expect("bind").send_to(b"x", (SERVER, 7000)).expect("send");
+        }
+    });
+    let mut through = 0;
+    while got(&received, DENIED) {
+        through += 1;
+    }
+    assert!((MOST / 2..=MOST + 2).contains(&through), "{through} of {} came through", 3 * MOST);
+    greedy.denied(&format!("{SERVER}:80"));
+    assert_eq!(other.reaches(&format!("{SERVER}:80")).as_deref(), Some(HOST));
+}
+
 fn got(socket: &UdpSocket, timeout: Duration) -> bool {
     socket.set_read_timeout(Some(timeout)).expect("timeout");
     socket.recv(&mut [0; 16]).is_ok()

@@ -1,6 +1,7 @@
 //! Real machines on the running kernel: life, isolation, exec, death. Needs root and busybox.
 
 mod exec;
+mod hostile;
 mod isolation;
 mod life;
 mod setup;

@@ -29,6 +29,12 @@ const MACHINES_MAX: usize = 65_536;
 const TABLE_NAME_MAX: usize = 48;
 /// Interface groups of Dunlin have this bit, which keeps them clear of numbers that people give by hand.
 const GROUP_BIT: u32 = 0x4000_0000;
+/// A machine may have this part of the connections that the host's kernel keeps track of, for machines and all else: it
+/// drops everybody's new ones when it has no room.
+const CONNECTIONS_PART: u32 = 4;
+/// Where the kernel does not tell how many it keeps: its own least number, on a host with little memory.
+const CONNECTIONS_KEPT_LEAST: u32 = 65_536;
+const CONNECTIONS_KEPT: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// An IPv4 network such as `10.201.0.0/16`.
@@ -122,6 +128,7 @@ pub struct Firewall {
     machine_prefix: Ipv4Prefix,
     resolvers: Vec<Ipv4Addr>,
     allowed: Vec<Ipv4Prefix>,
+    connections_max: u32,
     nft: Nft,
 }
 
@@ -136,7 +143,14 @@ impl Firewall {
                 TABLE_NAME_MAX - 1
             )));
         }
-        Ok(Firewall { table: table_name.to_owned(), machine_prefix, resolvers, allowed: Vec::new(), nft: Nft::find()? })
+        Ok(Firewall {
+            table: table_name.to_owned(),
+            machine_prefix,
+            resolvers,
+            allowed: Vec::new(),
+            connections_max: connections_kept() / CONNECTIONS_PART,
+            nft: Nft::find()?,
+        })
     }
 
     /// Private destinations that the operator opens for machines, a database in the local network for example.
@@ -150,6 +164,13 @@ impl Firewall {
     #[must_use]
     pub fn with_resolvers(mut self, resolvers: Vec<Ipv4Addr>) -> Self {
         self.resolvers = resolvers;
+        self
+    }
+
+    /// How many connections one machine may have at once, instead of a part of the host's.
+    #[must_use]
+    pub fn with_connections_max(mut self, connections: u32) -> Self {
+        self.connections_max = connections;
         self
     }
 
@@ -238,6 +259,12 @@ impl Firewall {
             chain.family == "inet" && chain.table == self.table && chain.name == script::FORWARDING_WAS_OFF
         }))
     }
+}
+
+/// The kernel has the file from the first rule on that wants to know of connections.
+fn connections_kept() -> u32 {
+    let kept = std::fs::read_to_string(CONNECTIONS_KEPT).ok().and_then(|text| text.trim().parse().ok());
+    kept.unwrap_or(CONNECTIONS_KEPT_LEAST).max(CONNECTIONS_PART)
 }
 
 fn forwarding() -> Result<bool> {

@@ -2,13 +2,14 @@
 
 use std::fmt::Display;
 
-use super::{Firewall, MachineRule};
+use super::{Firewall, MACHINES_MAX, MachineRule};
 
 /// Name of the empty chain that stands for "forwarding was off before".
 pub(super) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
 
 /// The chains that close machines in; none of them is ever empty.
-pub(super) const CHAINS: [&str; 6] = ["pin", "input", "forward", "from_machine", "to_machine", "postrouting"];
+pub(super) const CHAINS: [&str; 7] =
+    ["pin", "tracked", "input", "forward", "from_machine", "to_machine", "postrouting"];
 
 /// Destinations that are not the public internet: this network, private, shared (CGNAT), loopback, link-local with the
 /// metadata services of clouds, protocol assignments, benchmarks, multicast, reserved with broadcast. The networks
@@ -28,7 +29,7 @@ const NOT_PUBLIC: [&str; 11] = [
 ];
 
 pub(super) fn table(firewall: &Firewall, machines: &[MachineRule], forwarding_was_off: bool) -> String {
-    let Firewall { table, machine_prefix, .. } = firewall;
+    let Firewall { table, machine_prefix, connections_max, .. } = firewall;
     let group = firewall.group();
     let pins = elements(machines.iter().map(pin));
     let resolvers = elements(firewall.resolvers.iter());
@@ -45,7 +46,11 @@ table inet {table} {{
   set resolvers {{ type ipv4_addr; {resolvers} }}
   set allowed {{ type ipv4_addr; flags interval; auto-merge; {allowed} }}
   set closed {{ type ipv4_addr; flags interval; auto-merge; {closed} }}
+  set connections {{ type ipv4_addr; size {MACHINES_MAX}; flags dynamic; }}
   {memory}
+  chain tracked {{
+    ct state new add @connections {{ ip saddr ct count over {connections_max} }} counter drop
+  }}
   chain pin {{
     type filter hook prerouting priority raw - 10; policy accept;
     iifgroup != {group} accept
@@ -56,6 +61,7 @@ table inet {table} {{
     type filter hook input priority filter - 10; policy accept;
     iifgroup != {group} accept
     ct state established,related accept
+    jump tracked
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
     counter drop
   }}
@@ -68,6 +74,7 @@ table inet {table} {{
     oifgroup {group} counter drop
     ct state established,related accept
     ct state invalid counter drop
+    jump tracked
     fib daddr type != unicast counter drop
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
     ip daddr @allowed accept
