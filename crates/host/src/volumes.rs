@@ -327,43 +327,63 @@ pub async fn follow(shared: Arc<Shared>, lives: impl Fn() -> bool) {
             looked = Instant::now();
             let (turn, generation) = (shared.clone(), config.generation);
             let round = tokio::task::spawn_blocking(move || reconcile(&turn, &config));
-            let problems = round.await.unwrap_or_default(); // a panic was reported by itself
+            let Round { problems, waits } = round.await.unwrap_or_default(); // a panic was reported by itself
             for (id, why) in &problems {
                 if told.get(id) != Some(why) {
                     tracing::warn!(volume = %id, why, "a volume is not as it should be");
                 }
             }
-            done = problems.is_empty().then_some(generation);
+            done = (problems.is_empty() && !waits).then_some(generation);
             told = problems;
         }
         let _ = tokio::time::timeout(AGAIN, changes.changed()).await; // looks again in any case
     }
 }
 
-fn reconcile(shared: &Shared, config: &ConfigState) -> BTreeMap<VolumeId, String> {
+#[derive(Default)]
+struct Round {
+    problems: BTreeMap<VolumeId, String>,
+    /// For machines that are being destroyed, too.
+    waits: bool,
+}
+
+fn reconcile(shared: &Shared, config: &ConfigState) -> Round {
     let ours = config.volumes.values().filter(|row| row.host == shared.config.id);
     let made = ours.filter(|row| !config.volume_tombstones.contains_key(&row.id));
     let made = made.filter_map(|row| Some((row.id.clone(), ensure(shared, row).err()?)));
     let old = ids(&shared.config.data_dir).into_iter().filter(|id| !config.volume_tombstones.contains_key(id));
     let old = old.filter_map(|id| Some((id.clone(), snapshots::expire(shared, &id).err()?)));
     let gone = config.volume_tombstones.iter().filter(|(_, host)| **host == shared.config.id);
-    let gone = gone.filter_map(|(id, _)| Some((id.clone(), remove(shared, id).err()?)));
-    made.chain(old).chain(gone).collect()
+    let mut round = Round { problems: made.chain(old).collect(), waits: false };
+    for (id, _) in gone {
+        match remove(shared, id) {
+            Ok(Removed::Yes) => {}
+            Ok(Removed::NotYet) => round.waits = true,
+            Err(why) => drop(round.problems.insert(id.clone(), why)),
+        }
+    }
+    round
+}
+
+enum Removed {
+    Yes,
+    /// A machine has it still.
+    NotYet,
 }
 
 /// On its tombstone, once no machine has it.
-fn remove(shared: &Shared, id: &VolumeId) -> Result<(), String> {
+fn remove(shared: &Shared, id: &VolumeId) -> Result<Removed, String> {
     alone(shared, id, |place| {
         if !place.0.exists() {
-            return Ok(());
+            return Ok(Removed::Yes);
         }
-        if let Some(machine) = shared.volumes.holder(id) {
-            return Err(format!("it is destroyed once machine {machine} lets go of it"));
+        if shared.volumes.holder(id).is_some() {
+            return Ok(Removed::NotYet);
         }
         unmount(place)?;
         dunlin_runtime::remove_tree(&place.0).map_err(|e| e.to_string())?;
         tracing::info!(volume = %id, "volume destroyed");
-        Ok(())
+        Ok(Removed::Yes)
     })
 }
 
