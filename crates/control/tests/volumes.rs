@@ -73,7 +73,7 @@ async fn volumes_are_made_shown_extended_and_destroyed() {
     let snapshot = world.post(&format!("{path}/snapshots"), json!({})).await.json();
     assert_eq!(world.get(&format!("{path}/snapshots")).await.json(), json!([snapshot]));
     let restored = world.post("/v1/apps/web/volumes", json!({ "name": "old", "snapshot_id": snapshot["id"] })).await;
-    assert_eq!(restored.json()["size_gb"], 3, "the default, which is larger than what it is of: {}", restored.text);
+    assert_eq!(restored.json()["size_gb"], 2, "as large as what it is of: {}", restored.text);
     let config = world.view.current().config.clone();
     let row = config.volumes.values().find(|row| row.name == "old").unwrap();
     assert_eq!(row.source.as_ref().unwrap().volume.as_str(), made["id"].as_str().unwrap());

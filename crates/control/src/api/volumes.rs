@@ -77,7 +77,7 @@ pub async fn create(
         Some((source, size_gb)) => (Some(source), size_gb),
         None => (None, SIZE_MIN_GB),
     };
-    let size_gb = body.size_gb.unwrap_or(SIZE_DEFAULT_GB.max(least_gb));
+    let size_gb = body.size_gb.unwrap_or(if source.is_some() { least_gb } else { SIZE_DEFAULT_GB });
     if !(least_gb..=SIZE_MAX_GB).contains(&size_gb) {
         return Err(Failure::invalid(format!("size_gb is {size_gb}; it must be from {least_gb} to {SIZE_MAX_GB}")));
     }
