@@ -3,7 +3,7 @@
 //! Keys: `apps/<app>`, `releases/<app>/<number, 10 digits>`, `machines/<id>`, `tombstones/<id>`,
 //! `secrets/<app>/<NAME>`, `secrets_version/<app>`, `plans/<app>`, `hosts/<id>`,
 //! `certificates/<name>`, `addresses/<ipv4>`, `volumes/<id>`, `volume_tombstones/<id>`; control's own: `progress/<app>`, `events/<app>/<number>`,
-//! `secrets_sets/<app>/<version, 20 digits>`, `revoked/<token id>`.
+//! `secrets_sets/<app>/<version, 20 digits>`, `revoked/<token id>`, `configs/<machine id>`, `launches/<machine id>`.
 
 use crate::config::AppConfig;
 use crate::{AppName, Generation, HostId, ImageRef, MachineId, MachineSpec, OrgName, Region};

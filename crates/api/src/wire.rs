@@ -18,8 +18,8 @@
 use dunlin_model::config::AppConfig;
 use dunlin_model::desired::ReleaseStatus;
 use dunlin_model::token::Verb;
-use dunlin_model::{AppName, ExitInfo, MachineId, MachineSpec, MachineState, OrgName, Region};
-use dunlin_view::CheckStatus;
+use dunlin_model::{AppName, ExitInfo, Guest, MachineId, MachineState, OrgName, Region};
+use dunlin_view::CheckState;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -136,13 +136,25 @@ pub struct AppStatus {
 pub struct Machine {
     pub id: MachineId,
     pub name: String,
+    pub app: AppName,
     pub state: MachineState,
     pub region: Region,
     pub instance_id: String,
+    /// The same, as newer clients call it.
+    pub version: String,
     pub private_ip: String,
     pub image_ref: ImageRefWire,
-    pub config: MachineSpec,
-    pub checks: Vec<CheckStatus>,
+    /// As Fly's clients write it.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub config: serde_json::Value,
+    pub guest: Guest,
+    pub checks: Vec<CheckShown>,
+    /// The newest first; only where one machine is shown.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub events: serde_json::Value,
+    /// Of the lease that the request took with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<String>,
     /// `ok`, `unknown` or `unreachable`.
     pub host_status: String,
     /// When its host last spoke, milliseconds since 1970: the rest is not newer.
@@ -156,8 +168,19 @@ pub struct Machine {
     pub exit: Option<ExitInfo>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
-    pub created_at: u64,
-    pub updated_at: u64,
+    /// RFC 3339, as `updated_at`.
+    pub created_at: String,
+    pub updated_at: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckShown {
+    pub name: String,
+    pub status: CheckState,
+    pub gates_routing: bool,
+    pub output: String,
+    /// RFC 3339.
+    pub updated_at: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,6 +209,9 @@ pub struct ExecBody {
     pub cmd: Option<String>,
     #[serde(default)]
     pub stdin: Option<String>,
+    /// Only machines of several containers would have a choice.
+    #[serde(default)]
+    pub container: Option<String>,
     /// Seconds.
     #[serde(default)]
     pub timeout: Option<u64>,

@@ -59,7 +59,7 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
 async fn app_of(session: &Session, target: &MachineArgs) -> Result<AppName, CliError> {
     match &target.app {
         Some(app) => Ok(app.clone()),
-        None => Ok(find(session, target).await?.config.app),
+        None => Ok(find(session, target).await?.app),
     }
 }
 
@@ -100,7 +100,7 @@ async fn act(session: &Session, target: &MachineArgs, verb: &str, body: &impl se
 /// The whole of what it says as one value.
 async fn exec_for_json(session: &Session, target: &MachineArgs, timeout: u64, command: Vec<String>) -> Result<Exit, CliError> {
     let (app, id) = (app_of(session, target).await?, &target.id);
-    let body = ExecBody { command, cmd: None, stdin: None, timeout: Some(timeout) };
+    let body = ExecBody { command, cmd: None, stdin: None, container: None, timeout: Some(timeout) };
     let answer: ExecAnswer = session.client.post(&format!("/v1/apps/{app}/machines/{id}/exec"), &body).await?;
     ui::print_json(&answer);
     Ok(exec::exit(answer.exit_code))
@@ -109,13 +109,14 @@ async fn exec_for_json(session: &Session, target: &MachineArgs, timeout: u64, co
 fn print_machine(machine: &Machine) {
     let line = |name: &str, value: &str| ui::print_line(&format!("{name:9} {value}"));
     line("machine", machine.id.as_str());
-    line("app", machine.config.app.as_str());
+    line("app", machine.app.as_str());
     line("state", machine.state.as_str());
-    line("release", &format!("v{}", machine.release));
+    let release = if machine.release == 0 { "none; made by hand".to_owned() } else { format!("v{}", machine.release) };
+    line("release", &release);
     line("version", &machine.instance_id);
     line("image", &format!("{}@{}", machine.image_ref.repository, machine.image_ref.digest));
     line("address", &machine.private_ip);
-    let guest = &machine.config.guest;
+    let guest = &machine.guest;
     line("size", &format!("{} cpu, {} MiB", guest.cpus, guest.memory_mb));
     line("restarts", &machine.restarts.to_string());
     for check in &machine.checks {

@@ -14,11 +14,14 @@ mod api;
 mod certificates;
 mod events;
 mod failure;
+mod fly;
 mod forget;
 mod images;
 pub mod issue;
 mod keys;
 mod kill;
+mod launch;
+mod machine_rows;
 mod project;
 mod reconcile;
 mod registry;
@@ -80,6 +83,10 @@ pub(crate) struct Ctx {
     pub requests: api::Requests,
     /// Rings when there is work for the reconciler.
     pub work: Notify,
+    /// Rings when a machine made by hand is to be started.
+    pub launches: Notify,
+    /// Machines are made by hand one at a time: names and addresses are looked for before they are taken.
+    pub machines_writer: Mutex<()>,
     /// Secrets are read, changed and written by one request at a time.
     pub secrets_writer: Mutex<()>,
     /// One build at a time.

@@ -78,6 +78,12 @@ pub(crate) mod key {
     pub fn machine(id: &MachineId) -> String {
         format!("machines/{id}")
     }
+    pub fn configs(id: &MachineId) -> String {
+        format!("configs/{id}")
+    }
+    pub fn launch(id: &MachineId) -> String {
+        format!("launches/{id}")
+    }
     pub fn tombstone(id: &MachineId) -> String {
         format!("tombstones/{id}")
     }

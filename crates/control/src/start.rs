@@ -7,7 +7,7 @@ use crate::keys::{KeyError, Keys, private_dir};
 use crate::kill::KillPoints;
 use crate::rows::{Change, SecretsVersionRow, State, key};
 use crate::tokens::Tokens;
-use crate::{Ctx, api, forget, now_ms, project, reconcile, registry};
+use crate::{Ctx, api, forget, launch, now_ms, project, reconcile, registry};
 use axum::Router;
 use dunlin_api::HostApi;
 use dunlin_cluster::View;
@@ -126,6 +126,8 @@ impl Control {
             ready: config.ready,
             requests: Default::default(),
             work: Notify::new(),
+            launches: Notify::new(),
+            machines_writer: Mutex::new(()),
             secrets_writer: Mutex::new(()),
             build_slot: Arc::new(Semaphore::new(1)),
             published: AtomicBool::new(false),
@@ -140,6 +142,7 @@ impl Control {
         let mut tasks = JoinSet::new();
         tasks.spawn(project::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(reconcile::run(Arc::clone(&ctx), ctx.stop.clone()));
+        tasks.spawn(launch::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(forget::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(certificates::run(Arc::clone(&ctx), ctx.stop.clone()));
         Ok(Self { ctx, tasks })

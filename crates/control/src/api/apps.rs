@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::releases::{self, load_app};
 use crate::rows::{Change, Outcome, key};
 use crate::secrets::{self, When};
-use crate::{Ctx, now_ms, spec};
+use crate::{Ctx, machine_rows, now_ms, spec};
 use axum::extract::{Extension, Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use axum::Json;
@@ -43,10 +43,19 @@ fn wire_app(ctx: &Ctx, row: &AppRow, machine_count: usize) -> wire::App {
     }
 }
 
+#[derive(Debug, Deserialize)]
+pub struct ListApps {
+    org_slug: Option<String>,
+}
+
 pub async fn list(
     State(ctx): State<Arc<Ctx>>,
     Extension(caller): Extension<Caller>,
+    Query(query): Query<ListApps>,
 ) -> Result<Json<AppList>, Failure> {
+    if query.org_slug.is_some_and(|org| org != ctx.org.as_str()) {
+        return Ok(Json(AppList { total_apps: 0, apps: vec![] }));
+    }
     let machines = ctx.state.machines().await?;
     let count = |app: &AppName| machines.iter().filter(|row| row.value.spec.app == *app).count();
     let rows = ctx.state.list::<AppRow>("apps/").await?;
@@ -122,11 +131,17 @@ pub async fn status(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Re
     let rows = ctx.state.machines_of(&app).await?;
     let serves = rows.iter().any(|row| !row.value.spec.services.is_empty());
     let view = ctx.view.current();
+    let configs = machine_rows::all_configs(&ctx).await?;
+    let shown = rows.iter().map(|row| {
+        let configs = configs.get(&row.value.id).cloned().unwrap_or_default();
+        machines::wire(&ctx, &view, row, configs.shown(&row.value.spec, &ctx.domain))
+    });
+    let machines = shown.collect();
     Ok(Json(AppStatus {
         app: wire_app(&ctx, &row.value, rows.len()),
         urls: if serves { urls(&ctx, &app) } else { vec![] },
         release: release.map(|row| release_api::wire(&row.value)),
-        machines: rows.iter().map(|row| machines::wire(&ctx, &view, row)).collect(),
+        machines,
     }))
 }
 

@@ -1,19 +1,21 @@
 //! Machines: what they are, and commands to the hosts that own them.
 
-use super::Caller;
+use super::{Caller, leases};
 use crate::failure::Failure;
+use crate::fly::{self, rfc3339};
+use crate::machine_rows::{self, ConfigsRow};
 use crate::reconcile::destroy_machine;
 use crate::releases::{busy, load_app};
-use crate::rows::{Outcome, Row};
+use crate::rows::{Outcome, Row, key};
 use crate::{Ctx, now_ms};
 use axum::Json;
 use axum::extract::{Extension, Path, Query, RawQuery, State};
 use dunlin_api::wire::{self, ExecAnswer, ExecBody, ImageRefWire, StopMachine};
-use dunlin_api::{Command, CommandKind, ErrorCode, ExecOutput, ExecRequest, ExecStdin, Refusal, Source, WaitFor};
-use dunlin_model::config::words;
-use dunlin_model::desired::{MachineRow, TombstoneReason};
+use dunlin_api::{Command, CommandAnswer, CommandKind, ErrorCode, ExecOutput, ExecRequest, ExecStdin, Refusal, Source, WaitFor};
+use dunlin_model::config::{units, words};
+use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::{AppName, CommandId, MachineId, MachineState, MachineVersion};
-use dunlin_view::Snapshot;
+use dunlin_view::{CheckStatus, Snapshot};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -31,7 +33,7 @@ const MAX_EXEC_OUTPUT_BYTES: usize = 8 * 1024 * 1024;
 const MAX_STOP_TIMEOUT_MS: u64 = 300_000;
 
 /// A machine as the API shows it: its row, and its newest fact if there is one, with its age.
-pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, row: &Row<MachineRow>) -> wire::Machine {
+pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, row: &Row<MachineRow>, config: Value) -> wire::Machine {
     let machine = &row.value;
     let spec = &machine.spec;
     let fact = view.machines.get(&machine.id);
@@ -40,9 +42,11 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, row: &Row<MachineRow>) -> wire::M
     wire::Machine {
         id: machine.id.clone(),
         name: machine.name.clone(),
+        app: spec.app.clone(),
         state: fact.map_or(MachineState::Creating, |fact| fact.state),
         region: machine.region.clone(),
         instance_id: spec.version.to_string(),
+        version: spec.version.to_string(),
         private_ip: machine.address.to_string(),
         image_ref: ImageRefWire {
             registry: format!("registry.{}", ctx.domain),
@@ -50,8 +54,11 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, row: &Row<MachineRow>) -> wire::M
             tag: spec.image.tag.clone(),
             digest: spec.image.digest.clone(),
         },
-        config: spec.clone(),
-        checks: fact.map(|fact| fact.checks.clone()).unwrap_or_default(),
+        config,
+        guest: spec.guest.clone(),
+        checks: fact.map(|fact| fact.checks.iter().map(check).collect()).unwrap_or_default(),
+        events: Value::Null,
+        nonce: None,
         host_status: host_status(fact.is_some(), host_seen_at).into(),
         host_seen_at,
         cordoned: fact.is_some_and(|fact| fact.cordoned),
@@ -60,8 +67,18 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, row: &Row<MachineRow>) -> wire::M
         restarts: fact.map_or(0, |fact| fact.restarts),
         exit: fact.and_then(|fact| fact.exit.clone()),
         problem: fact.and_then(|fact| fact.problem.clone()),
-        created_at: machine.created_at_ms,
-        updated_at: fact.map_or(machine.created_at_ms, |fact| fact.updated_at_ms),
+        created_at: rfc3339(machine.created_at_ms),
+        updated_at: rfc3339(fact.map_or(machine.created_at_ms, |fact| fact.updated_at_ms)),
+    }
+}
+
+fn check(check: &CheckStatus) -> wire::CheckShown {
+    wire::CheckShown {
+        name: check.name.clone(),
+        status: check.status,
+        gates_routing: check.gates_routing,
+        output: check.output.clone(),
+        updated_at: rfc3339(check.updated_at_ms),
     }
 }
 
@@ -88,33 +105,100 @@ pub(crate) async fn load(ctx: &Ctx, app: &AppName, id: &MachineId) -> Result<Row
 pub async fn list(
     State(ctx): State<Arc<Ctx>>,
     Path(app): Path<AppName>,
+    Query(query): Query<Vec<(String, String)>>,
 ) -> Result<Json<Vec<wire::Machine>>, Failure> {
     load_app(&ctx, &app).await?;
+    let filter = Filter::read(query)?;
     let rows = ctx.state.machines_of(&app).await?;
+    let configs = machine_rows::all_configs(&ctx).await?;
     let view = ctx.view.current();
-    Ok(Json(rows.iter().map(|row| wire(&ctx, &view, row)).collect()))
+    let shown = rows.iter().map(|row| {
+        let config = match configs.get(&row.value.id) {
+            _ if filter.is_summary => Value::Null,
+            Some(configs) => configs.shown(&row.value.spec, &ctx.domain),
+            None => fly::show(&row.value.spec, &ctx.domain),
+        };
+        (row, wire(&ctx, &view, row, config))
+    });
+    Ok(Json(shown.filter(|(row, machine)| filter.takes(row, machine)).map(|(_, machine)| machine).collect()))
 }
 
-/// Asks the owner, and falls back to what was last heard.
+#[derive(Default)]
+struct Filter {
+    states: Vec<String>,
+    regions: Vec<String>,
+    metadata: Vec<(String, String)>,
+    /// Without configurations.
+    is_summary: bool,
+}
+
+impl Filter {
+    fn read(query: Vec<(String, String)>) -> Result<Self, Failure> {
+        let mut filter = Self::default();
+        for (name, value) in query {
+            match (name.as_str(), value.as_str()) {
+                ("state", _) => filter.states.extend(value.split(',').map(str::to_owned)),
+                ("region", _) => filter.regions.push(value),
+                ("summary", "true" | "1" | "") => filter.is_summary = true,
+                ("summary" | "include_deleted", "false" | "0") => {}
+                ("include_deleted", _) => {
+                    return Err(Failure::invalid("include_deleted cannot be true: destroyed machines are not kept")
+                        .hint("leave it out"));
+                }
+                _ => match name.strip_prefix("metadata.") {
+                    Some(key) => filter.metadata.push((key.to_owned(), value)),
+                    None => {
+                        return Err(Failure::bad_request(format!("{name:?} is no filter for machines"))
+                            .hint("use state, region, metadata.KEY or summary"));
+                    }
+                },
+            }
+        }
+        Ok(filter)
+    }
+
+    fn takes(&self, row: &Row<MachineRow>, machine: &wire::Machine) -> bool {
+        let is_one_of = |wanted: &[String], found: &str| wanted.is_empty() || wanted.iter().any(|one| one == found);
+        let spec = &row.value.spec;
+        let has = |key: &str, wanted: &str| match spec.metadata.get(key) {
+            Some(value) => value == wanted,
+            None => key == "fly_process_group" && spec.process_group == wanted,
+        };
+        is_one_of(&self.states, machine.state.as_str())
+            && is_one_of(&self.regions, machine.region.as_str())
+            && self.metadata.iter().all(|(key, wanted)| has(key, wanted))
+    }
+}
+
 pub async fn get(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, MachineId)>,
 ) -> Result<Json<wire::Machine>, Failure> {
     let row = load(&ctx, &app, &id).await?;
+    Ok(Json(asked(&ctx, &row).await?))
+}
+
+/// Asks the owner, and falls back to what was last heard.
+pub(crate) async fn asked(ctx: &Ctx, row: &Row<MachineRow>) -> Result<wire::Machine, Failure> {
+    let id = &row.value.id;
+    let configs = ctx.state.get::<ConfigsRow>(&key::configs(id)).await?.map(|row| row.value).unwrap_or_default();
     let mut view = Snapshot::clone(&ctx.view.current());
-    let answer = ctx.host.machine(&id).await;
+    let answer = ctx.host.machine(id).await;
     if let Ok(fact) = &answer {
         view.machines.insert(id.clone(), Arc::new(fact.clone()));
     }
-    let shown = wire(&ctx, &view, &row);
-    Ok(Json(match answer {
+    let mut shown = wire(ctx, &view, row, configs.shown(&row.value.spec, &ctx.domain));
+    if let Ok(events) = ctx.host.events(id).await {
+        shown.events = fly::events(&events);
+    }
+    Ok(match answer {
         Ok(_) => wire::Machine { host_status: "ok".into(), host_seen_at: Some(now_ms()), ..shown },
         Err(Refusal::NoSuchMachine(_)) => shown, // it answers, and has not taken the machine up yet
         Err(refusal) => {
             tracing::debug!(machine = %id, %refusal, "the host does not answer for the machine");
             wire::Machine { host_status: "unreachable".into(), ..shown }
         }
-    }))
+    })
 }
 
 #[derive(Debug, Deserialize)]
@@ -129,8 +213,10 @@ pub async fn destroy(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Destroy>,
+    headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
     let row = load(&ctx, &app, &id).await?;
+    leases::check(&ctx, &id, &headers).await?;
     let state = ctx.view.current().machines.get(&id).map(|fact| fact.state);
     if let Some(state) = state.filter(|state| state.is_running())
         && !query.force
@@ -161,21 +247,29 @@ async fn command(
     kind: CommandKind,
 ) -> Result<Json<Value>, Failure> {
     let row = load(ctx, app, id).await?;
-    let nonce = headers.get("fly-machine-lease-nonce").and_then(|value| value.to_str().ok());
+    let answer = send(ctx, &row, headers, kind).await?;
+    Ok(Json(json!({ "ok": true, "previous_state": answer.previous_state.as_str(), "migrated": false, "new_host": "" })))
+}
+
+pub(super) async fn send(
+    ctx: &Ctx,
+    row: &Row<MachineRow>,
+    headers: &HeaderMap,
+    kind: CommandKind,
+) -> Result<CommandAnswer, Failure> {
     let command = Command {
         id: command_id(headers)?,
-        machine: id.clone(),
+        machine: row.value.id.clone(),
         deadline_ms: now_ms() + COMMAND_DEADLINE_MS,
         generation: Some(row.value.placement),
         plan: None,
         expected_version: None,
-        nonce: nonce.map(str::to_owned),
+        nonce: leases::nonce(headers),
         source: Source::User,
-        request_id: headers.get("fly-request-id").and_then(|value| value.to_str().ok()).map(str::to_owned),
+        request_id: super::request_id(),
         kind,
     };
-    let answer = ctx.host.command(command).await?;
-    Ok(Json(json!({ "ok": true, "previous_state": answer.previous_state.as_str(), "migrated": false, "new_host": "" })))
+    Ok(ctx.host.command(command).await?)
 }
 
 /// The client's own id, so that its repeat gets the first answer; otherwise a fresh one.
@@ -203,7 +297,9 @@ pub async fn stop(
     body: bytes::Bytes,
 ) -> Result<Json<Value>, Failure> {
     let body: StopMachine = optional(&body)?;
-    let timeout_ms = body.timeout.as_ref().map(duration_ms).transpose()?;
+    // Fly's Go client sends `0s` where nothing was asked for.
+    let timeout = body.timeout.filter(|timeout| *timeout != json!("0s"));
+    let timeout_ms = timeout.as_ref().map(duration_ms).transpose()?;
     command(&ctx, &app, &id, &headers, CommandKind::Stop { signal: body.signal, timeout_ms }).await
 }
 
@@ -215,9 +311,28 @@ pub async fn suspend(
     command(&ctx, &app, &id, &headers, CommandKind::Suspend).await
 }
 
-#[derive(Debug, Deserialize)]
+/// By the query, as one of Fly's clients has it, or in the body, as another.
+#[derive(Debug, Default, Deserialize)]
 pub struct Restart {
-    timeout: Option<String>,
+    timeout: Option<Value>,
+    signal: Option<String>,
+    /// A text in a query.
+    force_stop: Option<Value>,
+}
+
+impl Restart {
+    /// How long its program has to end by itself.
+    fn timeout_ms(self) -> Result<Option<u64>, Failure> {
+        if self.signal.is_some_and(|signal| !signal.is_empty()) {
+            return Err(Failure::invalid("signal cannot be used: a restart sends the machine's own signal")
+                .hint("set stop_config.signal, or stop the machine with the signal and start it"));
+        }
+        let is_forced = matches!(self.force_stop, Some(Value::Bool(true))) || self.force_stop == Some(json!("true"));
+        if is_forced {
+            return Ok(Some(0));
+        }
+        self.timeout.as_ref().map(duration_ms).transpose()
+    }
 }
 
 pub async fn restart(
@@ -225,14 +340,21 @@ pub async fn restart(
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Restart>,
     headers: HeaderMap,
+    body: bytes::Bytes,
 ) -> Result<Json<Value>, Failure> {
-    let timeout_ms = query.timeout.map(|text| duration_ms(&Value::String(text))).transpose()?;
-    command(&ctx, &app, &id, &headers, CommandKind::Restart { timeout_ms }).await
+    let body: Restart = optional(&body)?;
+    let given = Restart {
+        timeout: query.timeout.or(body.timeout),
+        signal: query.signal.or(body.signal),
+        force_stop: query.force_stop.or(body.force_stop),
+    };
+    command(&ctx, &app, &id, &headers, CommandKind::Restart { timeout_ms: given.timeout_ms()? }).await
 }
 
 #[derive(Debug, Deserialize)]
 pub struct Signal {
-    signal: String,
+    /// A name, or the number that Fly's client sends to kill.
+    signal: Value,
 }
 
 pub async fn signal(
@@ -241,7 +363,12 @@ pub async fn signal(
     headers: HeaderMap,
     Json(body): Json<Signal>,
 ) -> Result<Json<Value>, Failure> {
-    command(&ctx, &app, &id, &headers, CommandKind::Signal { signal: body.signal }).await
+    let signal = match body.signal {
+        Value::String(name) => name,
+        Value::Number(number) => number.to_string(),
+        _ => return Err(Failure::invalid("signal must be a name such as SIGTERM, or a number")),
+    };
+    command(&ctx, &app, &id, &headers, CommandKind::Signal { signal }).await
 }
 
 pub async fn cordon(
@@ -261,7 +388,7 @@ pub async fn uncordon(
 }
 
 /// A body that may be missing.
-fn optional<T: Default + serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+pub(super) fn optional<T: Default + serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(T::default());
     }
@@ -272,22 +399,14 @@ fn optional<T: Default + serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, 
 fn duration_ms(value: &Value) -> Result<u64, Failure> {
     let ms = match value {
         Value::Number(seconds) => seconds.as_f64().map(|seconds| (seconds.max(0.0) * 1000.0) as u64),
-        Value::String(text) => parse_duration_ms(text.trim()),
+        Value::String(text) => {
+            let seconds = text.trim().parse::<u32>().ok().map(|seconds| u64::from(seconds) * 1000);
+            seconds.or_else(|| units::parse_duration_ms(text))
+        }
         _ => None,
     };
     let ms = ms.ok_or_else(|| Failure::invalid(format!("{value} is not a duration")).hint("for example 10 or \"10s\""))?;
     Ok(ms.min(MAX_STOP_TIMEOUT_MS))
-}
-
-fn parse_duration_ms(text: &str) -> Option<u64> {
-    let (number, factor) = match text {
-        _ if text.ends_with("ms") => (&text[..text.len() - 2], 1.0),
-        _ if text.ends_with('s') => (&text[..text.len() - 1], 1000.0),
-        _ if text.ends_with('m') => (&text[..text.len() - 1], 60_000.0),
-        _ => (text, 1000.0),
-    };
-    let number: f64 = number.parse().ok()?;
-    (number.is_finite() && number >= 0.0).then_some((number * factor) as u64)
 }
 
 /// `state` may be repeated, and `settled` means any state that does not pass by itself.
@@ -296,10 +415,22 @@ pub async fn wait(
     Path((app, id)): Path<(AppName, MachineId)>,
     RawQuery(query): RawQuery,
 ) -> Result<Json<Value>, Failure> {
-    load(&ctx, &app, &id).await?;
     let wait = parse_wait(query.as_deref().unwrap_or_default())?;
-    let fact = ctx.host.wait(&id, wait).await?;
-    Ok(Json(json!({ "ok": true, "state": fact.state.as_str(), "version": fact.version })))
+    let awaits_end = wait.states.contains(&MachineState::Destroyed);
+    if let Err(missing) = load(&ctx, &app, &id).await {
+        // Its row goes at once; its host needs a moment.
+        let tombstone = ctx.state.get::<TombstoneRow>(&key::tombstone(&id)).await?;
+        if !awaits_end || tombstone.is_none_or(|tombstone| tombstone.value.app != app) {
+            return Err(missing);
+        }
+    }
+    match ctx.host.wait(&id, wait).await {
+        Ok(fact) => Ok(Json(json!({ "ok": true, "state": fact.state.as_str(), "version": fact.version }))),
+        Err(Refusal::NoSuchMachine(_)) if awaits_end && ctx.state.machine(&id).await?.is_none() => {
+            Ok(Json(json!({ "ok": true, "state": "destroyed" })))
+        }
+        Err(refusal) => Err(refusal.into()),
+    }
 }
 
 fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
@@ -331,7 +462,12 @@ fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
                 })?;
                 wait.timeout_ms = seconds.clamp(1, MAX_WAIT_S) * 1000;
             }
-            _ => {}
+            "from_event_id" if value.is_empty() => {}
+            "from_event_id" => {
+                return Err(Failure::bad_request("from_event_id cannot be used: a wait looks at states, not at events")
+                    .hint("wait for a state, with `version` for the one that is meant"));
+            }
+            _ => return Err(Failure::bad_request(format!("{name:?} is no argument of a wait"))),
         }
     }
     if wait.states.is_empty() {
@@ -340,34 +476,21 @@ fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
     Ok(wait)
 }
 
-/// The last exit and the present state, in the shape of the Machines API.
+#[derive(Debug, Deserialize)]
+pub struct Events {
+    limit: Option<usize>,
+}
+
+/// What happened to it, the newest first.
 pub async fn events(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, MachineId)>,
+    Query(query): Query<Events>,
 ) -> Result<Json<Value>, Failure> {
     load(&ctx, &app, &id).await?;
-    let fact = ctx.host.machine(&id).await?;
-    let mut events = vec![json!({
-        "id": format!("{id}.{}", fact.sequence),
-        "type": "status",
-        "status": fact.state.as_str(),
-        "source": "host",
-        "timestamp": fact.updated_at_ms,
-    })];
-    if let Some(exit) = &fact.exit {
-        events.push(json!({
-            "id": format!("{id}.exit.{}", exit.attempt),
-            "type": "exit",
-            "status": "stopped",
-            "source": "host",
-            "timestamp": exit.at_ms,
-            "request": { "exit_event": {
-                "exit_code": exit.exit_code, "signal": exit.signal, "oom_killed": exit.oom_killed,
-                "requested_stop": exit.requested_stop, "exited_at": exit.at_ms,
-            }, "restart_count": fact.restarts },
-        }));
-    }
-    Ok(Json(Value::Array(events)))
+    let mut events = ctx.host.events(&id).await?;
+    events.truncate(query.limit.unwrap_or(usize::MAX));
+    Ok(Json(fly::events(&events)))
 }
 
 pub async fn exec(
@@ -391,6 +514,9 @@ pub async fn exec(
 }
 
 async fn run(ctx: &Ctx, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Failure> {
+    if body.container.is_some_and(|container| !container.is_empty()) {
+        return Err(Failure::invalid("container cannot be used: a machine runs one program").hint("leave it out"));
+    }
     let command = match (body.command.is_empty(), body.cmd) {
         (false, _) => body.command,
         (true, Some(text)) => words::split(&text).map_err(|error| Failure::invalid(format!("the command cannot be split into words: {error}")))?,
@@ -431,7 +557,9 @@ mod tests {
         check(json!("10s"), Some(10_000));
         check(json!("250ms"), Some(250));
         check(json!("2m"), Some(120_000));
-        check(json!("1h"), None);
+        check(json!("1m30s"), Some(90_000));
+        check(json!("1h"), Some(MAX_STOP_TIMEOUT_MS));
+        check(json!("1x"), None);
         check(json!(-1), Some(0));
         check(json!([]), None);
     }

@@ -4,7 +4,9 @@ mod apps;
 mod authorize;
 mod builds;
 mod built;
+mod by_hand;
 mod exec_stream;
+mod leases;
 mod machines;
 mod releases;
 mod status;
@@ -71,8 +73,11 @@ pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
         .route("/v1/apps/{app}/releases/{number}", get(releases::get))
         .route("/v1/apps/{app}/releases/{number}/events", get(releases::events))
         .route("/v1/apps/{app}/rollback", post(releases::rollback))
-        .route("/v1/apps/{app}/machines", get(machines::list))
-        .route("/v1/apps/{app}/machines/{id}", get(machines::get).delete(machines::destroy))
+        .route("/v1/apps/{app}/machines", get(machines::list).post(by_hand::create))
+        .route(
+            "/v1/apps/{app}/machines/{id}",
+            get(machines::get).post(by_hand::update).delete(machines::destroy),
+        )
         .route("/v1/apps/{app}/machines/{id}/start", post(machines::start))
         .route("/v1/apps/{app}/machines/{id}/stop", post(machines::stop))
         .route("/v1/apps/{app}/machines/{id}/suspend", post(machines::suspend))
@@ -88,6 +93,17 @@ pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
         .route("/v1/apps/{app}/volumes/{id}/extend", put(volumes::extend))
         .route("/v1/apps/{app}/volumes/{id}/snapshots", get(volumes::snapshots).post(volumes::snapshot))
         .route("/v1/apps/{app}/machines/{id}/exec/stream", get(exec_stream::stream))
+        .route("/v1/apps/{app}/machines/{id}/versions", get(by_hand::versions))
+        .route("/v1/apps/{app}/machines/{id}/ps", get(by_hand::processes))
+        .route(
+            "/v1/apps/{app}/machines/{id}/lease",
+            get(leases::get).post(leases::acquire).delete(leases::release),
+        )
+        .route("/v1/apps/{app}/machines/{id}/metadata", get(by_hand::metadata))
+        .route(
+            "/v1/apps/{app}/machines/{id}/metadata/{key}",
+            get(by_hand::metadata_value).post(by_hand::set_metadata).delete(by_hand::remove_metadata),
+        )
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

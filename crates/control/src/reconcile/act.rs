@@ -218,6 +218,8 @@ pub(crate) fn destroy_machine(row: &Row<MachineRow>, reason: TombstoneReason) ->
     Change::default()
         .unchanged(key::machine(&machine.id), row.modified)
         .delete(key::machine(&machine.id))
+        .delete(key::configs(&machine.id))
+        .delete(key::launch(&machine.id))
         .put(key::tombstone(&machine.id), &tombstone)
         .put(key::address(machine.address), &address)
 }

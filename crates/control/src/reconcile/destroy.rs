@@ -8,8 +8,8 @@ use crate::rows::{Change, Row, SecretsVersionRow, key};
 use crate::{Ctx, api, registry, volumes};
 use dunlin_model::desired::{AppRow, TombstoneReason};
 
-/// Each machine takes three operations of the store's hundred.
-const MACHINES_A_TURN: usize = 20;
+/// Each machine takes five operations of the store's hundred.
+const MACHINES_A_TURN: usize = 16;
 /// Each takes two.
 const VOLUMES_A_TURN: usize = 40;
 const ROWS_A_TURN: usize = 80;

@@ -113,7 +113,7 @@ pub(crate) async fn desired(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, purpo
     })
 }
 
-async fn addresses_in_use(ctx: &Ctx) -> Result<BTreeSet<std::net::Ipv4Addr>, Failure> {
+pub(crate) async fn addresses_in_use(ctx: &Ctx) -> Result<BTreeSet<std::net::Ipv4Addr>, Failure> {
     let machines = ctx.state.machines().await?;
     let rows = ctx.state.list_keyed::<AddressRow>("addresses/").await?;
     let now_ms = now_ms();

@@ -26,6 +26,7 @@ use dunlin_model::AppName;
 use dunlin_model::desired::AppRow;
 use dunlin_planner::{Mark, Next, Plan, Progress, advance};
 use explain::Heard;
+pub(crate) use make::addresses_in_use;
 use make::{make, observe, save};
 use std::collections::BTreeSet;
 use std::sync::Arc;

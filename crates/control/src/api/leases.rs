@@ -1,0 +1,128 @@
+//! Leases: one caller's word that nobody else changes a machine for a while. The host that owns the machine keeps it.
+
+use super::{Caller, machines};
+use crate::Ctx;
+use crate::failure::Failure;
+use axum::Json;
+use axum::extract::{Extension, Path, Query, State};
+use axum::response::{IntoResponse, Response};
+use dunlin_api::{CommandKind, ErrorCode, Refusal};
+use dunlin_model::{AppName, Lease, MachineId};
+use http::{HeaderMap, StatusCode};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// As on Fly, where none is asked for.
+const DEFAULT_TTL_S: u64 = 3600;
+
+pub(super) fn nonce(headers: &HeaderMap) -> Option<String> {
+    let nonce = headers.get("fly-machine-lease-nonce").and_then(|value| value.to_str().ok());
+    nonce.filter(|nonce| !nonce.is_empty()).map(str::to_owned)
+}
+
+/// Refuses what changes the machine in the store while somebody else has the lease.
+pub(super) async fn check(ctx: &Ctx, id: &MachineId, headers: &HeaderMap) -> Result<(), Failure> {
+    let lease = match ctx.host.lease(id).await {
+        Ok(lease) => lease,
+        Err(Refusal::NoSuchMachine(_)) => None, // its host has not taken it up yet
+        Err(refusal) => return Err(refusal.into()),
+    };
+    match (lease, nonce(headers)) {
+        (Some(lease), Some(nonce)) if lease.nonce == nonce => Ok(()),
+        (Some(Lease { owner, expires_at_ms, .. }), _) => {
+            Err(Refusal::Leased { machine: id.clone(), owner, expires_at_ms }.into())
+        }
+        (None, Some(_)) => Err(Refusal::NotLeased { machine: id.clone() }.into()),
+        (None, None) => Ok(()),
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub struct Acquire {
+    /// Seconds.
+    ttl: Option<u64>,
+    description: Option<String>,
+}
+
+/// Takes the lease, or makes that of the nonce last longer.
+pub async fn acquire(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, MachineId)>,
+    Query(query): Query<Acquire>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    body: bytes::Bytes,
+) -> Result<Response, Failure> {
+    let body: Acquire = machines::optional(&body)?;
+    let row = machines::load(&ctx, &app, &id).await?;
+    let kind = CommandKind::Lease {
+        ttl_ms: query.ttl.or(body.ttl).unwrap_or(DEFAULT_TTL_S).saturating_mul(1000),
+        owner: caller.name().to_owned(),
+        description: query.description.or(body.description).unwrap_or_default(),
+    };
+    match machines::send(&ctx, &row, &headers, kind).await {
+        Ok(answer) => {
+            let lease = answer.lease.ok_or_else(|| {
+                Failure::new(ErrorCode::Internal, "the host gave no lease").hint("look at the machine's lease, then try again")
+            })?;
+            let body = shown(&lease, row.value.spec.version.as_str(), true);
+            Ok((StatusCode::CREATED, Json(body)).into_response())
+        }
+        Err(failure) if failure.code == ErrorCode::Conflict => Ok(conflict(failure)),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// What Fly's clients look at is `message` and `code` here; `error` is everywhere.
+fn conflict(failure: Failure) -> Response {
+    let body = json!({
+        "status": "error",
+        "error": failure.message,
+        "message": failure.message,
+        "code": "conflict",
+        "hint": failure.hint,
+        "request_id": super::request_id(),
+    });
+    (StatusCode::CONFLICT, Json(body)).into_response()
+}
+
+/// Whoever knows the nonce has the lease: it is shown to nobody but them.
+fn shown(lease: &Lease, version: &str, with_nonce: bool) -> Value {
+    json!({
+        "status": "success",
+        "data": {
+            "nonce": if with_nonce { lease.nonce.as_str() } else { "" },
+            "expires_at": lease.expires_at_ms / 1000,
+            "owner": lease.owner,
+            "description": lease.description,
+            "version": version,
+        },
+    })
+}
+
+pub async fn get(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, MachineId)>,
+    headers: HeaderMap,
+) -> Result<Json<Value>, Failure> {
+    let row = machines::load(&ctx, &app, &id).await?;
+    let lease = ctx.host.lease(&id).await?;
+    let lease = lease.ok_or_else(|| Failure::not_found(format!("nobody has a lease of machine {id}")))?;
+    let is_own = nonce(&headers).as_ref() == Some(&lease.nonce);
+    Ok(Json(shown(&lease, row.value.spec.version.as_str(), is_own)))
+}
+
+pub async fn release(
+    State(ctx): State<Arc<Ctx>>,
+    Path((app, id)): Path<(AppName, MachineId)>,
+    headers: HeaderMap,
+) -> Result<Json<Value>, Failure> {
+    if nonce(&headers).is_none() {
+        return Err(Failure::bad_request("the request has no nonce")
+            .hint("send the header fly-machine-lease-nonce with the nonce of the lease"));
+    }
+    let row = machines::load(&ctx, &app, &id).await?;
+    machines::send(&ctx, &row, &headers, CommandKind::Release).await?;
+    Ok(Json(json!({ "status": "success", "ok": true })))
+}

@@ -1,0 +1,453 @@
+//! From a machine's configuration in Fly's JSON to what a host is asked to run.
+
+use super::Fields;
+use crate::failure::Failure;
+use dunlin_model::config::units::{CPUS, GuestSize, MEMORY_MB};
+use dunlin_model::volume;
+use dunlin_model::{
+    AppName, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineSpec, MachineVersion, Mount, OrgName,
+    RestartPolicy, RestartWhen, Service, StopConfig, VolumeId,
+};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// Of a configuration: it is kept with the last ones of the machine in one row.
+const MAX_CONFIG_BYTES: usize = 24 * 1024;
+const MAX_ITEMS: usize = 64;
+const MAX_KEY_BYTES: usize = 128;
+const MAX_VALUE_BYTES: usize = 4096;
+const MAX_STOP_MS: u64 = 300_000;
+const MAX_CHECK_MS: u64 = 3_600_000;
+const SHORTEST_CHECK_MS: u64 = 100;
+/// As in Fly's files.
+const CHECK_INTERVAL_MS: u64 = 15_000;
+const CHECK_TIMEOUT_MS: u64 = 2_000;
+const CHECK_GRACE_MS: u64 = 1_000;
+/// Whether the app listens is asked for often: it costs nothing, and until it does no request is sent to it.
+const LISTENS_INTERVAL_MS: u64 = 1_000;
+const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
+
+const LATER: &[(&str, &str)] = &[
+    ("auto_destroy", "machines do not destroy themselves"),
+    ("cache_drive", "there are no cache drives"),
+    ("containers", "a machine runs one program"),
+    ("dns", "names in machines are not configurable"),
+    ("files", "files cannot be written into machines"),
+    ("metrics", "metrics of machines are not collected"),
+    ("processes", "a machine runs one program; make a machine for each"),
+    ("rootfs", "a machine's own files last until its next start"),
+    ("schedule", "machines are not started by the clock"),
+    ("spot", "machines have no prices"),
+    ("standbys", "there are no standby machines"),
+    ("statics", "files are not served beside the machine"),
+    ("volumes", "a machine runs one program, and has its volumes as mounts"),
+];
+
+/// A configuration that was understood, all but its image, which is still a reference.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub image: String,
+    pub process_group: String,
+    entrypoint: Option<Vec<String>>,
+    command: Option<Vec<String>>,
+    env: BTreeMap<String, String>,
+    pub guest: Guest,
+    services: Vec<Service>,
+    checks: Vec<Check>,
+    restart: RestartPolicy,
+    stop: StopConfig,
+    metadata: BTreeMap<String, String>,
+    /// The volume's name is not known yet.
+    pub mounts: Vec<Mount>,
+}
+
+/// What the configuration does not say.
+pub(crate) struct Named<'a> {
+    pub org: &'a OrgName,
+    pub app: &'a AppName,
+    pub release: u32,
+    pub secrets_version: u64,
+}
+
+impl Asked {
+    pub fn spec(self, version: MachineVersion, image: ImageRef, named: &Named<'_>) -> MachineSpec {
+        MachineSpec {
+            version,
+            org: named.org.clone(),
+            app: named.app.clone(),
+            process_group: self.process_group,
+            release: named.release,
+            image,
+            entrypoint: self.entrypoint,
+            command: self.command,
+            env: self.env,
+            guest: self.guest,
+            services: self.services,
+            checks: self.checks,
+            restart: self.restart,
+            stop: self.stop,
+            secrets_version: named.secrets_version,
+            metadata: self.metadata,
+            mounts: self.mounts,
+        }
+    }
+}
+
+/// `config` of a body.
+pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
+    if config.to_string().len() > MAX_CONFIG_BYTES {
+        return Err(Failure::invalid(format!("config is longer than {} KiB", MAX_CONFIG_BYTES / 1024)));
+    }
+    let mut fields = Fields::of("config", config)?;
+    let image = fields.text("image")?.ok_or_else(|| {
+        Failure::invalid("config.image is missing").hint("for example registry.<domain>/<app>:<tag>, or nginx:1.27")
+    })?;
+    for (name, why) in LATER {
+        fields.not_honoured(name, why)?;
+    }
+    let metadata = match fields.object("metadata")? {
+        Some(entries) => metadata(texts_of(entries, "config.metadata")?)?,
+        None => BTreeMap::new(),
+    };
+    let process_group = process_group(&metadata)?;
+    let (entrypoint, command) = init(&mut fields)?;
+    let env = env(&mut fields)?;
+    let guest = guest(&mut fields)?;
+    let (services, mut checks) = services(&mut fields)?;
+    checks.extend(named_checks(&mut fields)?);
+    let restart = restart(&mut fields)?;
+    let stop = stop(&mut fields)?;
+    let mounts = mounts(&mut fields)?;
+    fields.finish()?;
+    Ok(Asked { image, process_group, entrypoint, command, env, guest, services, checks, restart, stop, metadata, mounts })
+}
+
+fn mounts(fields: &mut Fields) -> Result<Vec<Mount>, Failure> {
+    let mut mounts = vec![];
+    for mut given in fields.objects("mounts", 1)? {
+        let volume = given.text("volume")?.ok_or_else(|| given.wrong("volume", "name the volume by its id"))?;
+        let volume = volume.parse::<VolumeId>().map_err(|error| given.wrong("volume", &format!("{error}")))?;
+        let path = given.text("path")?.unwrap_or_default();
+        volume::mount_path(&path).map_err(|why| given.wrong("path", why))?;
+        let name = given.text("name")?.unwrap_or_default();
+        for name in ["encrypted", "size_gb", "extend_threshold_percent", "add_size_gb", "size_gb_limit"] {
+            given.not_honoured(name, "that is the volume's own, and nothing that a machine changes")?;
+        }
+        given.finish()?;
+        mounts.push(Mount { volume, name, path });
+    }
+    Ok(mounts)
+}
+
+/// Metadata that may be kept with a machine.
+pub(crate) fn metadata(metadata: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Failure> {
+    if metadata.len() > MAX_ITEMS {
+        return Err(Failure::invalid(format!("a machine has at most {MAX_ITEMS} keys of metadata")));
+    }
+    for (key, value) in &metadata {
+        let is_plain = !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        if !is_plain || key.len() > MAX_KEY_BYTES {
+            return Err(Failure::invalid(format!("{key:?} is not a key of metadata"))
+                .hint(format!("use 1 to {MAX_KEY_BYTES} visible characters without a slash")));
+        }
+        if value.len() > MAX_VALUE_BYTES {
+            return Err(Failure::invalid(format!("the metadata {key} is longer than {MAX_VALUE_BYTES} bytes")));
+        }
+    }
+    Ok(metadata)
+}
+
+fn process_group(metadata: &BTreeMap<String, String>) -> Result<String, Failure> {
+    let group = metadata.get("fly_process_group").map_or("app", String::as_str);
+    let is_fine = (1..=63).contains(&group.len()) && group.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    if is_fine {
+        return Ok(group.to_owned());
+    }
+    Err(Failure::invalid(format!("config.metadata.fly_process_group cannot be used: {group:?} is not a name"))
+        .hint("use 1 to 63 letters, digits, dashes and underscores"))
+}
+
+fn texts_of(entries: Fields, path: &str) -> Result<BTreeMap<String, String>, Failure> {
+    let text = |(name, value): (String, Value)| match value {
+        Value::String(text) => Ok((name, text)),
+        _ => Err(Failure::invalid(format!("{path}.{name} must be a text"))),
+    };
+    entries.entries().map(text).collect()
+}
+
+type Words = Option<Vec<String>>;
+
+/// ENTRYPOINT and CMD.
+fn init(fields: &mut Fields) -> Result<(Words, Words), Failure> {
+    let Some(mut init) = fields.object("init")? else { return Ok((None, None)) };
+    let (exec, entrypoint, command) = (init.texts("exec")?, init.texts("entrypoint")?, init.texts("cmd")?);
+    init.not_honoured("tty", "a machine's program has no terminal")?;
+    init.not_honoured("swap_size_mb", "machines have no swap of their own")?;
+    init.not_honoured("kernel_args", "machines have no kernel of their own")?;
+    let words = match exec {
+        Some(_) if entrypoint.is_some() || command.is_some() => {
+            return Err(init.wrong("exec", "it stands alone, without entrypoint and cmd"));
+        }
+        Some(exec) => (Some(exec), Some(vec![])),
+        None => (entrypoint, command),
+    };
+    init.finish()?;
+    Ok(words)
+}
+
+fn env(fields: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
+    let Some(entries) = fields.object("env")? else { return Ok(BTreeMap::new()) };
+    let env = texts_of(entries, "config.env")?;
+    let is_fine = |(name, value): &(&String, &String)| {
+        !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("FLY_") && !value.contains('\0')
+    };
+    match env.iter().find(|pair| !is_fine(pair)) {
+        Some((name, _)) => Err(Failure::invalid(format!("config.env.{name} cannot be used"))
+            .hint("a name has no `=` and does not begin with FLY_, and no text has a NUL character")),
+        None => Ok(env),
+    }
+}
+
+fn guest(fields: &mut Fields) -> Result<Guest, Failure> {
+    let size = fields.text("size")?;
+    let mut guest = match &size {
+        None => Guest::default(),
+        Some(name) => GuestSize::named(name).map(GuestSize::guest).ok_or_else(|| {
+            let names: Vec<_> = dunlin_model::config::units::GUEST_SIZES.iter().map(|size| size.name).collect();
+            fields.wrong("size", &format!("{name:?} is none of {}", names.join(", ")))
+        })?,
+    };
+    let Some(mut given) = fields.object("guest")? else { return Ok(guest) };
+    for (name, why) in [
+        ("gpu_kind", "hosts have no GPUs to give"),
+        ("gpus", "hosts have no GPUs to give"),
+        ("kernel_args", "machines have no kernel of their own"),
+        ("host_dedication_id", "hosts are not dedicated"),
+    ] {
+        given.not_honoured(name, why)?;
+    }
+    match given.text("persist_rootfs")?.as_deref() {
+        None | Some("never" | "none") => {}
+        Some(_) => return Err(given.wrong("persist_rootfs", "a machine's own files last until its next start")),
+    }
+    if let Some(kind) = given.take::<CpuKind>("cpu_kind")? {
+        guest.cpu_kind = kind;
+    }
+    guest.cpus = given.number("cpus", CPUS)?.unwrap_or(guest.cpus);
+    guest.memory_mb = given.number("memory_mb", MEMORY_MB)?.unwrap_or(guest.memory_mb);
+    given.finish()?;
+    Ok(guest)
+}
+
+fn services(fields: &mut Fields) -> Result<(Vec<Service>, Vec<Check>), Failure> {
+    let no_autostart = fields.take::<bool>("disable_machine_autostart")?.unwrap_or(false);
+    let (mut services, mut checks) = (vec![], vec![]);
+    for mut given in fields.objects("services", 1)? {
+        match given.text("protocol")?.as_deref() {
+            None | Some("tcp") => {}
+            Some(other) => return Err(given.wrong("protocol", &format!("the edge serves no {other}"))),
+        }
+        let port = port(&mut given, "internal_port")?.ok_or_else(|| given.wrong("internal_port", "it is missing"))?;
+        given.not_honoured("force_instance_key", "requests are not bound to a machine by a key")?;
+        given.not_honoured("force_instance_description", "requests are not bound to a machine by a key")?;
+        let service = Service {
+            internal_port: port,
+            force_https: ports(&mut given)?,
+            autostart: given.take("autostart")?.unwrap_or(true) && !no_autostart,
+            autostop: autostop(&mut given)?,
+            min_machines_running: given.number("min_machines_running", 0..=1000)?.unwrap_or(0),
+            concurrency: concurrency(&mut given)?,
+        };
+        for (n, mut check) in given.objects("checks", MAX_ITEMS)?.into_iter().enumerate() {
+            let (to, kind, times) = check_of(&mut check, Some(port))?;
+            check.finish()?;
+            let word = if kind == CheckKind::Tcp { "tcp" } else { "http" };
+            checks.push(to_check(format!("servicecheck-{n:02}-{word}-{to}"), to, kind, times, true));
+        }
+        if checks.is_empty() {
+            let times = [LISTENS_INTERVAL_MS, CHECK_TIMEOUT_MS, 0];
+            checks.push(to_check(format!("listens-on-{port}"), port, CheckKind::Tcp, times, true));
+        }
+        given.finish()?;
+        services.push(service);
+    }
+    Ok((services, checks))
+}
+
+/// Whether HTTP is sent on to HTTPS. The edge serves 80 and 443 to every service, and no other port.
+fn ports(service: &mut Fields) -> Result<bool, Failure> {
+    let mut force_https = false;
+    let given = service.objects("ports", 2)?;
+    if given.is_empty() {
+        return Err(service.wrong("ports", "the edge serves every service; ports 80 and 443 have to be in it"));
+    }
+    let mut is_http = false;
+    for mut port in given {
+        let number = port.take::<u16>("port")?;
+        let handlers = port.texts("handlers")?.unwrap_or_default();
+        let handlers: Vec<_> = handlers.iter().map(String::as_str).collect();
+        match (number, &handlers[..]) {
+            (Some(80), ["http"]) => is_http = true,
+            (Some(443), ["tls", "http"] | ["http", "tls"]) => {}
+            _ => {
+                let why = "the edge serves port 80 with the handler http, and port 443 with tls and http";
+                return Err(port.wrong("port", why));
+            }
+        }
+        force_https |= port.take::<bool>("force_https")?.unwrap_or(false);
+        for name in ["start_port", "end_port", "tls_options", "http_options", "proxy_proto_options"] {
+            port.not_honoured(name, "the edge does not know it")?;
+        }
+        port.finish()?;
+    }
+    // Without port 80, nothing is to be had over HTTP but the way to HTTPS.
+    Ok(force_https || !is_http)
+}
+
+fn autostop(service: &mut Fields) -> Result<bool, Failure> {
+    match service.raw("autostop") {
+        None | Some(Value::Bool(false)) => Ok(false),
+        Some(Value::Bool(true)) => Ok(true),
+        Some(Value::String(text)) => match text.as_str() {
+            "" | "off" => Ok(false),
+            "stop" => Ok(true),
+            "suspend" => Err(service.wrong("autostop", "idle machines are stopped, not suspended").hint("use \"stop\"")),
+            _ => Err(service.wrong("autostop", "use \"off\" or \"stop\"")),
+        },
+        Some(_) => Err(service.wrong("autostop", "use \"off\" or \"stop\"")),
+    }
+}
+
+fn concurrency(service: &mut Fields) -> Result<Concurrency, Failure> {
+    const MOST: u32 = 1_000_000;
+    let default = Concurrency::default();
+    let Some(mut given) = service.object("concurrency")? else { return Ok(default) };
+    let concurrency = Concurrency {
+        kind: given.take::<ConcurrencyKind>("type")?.unwrap_or(default.kind),
+        soft_limit: given.number("soft_limit", 0..=MOST)?.filter(|limit| *limit != 0).unwrap_or(default.soft_limit),
+        hard_limit: given.number("hard_limit", 0..=MOST)?.filter(|limit| *limit != 0),
+    };
+    given.finish()?;
+    Ok(concurrency)
+}
+
+fn named_checks(fields: &mut Fields) -> Result<Vec<Check>, Failure> {
+    let Some(entries) = fields.object("checks")? else { return Ok(vec![]) };
+    let entries: Vec<_> = entries.entries().collect();
+    if entries.len() > MAX_ITEMS {
+        return Err(fields.wrong("checks", &format!("a machine has at most {MAX_ITEMS}")));
+    }
+    let mut checks = Vec::new();
+    for (name, value) in entries {
+        let is_fine = (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+        if !is_fine || name.starts_with("servicecheck-") || name.starts_with("listens-on-") {
+            return Err(fields.wrong("checks", &format!("{name:?} is not a name for a check")));
+        }
+        let mut check = Fields::of(&format!("config.checks.{name}"), value)?;
+        let (port, kind, times) = check_of(&mut check, None)?;
+        check.finish()?;
+        checks.push(to_check(name, port, kind, times, false));
+    }
+    Ok(checks)
+}
+
+fn to_check(name: String, port: u16, kind: CheckKind, times: [u64; 3], gates_routing: bool) -> Check {
+    let [interval_ms, timeout_ms, grace_period_ms] = times;
+    Check { name, port, kind, interval_ms, timeout_ms, grace_period_ms, gates_routing }
+}
+
+fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, CheckKind, [u64; 3]), Failure> {
+    let port = port(check, "port")?.or(default_port).ok_or_else(|| check.wrong("port", "it is missing"))?;
+    match check.text("kind")?.as_deref() {
+        None => {}
+        // A service's checks are asked before a request is sent, others never are.
+        Some("readiness") if default_port.is_some() => {}
+        Some("informational") if default_port.is_none() => {}
+        Some(_) => return Err(check.wrong("kind", "checks of services gate requests, named checks inform")),
+    }
+    let at_least = |ms: Option<u64>, default| ms.unwrap_or(default).max(SHORTEST_CHECK_MS);
+    let times = [
+        at_least(check.duration_ms("interval", MAX_CHECK_MS)?, CHECK_INTERVAL_MS),
+        at_least(check.duration_ms("timeout", MAX_CHECK_MS)?, CHECK_TIMEOUT_MS),
+        check.duration_ms("grace_period", MAX_CHECK_MS)?.unwrap_or(CHECK_GRACE_MS),
+    ];
+    let kind = check.text("type")?;
+    let method = check.text("method")?.map(|method| method.to_uppercase());
+    let path = check.text("path")?;
+    let protocol = check.text("protocol")?;
+    let tls_skip_verify = check.take::<bool>("tls_skip_verify")?.unwrap_or(false);
+    check.not_honoured("tls_server_name", "the check sends no other name than the machine's address")?;
+    let headers = headers(check)?;
+    let kind = match kind.as_deref() {
+        Some("tcp") => CheckKind::Tcp,
+        Some("http") => {
+            let https = match protocol.as_deref() {
+                None | Some("http") => false,
+                Some("https") => true,
+                Some(_) => return Err(check.wrong("protocol", "use http or https")),
+            };
+            let method = method.unwrap_or_else(|| "GET".to_owned());
+            if !METHODS.contains(&method.as_str()) {
+                return Err(check.wrong("method", &format!("use one of {}", METHODS.join(", "))));
+            }
+            let path = path.unwrap_or_else(|| "/".to_owned());
+            if !path.starts_with('/') || path.len() > 2048 || !path.bytes().all(|b| b.is_ascii_graphic()) {
+                return Err(check.wrong("path", "it begins with / and has no blanks"));
+            }
+            CheckKind::Http { method, path, headers, https, tls_skip_verify }
+        }
+        _ => return Err(check.wrong("type", "use tcp or http")),
+    };
+    Ok((port, kind, times))
+}
+
+/// `[{name, values: [one]}]`.
+fn headers(check: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
+    let mut headers = BTreeMap::new();
+    for mut header in check.objects("headers", MAX_ITEMS)? {
+        let name = header.text("name")?.unwrap_or_default();
+        let values = header.texts("values")?.unwrap_or_default();
+        let [value] = &values[..] else { return Err(header.wrong("values", "a header of a check has one value")) };
+        let is_name = http::HeaderName::try_from(name.as_str()).is_ok();
+        if !is_name || http::HeaderValue::try_from(value.as_str()).is_err() {
+            return Err(header.wrong("name", "that is not a header"));
+        }
+        headers.insert(name, value.clone());
+        header.finish()?;
+    }
+    Ok(headers)
+}
+
+fn port(fields: &mut Fields, name: &str) -> Result<Option<u16>, Failure> {
+    let port = fields.number(name, 0..=65_535)?.filter(|port| *port != 0);
+    Ok(port.and_then(|port| u16::try_from(port).ok()))
+}
+
+fn restart(fields: &mut Fields) -> Result<RestartPolicy, Failure> {
+    let default = RestartPolicy::default();
+    let Some(mut given) = fields.object("restart")? else { return Ok(default) };
+    let policy = match given.text("policy")?.as_deref() {
+        None => default.policy,
+        Some("no") => RestartWhen::No,
+        Some("always") => RestartWhen::Always,
+        Some("on-failure") => RestartWhen::OnFailure,
+        Some(_) => return Err(given.wrong("policy", "use no, always or on-failure")),
+    };
+    let max_retries = given.number("max_retries", 0..=1000)?.filter(|n| *n != 0).unwrap_or(default.max_retries);
+    given.not_honoured("gpu_bid_price", "hosts have no GPUs to give")?;
+    given.finish()?;
+    Ok(RestartPolicy { policy, max_retries })
+}
+
+fn stop(fields: &mut Fields) -> Result<StopConfig, Failure> {
+    const SIGNALS: &[&str] = &["SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM"];
+    let default = StopConfig::default();
+    let Some(mut given) = fields.object("stop_config")? else { return Ok(default) };
+    let signal = given.text("signal")?;
+    if signal.as_deref().is_some_and(|signal| !SIGNALS.contains(&signal)) {
+        return Err(given.wrong("signal", &format!("use one of {}", SIGNALS.join(", "))));
+    }
+    let timeout_ms = given.duration_ms("timeout", MAX_STOP_MS)?.filter(|ms| *ms != 0).unwrap_or(default.timeout_ms);
+    given.finish()?;
+    Ok(StopConfig { signal, timeout_ms })
+}

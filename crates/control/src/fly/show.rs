@@ -1,0 +1,128 @@
+//! From what a host is asked to run to Fly's JSON, and what happened on it.
+
+use super::rfc3339;
+use dunlin_model::{Check, CheckKind, MachineEvent, MachineSpec, RestartWhen, Service};
+use dunlin_model::config::units::format_duration_ms;
+use serde_json::{Map, Value, json};
+
+/// The configuration of a machine that a release made: nobody wrote it in this form.
+pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
+    let mut init = Map::new();
+    if let Some(entrypoint) = &spec.entrypoint {
+        init.insert("entrypoint".into(), json!(entrypoint));
+    }
+    if let Some(command) = &spec.command {
+        init.insert("cmd".into(), json!(command));
+    }
+    let mut metadata = spec.metadata.clone();
+    metadata.entry("fly_process_group".into()).or_insert_with(|| spec.process_group.clone());
+    if spec.release != 0 {
+        // By these, Fly's clients know a machine that a release made.
+        metadata.entry("fly_platform_version".into()).or_insert_with(|| "v2".into());
+        metadata.entry("fly_release_version".into()).or_insert_with(|| spec.release.to_string());
+    }
+    let policy = match spec.restart.policy {
+        RestartWhen::No => "no",
+        RestartWhen::Always => "always",
+        RestartWhen::OnFailure => "on-failure",
+    };
+    let image = &spec.image;
+    let tag = image.tag.as_ref().map(|tag| format!(":{tag}")).unwrap_or_default();
+    let mut stop = json!({ "timeout": format_duration_ms(spec.stop.timeout_ms) });
+    if let Some(signal) = &spec.stop.signal {
+        stop["signal"] = json!(signal);
+    }
+    let (gating, informing): (Vec<_>, Vec<_>) = spec.checks.iter().partition(|check| check.gates_routing);
+    let services = spec.services.iter().map(|given| service(given, &gating));
+    json!({
+        "image": format!("registry.{domain}/{}{tag}@{}", image.repository, image.digest),
+        "env": spec.env,
+        "init": init,
+        "guest": spec.guest,
+        "services": services.collect::<Vec<_>>(),
+        "checks": informing.iter().map(|given| (given.name.clone(), check(given))).collect::<Map<_, _>>(),
+        "restart": { "policy": policy, "max_retries": spec.restart.max_retries },
+        "stop_config": stop,
+        "mounts": spec.mounts,
+        "metadata": metadata,
+    })
+}
+
+fn service(service: &Service, checks: &[&Check]) -> Value {
+    let concurrency = &service.concurrency;
+    let mut limits = json!({ "type": concurrency.kind, "soft_limit": concurrency.soft_limit });
+    if let Some(hard_limit) = concurrency.hard_limit {
+        limits["hard_limit"] = json!(hard_limit);
+    }
+    // One that only asks whether the app listens is the platform's own.
+    let asked_for = checks.iter().filter(|check| !check.name.starts_with("listens-on-"));
+    json!({
+        "protocol": "tcp",
+        "internal_port": service.internal_port,
+        "ports": [
+            { "port": 80, "handlers": ["http"], "force_https": service.force_https },
+            { "port": 443, "handlers": ["tls", "http"] },
+        ],
+        "autostart": service.autostart,
+        "autostop": if service.autostop { "stop" } else { "off" },
+        "min_machines_running": service.min_machines_running,
+        "concurrency": limits,
+        "checks": asked_for.map(|given| check(given)).collect::<Vec<_>>(),
+    })
+}
+
+fn check(check: &Check) -> Value {
+    let mut shown = json!({
+        "port": check.port,
+        "interval": format_duration_ms(check.interval_ms),
+        "timeout": format_duration_ms(check.timeout_ms),
+        "grace_period": format_duration_ms(check.grace_period_ms),
+    });
+    match &check.kind {
+        CheckKind::Tcp => shown["type"] = json!("tcp"),
+        CheckKind::Http { method, path, headers, https, tls_skip_verify } => {
+            shown["type"] = json!("http");
+            shown["method"] = json!(method);
+            shown["path"] = json!(path);
+            shown["protocol"] = json!(if *https { "https" } else { "http" });
+            shown["tls_skip_verify"] = json!(tls_skip_verify);
+            let headers = headers.iter().map(|(name, value)| json!({ "name": name, "values": [value] }));
+            shown["headers"] = headers.collect();
+        }
+    }
+    shown
+}
+
+/// What happened to a machine, the newest first.
+pub(crate) fn events(events: &[MachineEvent]) -> Value {
+    events.iter().map(event).collect()
+}
+
+fn event(event: &MachineEvent) -> Value {
+    let mut shown = json!({
+        "id": event.id.to_string(),
+        "type": event.kind.as_str(),
+        "status": event.status.as_str(),
+        "source": event.source,
+        "timestamp": event.at_ms,
+    });
+    if let Some(id) = &event.request_id {
+        shown["request_id"] = json!(id);
+    }
+    if let Some(exit) = &event.exit {
+        shown["request"] = json!({
+            "exit_event": {
+                "exit_code": exit.exit_code,
+                "guest_exit_code": exit.exit_code,
+                "guest_signal": exit.signal,
+                "signal": exit.signal,
+                "oom_killed": exit.oom_killed,
+                "requested_stop": exit.requested_stop,
+                "exited_at": rfc3339(exit.at_ms),
+                "error": exit.error,
+            },
+            "restart_count": event.restarts,
+        });
+    }
+    shown
+}

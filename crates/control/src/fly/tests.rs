@@ -1,0 +1,113 @@
+use super::read::Named;
+use super::{read, show};
+use dunlin_model::{CheckKind, CpuKind, ImageRef, MachineSpec, MachineVersion, RestartWhen};
+use serde_json::{Value, json};
+
+fn spec(config: Value) -> MachineSpec {
+    let asked = read(config).unwrap();
+    let image = ImageRef { repository: "web".into(), digest: format!("sha256:{}", "a".repeat(64)), tag: Some("v1".into()) };
+    let (org, app) = ("personal".parse().unwrap(), "web".parse().unwrap());
+    asked.spec(MachineVersion::new(1, [0; 10]), image, &Named { org: &org, app: &app, release: 0, secrets_version: 3 })
+}
+
+fn refused(config: Value, says: &str) {
+    let failure = read(config.clone()).expect_err(&config.to_string());
+    assert!(failure.message.contains(says), "{config}: {} does not say {says}", failure.message);
+}
+
+fn full() -> Value {
+    json!({
+        "image": "registry.localhost/web:v1",
+        "env": { "A": "1" },
+        "init": { "entrypoint": ["/bin/sh"], "cmd": ["-c", "true"] },
+        "guest": { "cpu_kind": "performance", "cpus": 2, "memory_mb": 512 },
+        "services": [{
+            "protocol": "tcp", "internal_port": 8080, "autostop": "stop", "autostart": false, "min_machines_running": 1,
+            "force_instance_key": null,
+            "ports": [
+                { "port": 80, "handlers": ["http"], "force_https": true },
+                { "port": 443, "handlers": ["tls", "http"] },
+            ],
+            "concurrency": { "type": "requests", "soft_limit": 10, "hard_limit": 30 },
+            "checks": [{ "type": "http", "interval": 10_000_000_000u64, "timeout": "1m30s", "path": "/up",
+                "headers": [{ "name": "x-a", "values": ["b"] }] }],
+        }],
+        "checks": { "port": { "type": "tcp", "port": 9000 } },
+        "restart": { "policy": "always" },
+        "stop_config": { "signal": "SIGTERM", "timeout": "10s" },
+        "metadata": { "fly_process_group": "worker", "mine": "yes" },
+        "auto_destroy": false, "files": null, "dns": {},
+    })
+}
+
+#[test]
+fn what_is_known_means_what_it_says() {
+    let spec = spec(full());
+    assert_eq!((spec.process_group.as_str(), spec.release, spec.secrets_version), ("worker", 0, 3));
+    assert_eq!(spec.entrypoint, Some(vec!["/bin/sh".to_owned()]));
+    assert_eq!((spec.guest.cpu_kind, spec.guest.cpus, spec.guest.memory_mb), (CpuKind::Performance, 2, 512));
+    let service = &spec.services[0];
+    assert!(service.force_https && service.autostop && !service.autostart);
+    assert_eq!(service.concurrency.hard_limit, Some(30));
+    assert_eq!(spec.checks[0].name, "servicecheck-00-http-8080");
+    assert_eq!((spec.checks[0].interval_ms, spec.checks[0].timeout_ms), (10_000, 90_000));
+    assert_eq!((spec.checks[1].name.as_str(), spec.checks[1].gates_routing, &spec.checks[1].kind), ("port", false, &CheckKind::Tcp));
+    assert_eq!(spec.restart.policy, RestartWhen::Always);
+    assert_eq!((spec.stop.signal.as_deref(), spec.stop.timeout_ms), (Some("SIGTERM"), 10_000));
+}
+
+#[test]
+fn what_is_shown_can_be_read_back() {
+    for config in [full(), json!({ "image": "web" }), json!({ "image": "web", "init": { "exec": ["/app"] } })] {
+        let before = spec(config);
+        let mut again = spec(show(&before, "localhost"));
+        // An empty list of arguments and none are the same beside an entrypoint.
+        again.command = again.command.or(before.command.clone());
+        again.metadata.remove("fly_process_group");
+        let mut before = before;
+        before.metadata.remove("fly_process_group");
+        assert_eq!(again, before);
+    }
+}
+
+#[test]
+fn sizes_have_names() {
+    let guest = spec(json!({ "image": "web", "size": "shared-cpu-2x" })).guest;
+    assert_eq!((guest.cpus, guest.memory_mb), (2, 512));
+    let guest = spec(json!({ "image": "web", "size": "performance-1x", "guest": { "memory_mb": 4096 } })).guest;
+    assert_eq!((guest.cpu_kind, guest.memory_mb), (CpuKind::Performance, 4096));
+    refused(json!({ "image": "web", "size": "huge" }), "config.size cannot be used: \"huge\" is none of shared-cpu-1x");
+}
+
+#[test]
+fn nothing_is_dropped() {
+    refused(json!({}), "config.image is missing");
+    refused(json!([]), "config must be an object");
+    refused(json!({ "image": "web", "colour": "red" }), "config.colour is not known here");
+    refused(json!({ "image": "web", "guest": { "cpu": 1 } }), "config.guest.cpu is not known here");
+    refused(json!({ "image": "web", "auto_destroy": true }), "config.auto_destroy cannot be used");
+    let mount = |volume: &str, path: &str| json!({ "image": "web", "mounts": [{ "volume": volume, "path": path }] });
+    refused(mount("vol_1", "/data"), "config.mounts[0].volume");
+    refused(mount("vol_abababababababab", "/proc"), "config.mounts[0].path");
+    assert_eq!(spec(mount("vol_abababababababab", "/data")).mounts[0].path, "/data");
+    refused(json!({ "image": "web", "guest": { "gpus": 1 } }), "config.guest.gpus");
+    refused(json!({ "image": "web", "init": { "exec": ["a"], "cmd": ["b"] } }), "config.init.exec");
+    refused(json!({ "image": "web", "env": { "FLY_REGION": "x" } }), "config.env.FLY_REGION");
+    refused(json!({ "image": "web", "env": { "A": 1 } }), "config.env.A must be a text");
+    refused(json!({ "image": "web", "restart": { "policy": "often" } }), "config.restart.policy");
+    refused(json!({ "image": "web", "stop_config": { "timeout": "1h" } }), "config.stop_config.timeout");
+    refused(json!({ "image": "a".repeat(30_000) }), "longer than");
+    let service = |fields: Value| {
+        let mut service = json!({ "internal_port": 80, "ports": [{ "port": 443, "handlers": ["tls", "http"] }] });
+        service.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        json!({ "image": "web", "services": [service] })
+    };
+    assert!(spec(service(json!({}))).services[0].force_https, "nothing is served over HTTP");
+    refused(service(json!({ "protocol": "udp" })), "config.services[0].protocol");
+    refused(service(json!({ "ports": [] })), "config.services[0].ports");
+    refused(service(json!({ "ports": [{ "port": 5432 }] })), "config.services[0].ports[0].port");
+    refused(service(json!({ "autostop": "suspend" })), "config.services[0].autostop");
+    refused(service(json!({ "checks": [{ "type": "tcp", "x": 1 }] })), "config.services[0].checks[0].x is not known");
+    let http_options = json!({ "ports": [{ "port": 80, "handlers": ["http"], "http_options": { "compress": true } }] });
+    refused(service(http_options), "config.services[0].ports[0].http_options");
+}
