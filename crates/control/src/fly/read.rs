@@ -2,10 +2,11 @@
 
 use super::Fields;
 use crate::failure::Failure;
-use dunlin_model::config::units::{CPUS, GuestSize, MEMORY_MB};
+use dunlin_model::config::units::{CPUS, GuestSize, MAX_SWAP_MB, MEMORY_MB};
+use dunlin_model::files::{MAX_FILES, check_files};
 use dunlin_model::volume;
 use dunlin_model::{
-    AppName, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineSpec, MachineVersion, Mount, OrgName,
+    AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineSpec, MachineVersion, Mount, OrgName,
     RestartPolicy, RestartWhen, Service, StopConfig, VolumeId,
 };
 use serde_json::Value;
@@ -32,7 +33,6 @@ const LATER: &[(&str, &str)] = &[
     ("cache_drive", "there are no cache drives"),
     ("containers", "a machine runs one program"),
     ("dns", "names in machines are not configurable"),
-    ("files", "files cannot be written into machines"),
     ("metrics", "metrics of machines are not collected"),
     ("processes", "a machine runs one program; make a machine for each"),
     ("rootfs", "a machine's own files last until its next start"),
@@ -52,6 +52,8 @@ pub(crate) struct Asked {
     command: Option<Vec<String>>,
     env: BTreeMap<String, String>,
     pub guest: Guest,
+    swap_mb: u32,
+    files: Vec<MachineFile>,
     services: Vec<Service>,
     checks: Vec<Check>,
     restart: RestartPolicy,
@@ -82,6 +84,8 @@ impl Asked {
             command: self.command,
             env: self.env,
             guest: self.guest,
+            swap_mb: self.swap_mb,
+            files: self.files,
             services: self.services,
             checks: self.checks,
             restart: self.restart,
@@ -110,7 +114,8 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
         None => BTreeMap::new(),
     };
     let process_group = process_group(&metadata)?;
-    let (entrypoint, command) = init(&mut fields)?;
+    let Init { entrypoint, command, swap_mb } = init(&mut fields)?;
+    let files = files(&mut fields)?;
     let env = env(&mut fields)?;
     let guest = guest(&mut fields)?;
     let (services, mut checks) = services(&mut fields)?;
@@ -119,7 +124,22 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
     let stop = stop(&mut fields)?;
     let mounts = mounts(&mut fields)?;
     fields.finish()?;
-    Ok(Asked { image, process_group, entrypoint, command, env, guest, services, checks, restart, stop, metadata, mounts })
+    Ok(Asked {
+        image,
+        process_group,
+        entrypoint,
+        command,
+        env,
+        guest,
+        swap_mb,
+        files,
+        services,
+        checks,
+        restart,
+        stop,
+        metadata,
+        mounts,
+    })
 }
 
 fn mounts(fields: &mut Fields) -> Result<Vec<Mount>, Failure> {
@@ -175,16 +195,21 @@ fn texts_of(entries: Fields, path: &str) -> Result<BTreeMap<String, String>, Fai
     entries.entries().map(text).collect()
 }
 
-type Words = Option<Vec<String>>;
+#[derive(Default)]
+struct Init {
+    entrypoint: Option<Vec<String>>,
+    command: Option<Vec<String>>,
+    swap_mb: u32,
+}
 
-/// ENTRYPOINT and CMD.
-fn init(fields: &mut Fields) -> Result<(Words, Words), Failure> {
-    let Some(mut init) = fields.object("init")? else { return Ok((None, None)) };
+/// ENTRYPOINT, CMD and swap.
+fn init(fields: &mut Fields) -> Result<Init, Failure> {
+    let Some(mut init) = fields.object("init")? else { return Ok(Init::default()) };
     let (exec, entrypoint, command) = (init.texts("exec")?, init.texts("entrypoint")?, init.texts("cmd")?);
     init.not_honoured("tty", "a machine's program has no terminal")?;
-    init.not_honoured("swap_size_mb", "machines have no swap of their own")?;
     init.not_honoured("kernel_args", "machines have no kernel of their own")?;
-    let words = match exec {
+    let swap_mb = init.number("swap_size_mb", 0..=MAX_SWAP_MB)?.unwrap_or(0);
+    let (entrypoint, command) = match exec {
         Some(_) if entrypoint.is_some() || command.is_some() => {
             return Err(init.wrong("exec", "it stands alone, without entrypoint and cmd"));
         }
@@ -192,7 +217,23 @@ fn init(fields: &mut Fields) -> Result<(Words, Words), Failure> {
         None => (entrypoint, command),
     };
     init.finish()?;
-    Ok(words)
+    Ok(Init { entrypoint, command, swap_mb })
+}
+
+fn files(fields: &mut Fields) -> Result<Vec<MachineFile>, Failure> {
+    let mut files = vec![];
+    for mut given in fields.objects("files", MAX_FILES)? {
+        given.not_honoured("image_config", "a file's content is raw_value or the value of secret_name")?;
+        files.push(MachineFile {
+            guest_path: given.text("guest_path")?.unwrap_or_default(),
+            raw_value: given.text("raw_value")?,
+            secret_name: given.text("secret_name")?,
+            mode: given.take("mode")?,
+        });
+        given.finish()?;
+    }
+    check_files(&files).map_err(|why| Failure::invalid(format!("config.{why}")))?;
+    Ok(files)
 }
 
 fn env(fields: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
@@ -256,6 +297,7 @@ fn services(fields: &mut Fields) -> Result<(Vec<Service>, Vec<Check>), Failure> 
             autostart: given.take("autostart")?.unwrap_or(true) && !no_autostart,
             autostop: autostop(&mut given)?,
             min_machines_running: given.number("min_machines_running", 0..=1000)?.unwrap_or(0),
+            max_machines_running: given.number("max_machines_running", 1..=1000)?,
             concurrency: concurrency(&mut given)?,
         };
         for (n, mut check) in given.objects("checks", MAX_ITEMS)?.into_iter().enumerate() {
@@ -304,17 +346,12 @@ fn ports(service: &mut Fields) -> Result<bool, Failure> {
     Ok(force_https || !is_http)
 }
 
-fn autostop(service: &mut Fields) -> Result<bool, Failure> {
+fn autostop(service: &mut Fields) -> Result<AutoStop, Failure> {
     match service.raw("autostop") {
-        None | Some(Value::Bool(false)) => Ok(false),
-        Some(Value::Bool(true)) => Ok(true),
-        Some(Value::String(text)) => match text.as_str() {
-            "" | "off" => Ok(false),
-            "stop" => Ok(true),
-            "suspend" => Err(service.wrong("autostop", "idle machines are stopped, not suspended").hint("use \"stop\"")),
-            _ => Err(service.wrong("autostop", "use \"off\" or \"stop\"")),
-        },
-        Some(_) => Err(service.wrong("autostop", "use \"off\" or \"stop\"")),
+        None => Ok(AutoStop::Off),
+        Some(Value::String(nothing)) if nothing.is_empty() => Ok(AutoStop::Off),
+        Some(given) => serde_json::from_value(given)
+            .map_err(|_| service.wrong("autostop", "use \"off\", \"stop\", \"suspend\", false or true")),
     }
 }
 

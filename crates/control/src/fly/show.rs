@@ -14,6 +14,9 @@ pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
     if let Some(command) = &spec.command {
         init.insert("cmd".into(), json!(command));
     }
+    if spec.swap_mb != 0 {
+        init.insert("swap_size_mb".into(), json!(spec.swap_mb));
+    }
     let mut metadata = spec.metadata.clone();
     metadata.entry("fly_process_group".into()).or_insert_with(|| spec.process_group.clone());
     if spec.release != 0 {
@@ -39,6 +42,7 @@ pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
         "env": spec.env,
         "init": init,
         "guest": spec.guest,
+        "files": spec.files,
         "services": services.collect::<Vec<_>>(),
         "checks": informing.iter().map(|given| (given.name.clone(), check(given))).collect::<Map<_, _>>(),
         "restart": { "policy": policy, "max_retries": spec.restart.max_retries },
@@ -64,8 +68,9 @@ fn service(service: &Service, checks: &[&Check]) -> Value {
             { "port": 443, "handlers": ["tls", "http"] },
         ],
         "autostart": service.autostart,
-        "autostop": if service.autostop { "stop" } else { "off" },
+        "autostop": service.autostop.as_str(),
         "min_machines_running": service.min_machines_running,
+        "max_machines_running": service.max_machines_running,
         "concurrency": limits,
         "checks": asked_for.map(|given| check(given)).collect::<Vec<_>>(),
     })

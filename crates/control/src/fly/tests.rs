@@ -1,6 +1,6 @@
 use super::read::Named;
 use super::{read, show};
-use dunlin_model::{CheckKind, CpuKind, ImageRef, MachineSpec, MachineVersion, RestartWhen};
+use dunlin_model::{AutoStop, CheckKind, CpuKind, ImageRef, MachineSpec, MachineVersion, RestartWhen};
 use serde_json::{Value, json};
 
 fn spec(config: Value) -> MachineSpec {
@@ -19,7 +19,8 @@ fn full() -> Value {
     json!({
         "image": "registry.localhost/web:v1",
         "env": { "A": "1" },
-        "init": { "entrypoint": ["/bin/sh"], "cmd": ["-c", "true"] },
+        "init": { "entrypoint": ["/bin/sh"], "cmd": ["-c", "true"], "swap_size_mb": 256 },
+        "files": [{ "guest_path": "/etc/app.conf", "raw_value": "aGk=", "mode": 384 }],
         "guest": { "cpu_kind": "performance", "cpus": 2, "memory_mb": 512 },
         "services": [{
             "protocol": "tcp", "internal_port": 8080, "autostop": "stop", "autostart": false, "min_machines_running": 1,
@@ -36,7 +37,7 @@ fn full() -> Value {
         "restart": { "policy": "always" },
         "stop_config": { "signal": "SIGTERM", "timeout": "10s" },
         "metadata": { "fly_process_group": "worker", "mine": "yes" },
-        "auto_destroy": false, "files": null, "dns": {},
+        "auto_destroy": false, "processes": null, "dns": {},
     })
 }
 
@@ -46,8 +47,9 @@ fn what_is_known_means_what_it_says() {
     assert_eq!((spec.process_group.as_str(), spec.release, spec.secrets_version), ("worker", 0, 3));
     assert_eq!(spec.entrypoint, Some(vec!["/bin/sh".to_owned()]));
     assert_eq!((spec.guest.cpu_kind, spec.guest.cpus, spec.guest.memory_mb), (CpuKind::Performance, 2, 512));
+    assert_eq!((spec.swap_mb, spec.files[0].guest_path.as_str(), spec.files[0].mode), (256, "/etc/app.conf", Some(0o600)));
     let service = &spec.services[0];
-    assert!(service.force_https && service.autostop && !service.autostart);
+    assert!(service.force_https && service.autostop == AutoStop::Stop && !service.autostart);
     assert_eq!(service.concurrency.hard_limit, Some(30));
     assert_eq!(spec.checks[0].name, "servicecheck-00-http-8080");
     assert_eq!((spec.checks[0].interval_ms, spec.checks[0].timeout_ms), (10_000, 90_000));
@@ -106,7 +108,8 @@ fn nothing_is_dropped() {
     refused(service(json!({ "protocol": "udp" })), "config.services[0].protocol");
     refused(service(json!({ "ports": [] })), "config.services[0].ports");
     refused(service(json!({ "ports": [{ "port": 5432 }] })), "config.services[0].ports[0].port");
-    refused(service(json!({ "autostop": "suspend" })), "config.services[0].autostop");
+    refused(service(json!({ "autostop": "sometimes" })), "config.services[0].autostop");
+    assert_eq!(spec(service(json!({ "autostop": "suspend" }))).services[0].autostop, AutoStop::Suspend);
     refused(service(json!({ "checks": [{ "type": "tcp", "x": 1 }] })), "config.services[0].checks[0].x is not known");
     let http_options = json!({ "ports": [{ "port": 80, "handlers": ["http"], "http_options": { "compress": true } }] });
     refused(service(http_options), "config.services[0].ports[0].http_options");
