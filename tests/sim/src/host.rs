@@ -16,6 +16,7 @@ use std::rc::Rc;
 const FULL_DISK_PAUSE_MS: u64 = 1_000;
 const SEQUENCE_GAP: u64 = 1 << 32;
 
+#[expect(clippy::large_enum_variant, reason = "it travels in a box")]
 #[derive(Debug, Clone)]
 pub enum Input {
     View(Rc<Assigned>),
@@ -298,11 +299,8 @@ impl Host {
     /// In order; `false` if the journal refused, and then nothing was done.
     fn perform(&mut self, ctx: &mut Ctx, id: &MachineId, effects: Vec<Effect>) -> bool {
         for effect in effects {
-            if let Some((left, power)) = &mut self.dies_after {
-                if *left == 0 {
-                    let power = *power;
-                    self.kill_agent(ctx, power);
-                }
+            if let Some((0, power)) = self.dies_after {
+                self.kill_agent(ctx, power);
             }
             if let Some((left, _)) = &mut self.dies_after {
                 *left -= 1;
