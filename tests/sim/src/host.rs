@@ -317,7 +317,7 @@ impl Host {
                 Effect::Answer { id: command, answer } => {
                     ctx.tell(|| format!("h{}: {id} answers {command}: {answer:?}", self.index));
                     ctx.promises.answered(ctx.now_ms, id, &command, &answer);
-                    ctx.reply(command, answer.is_ok());
+                    ctx.reply(command);
                 }
                 Effect::Publish => self.publish(ctx, id),
                 Effect::Forget => self.forget(ctx, id),

@@ -64,8 +64,6 @@ mutations! {
     NoAlarm = "no-alarm",
     /// Keeps a machine that was destroyed.
     NeverForget = "never-forget",
-    /// Loses a stop that waits behind a start.
-    LoseStops = "lose-stops",
     /// Does not go on with a stop after a crash.
     ForgetToStopAgain = "forget-to-stop-again",
     /// Lets anybody move a machine that is leased.
@@ -74,8 +72,6 @@ mutations! {
     ForgetLeases = "forget-leases",
     /// Leaves a machine frozen that is to go on.
     NoThaw = "no-thaw",
-    /// Never asks on recovery whether a machine stands still.
-    BelieveThawed = "believe-thawed",
     /// Never looks for room.
     NoAdmission = "no-admission",
 }
@@ -88,7 +84,6 @@ pub fn event(mutation: Option<Mutation>, record: &Record, event: &mut Event) {
         (Some(M::OldPlan), Event::Ordered(order)) => order.plan = None,
         (Some(M::LateCommands), Event::Ordered(order)) => order.deadline_ms = u64::MAX,
         (Some(M::IgnoreLeases), Event::Ordered(order)) => order.nonce = record.lease.as_ref().map(|lease| lease.nonce.clone()),
-        (Some(M::BelieveThawed), Event::Recovered(alive)) => alive.frozen = false,
         (Some(M::NoAdmission), Event::Ordered(order)) => order.room = Ok(()),
         (Some(M::NoAdmission), Event::Prepared { room, .. }) => *room = Ok(()),
         (Some(M::OldAssignment), Event::Assigned(assignment)) => {
@@ -113,9 +108,6 @@ pub fn effects(mutation: Option<Mutation>, recovered: Option<&Alive>, before: &R
         Some(M::NoThaw) => effects.retain(|effect| !matches!(effect, Effect::Thaw { .. })),
         Some(M::NoAlarm) => effects.retain(|effect| !matches!(effect, Effect::WakeAt { .. })),
         Some(M::NeverForget) => effects.retain(|effect| *effect != Effect::Forget),
-        Some(M::LoseStops) if before.state == MachineState::Starting => {
-            effects.retain(|effect| !matches!(effect, Effect::Stop { .. }));
-        }
         Some(M::SpawnAgain) if recovered.is_some() && before.state == MachineState::Starting => {
             effects.retain(|effect| !matches!(effect, Effect::Spawn { .. }));
             effects.push(Effect::Spawn { attempt: before.attempt });

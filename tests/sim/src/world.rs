@@ -69,7 +69,7 @@ impl Ctx {
         }
     }
 
-    pub fn reply(&mut self, command: CommandId, _obeyed: bool) {
+    pub fn reply(&mut self, command: CommandId) {
         let index = command.as_str()[1..].parse().expect("ids here are c and a number");
         if self.calm || self.rng.percent(85) {
             let in_ms = self.rng.between(0, 50);

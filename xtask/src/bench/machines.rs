@@ -22,13 +22,13 @@ const CLEARED: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(30);
 const PORT: u16 = 8080;
 const SERVE: [&str; 6] = ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h"];
-const ROOM: &str = "[http_service]\ninternal_port = 8080\nauto_start_machines = true\n";
+const SERVICE: &str = "[http_service]\ninternal_port = 8080\nauto_start_machines = true\n";
 
 pub fn run(table: &mut Table) -> anyhow::Result<()> {
     let server = Server::start();
     let command: Vec<String> = SERVE.iter().chain(&["/www"]).map(|word| format!("{word:?}")).collect();
     let dockerfile = format!("FROM scratch\nCOPY busybox /bin/busybox\nCOPY www /www\nCMD [{}]\n", command.join(", "));
-    let files = [("Dockerfile", dockerfile.as_str()), ("www/index.html", "ok\n"), ("dunlin.toml", &format!("app = \"bench\"\n{ROOM}"))];
+    let files = [("Dockerfile", dockerfile.as_str()), ("www/index.html", "ok\n"), ("dunlin.toml", &format!("app = \"bench\"\n{SERVICE}"))];
     let source = server.source("bench", &files);
     fs::copy("/bin/busybox", source.join("busybox"))?;
     server.ok(&["apps", "create", "bench"]);
