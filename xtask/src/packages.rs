@@ -78,8 +78,13 @@ pub fn ensure(purpose: For) -> anyhow::Result<()> {
     )
 }
 
-/// Debian keeps /bin and /usr/bin the same; either may be the link.
+/// Debian keeps /bin and /usr/bin the same; either may be the link. Programs may come from elsewhere too.
 fn exists(file: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let name = file.rsplit('/').next().unwrap_or(file);
+    if file.contains("bin/") && std::env::split_paths(&path).any(|dir| dir.join(name).is_file()) {
+        return true;
+    }
     let other = if let Some(rest) = file.strip_prefix("/usr") { rest.to_owned() } else { format!("/usr{file}") };
     std::path::Path::new(file).exists() || std::path::Path::new(&other).exists()
 }

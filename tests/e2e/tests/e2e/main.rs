@@ -1,6 +1,7 @@
 //! The real binary, as people use it. One test binary, because linking is slow on two cores.
 
 mod apps;
+mod clients;
 mod deploys;
 mod disk;
 mod errors;
