@@ -74,7 +74,9 @@ fn pipes_are_binary_clean_and_leave_nothing() {
     // Killed in the middle, with bytes on their way in both directions.
     let mut cut = server.cli(server.dir(), &["machine", "exec", &id, "--", "sh", "-c", "sleep 4444 & cat; sleep 5555"]);
     let mut cut = cut.stdin(fs::File::open(&sent).unwrap()).stdout(Stdio::piped()).spawn().unwrap();
-    cut.stdout.take().unwrap().read_exact(&mut [0; 100_000]).unwrap();
+    // Open until the kill: a closed pipe would end it in another way.
+    let mut begun = cut.stdout.take().unwrap();
+    begun.read_exact(&mut [0; 100_000]).unwrap();
     assert!(running(&server, &id).contains("sleep 4444"));
     kill(cut.id(), "KILL");
     cut.wait().unwrap();
