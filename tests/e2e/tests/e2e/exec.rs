@@ -7,10 +7,10 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// The command lines of a machine's processes.
+/// Names and command lines of a machine's processes.
 fn running(server: &Server, id: &str) -> String {
     let list = "import os\nfor p in os.listdir('/proc'):\n  if p.isdigit() and int(p) != os.getpid():\n    \
-                print(open(f'/proc/{p}/cmdline').read().replace('\\0', ' '))";
+                print(open(f'/proc/{p}/comm').read(), open(f'/proc/{p}/cmdline').read().replace('\\0', ' '))";
     server.ok(&["machine", "exec", id, "--", "python3", "-c", list])
 }
 
@@ -206,10 +206,10 @@ fn files_are_copied_both_ways() {
     sftp(&["put", tree.join("two").to_str().unwrap(), "/tmp/big"]);
     let mut cut = server.cli(server.dir(), &[["ssh", "sftp", "put", sent.to_str().unwrap(), "/tmp/big"].as_slice(), &of].concat());
     let mut cut = cut.stdout(Stdio::null()).spawn().unwrap();
-    server.until("it copies, or has copied", || running(&server, &id).contains("dunlin-super") || cut.try_wait().unwrap().is_some());
+    server.until("it copies, or has copied", || running(&server, &id).contains("dunlin-files") || cut.try_wait().unwrap().is_some());
     cut.kill().unwrap();
     cut.wait().unwrap();
-    server.until("its copier is gone", || !running(&server, &id).contains("dunlin-super"));
+    server.until("its copier is gone", || !running(&server, &id).contains("dunlin-files"));
     let size = server.ok(&["machine", "exec", &id, "--", "stat", "-c", "%s", "/tmp/big"]);
     assert!(size == "1\n" || size == "100000000\n", "{size}");
     assert_eq!(server.ok(&["machine", "exec", &id, "--", "sh", "-c", "ls -A /tmp | grep -c dunlin || true"]), "0\n");
