@@ -6,6 +6,7 @@ mod deploys;
 mod disk;
 mod errors;
 mod exec;
+mod hostile;
 mod kills;
 mod machines;
 mod registry;
