@@ -23,7 +23,7 @@ usage: cargo xtask <command>
   test --vm       only the tests of the Linux side, on pure control groups v2 in QEMU
   sim --seed N    tell the story of one seed of the simulator (tests/sim)
   sim --minutes N look through as many seeds as that allows
-  bench [NAME]    print figures beside their peers': deploy, create, machines, proxy, idle
+  bench [NAME]    print figures beside their peers': deploy, create, machines, neighbours, proxy, idle
   tidy            check the house rules";
 
 fn main() -> ExitCode {

@@ -6,6 +6,7 @@ mod create;
 mod deploy;
 mod idle;
 mod machines;
+mod neighbours;
 mod proxy;
 
 use crate::{packages, sh};
@@ -16,7 +17,14 @@ use std::time::{Duration, Instant};
 
 type Bench = (&'static str, fn(&mut Table) -> anyhow::Result<()>);
 
-const BENCHES: &[Bench] = &[("deploy", deploy::run), ("create", create::run), ("machines", machines::run), ("proxy", proxy::run), ("idle", idle::run)];
+const BENCHES: &[Bench] = &[
+    ("deploy", deploy::run),
+    ("create", create::run),
+    ("machines", machines::run),
+    ("neighbours", neighbours::run),
+    ("proxy", proxy::run),
+    ("idle", idle::run),
+];
 
 pub fn run(names: &[&str]) -> anyhow::Result<()> {
     if let Some(unknown) = names.iter().find(|name| !BENCHES.iter().any(|(known, _)| known == *name)) {
