@@ -307,8 +307,13 @@ struct ControlPlan {
     fronts: (Arc<Front>, Arc<Front>, Arc<Front>),
 }
 
-/// Starts control; if it cannot start, says why and tries again. Traffic goes on meanwhile.
+/// Starts control once the host knows its machines; if it cannot start, says why and tries again. Traffic goes on
+/// meanwhile.
 async fn keep_control(plan: ControlPlan, stop: CancellationToken, keeper: std::os::unix::net::UnixStream) {
+    tokio::select! {
+        () = stop.cancelled() => return,
+        () = plan.host.recovered() => {}
+    }
     let control = loop {
         match start_control(&plan).await {
             Ok(control) => break control,

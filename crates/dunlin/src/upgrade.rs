@@ -54,8 +54,8 @@ pub fn run(args: &UpgradeArgs, data_dir: &Path, json: bool) -> anyhow::Result<()
             Ok(())
         }
         Outcome::WentBack { why } => bail!(
-            "the new binary did not work: {why}. The server runs the one before again; the new one is {}.failed, \
-             the server's log says more",
+            "the new binary did not work: {why}\n  the server runs the one before again\n  \
+             hint: the server's log says more; the new binary is {}.failed",
             path.display()
         ),
     }
@@ -67,10 +67,16 @@ fn version_of(binary: &Path) -> anyhow::Result<String> {
         .arg("version")
         .stdin(Stdio::null())
         .output()
-        .with_context(|| format!("{} cannot be run on this computer", binary.display()))?;
+        .with_context(|| {
+            format!("{} cannot be run on this computer\n  hint: is it for another system, or not whole?", binary.display())
+        })?;
     let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     if !output.status.success() || !version.starts_with("dunlin ") {
-        bail!("{} is no dunlin: `version` ended with {} and said {version:?}", binary.display(), output.status);
+        bail!(
+            "{} is no dunlin: `version` ended with {} and said {version:?}\n  hint: dunlin upgrade PATH-OF-THE-NEW-BINARY",
+            binary.display(),
+            output.status
+        );
     }
     Ok(version)
 }

@@ -129,6 +129,7 @@ impl Agent {
 
     pub fn run(mut self, replayed: Replayed, mut receiver: mpsc::Receiver<Input>) {
         self.recover(replayed);
+        self.shared.recovered.send_replace(true);
         while let Some(input) = receiver.blocking_recv() {
             match input {
                 Input::View => self.on_view(&self.shared.view.current()),

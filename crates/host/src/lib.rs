@@ -123,6 +123,8 @@ struct Shared {
     looks: Arc<tokio::sync::Semaphore>,
     builders: builder::Slots,
     volumes: volumes::Volumes,
+    /// Whether every living supervisor was asked since the start.
+    recovered: tokio::sync::watch::Sender<bool>,
     /// For the next supervisor, and that one only: a test's kill point.
     supervisor_kill_at: Mutex<Option<String>>,
 }
@@ -154,6 +156,12 @@ impl Host {
         let agent = inputs.clone();
         tokio::spawn(volumes::follow(shared.clone(), move || !agent.is_closed()));
         Ok(Arc::new(Self { shared, inputs, agent: Mutex::new(Some(thread)) }))
+    }
+
+    /// Until the agent knows its machines again. What is decided before would be about machines that nobody
+    /// has said anything of yet.
+    pub async fn recovered(&self) {
+        let _ = self.shared.recovered.subscribe().wait_for(|is_so| *is_so).await; // the sender is ours
     }
 
     /// Ends the agent; machines live on under their supervisors.
@@ -195,6 +203,7 @@ impl Shared {
             looks: Arc::new(tokio::sync::Semaphore::new(ps::MAX_LOOKS)),
             builders: builder::Slots::default(),
             volumes: volumes::Volumes::open(&config.data_dir),
+            recovered: tokio::sync::watch::Sender::new(false),
             supervisor_kill_at: Mutex::new(config.kill_at.clone().filter(|point| SUPERVISOR_KILL_POINTS.contains(&point.as_str()))),
             config,
         })
