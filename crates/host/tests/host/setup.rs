@@ -99,8 +99,10 @@ impl World {
         Ipv4Addr::new(10, 77, self.number as u8, n)
     }
 
+    /// Returns when its facts are of this start, and no longer of the one before.
     pub fn start_host(&mut self) {
         self.host = Some(self.try_host(self.host_config()).unwrap());
+        self.block_on(self.host().recovered());
     }
 
     pub fn try_host(&self, config: HostConfig) -> Result<Arc<Host>, StartError> {
