@@ -327,7 +327,11 @@ impl<'a, 'd> Exchange<'a, 'd> {
                     Err(error) => return Poll::Ready(Err(Fault::Broken(io::Error::other(error)))),
                 }
             }
-            match ready!(conn.inbox.poll_fill(&mut conn.io, cx)) {
+            let filled = conn.inbox.poll_fill(&mut conn.io, cx);
+            if filled.is_pending() && !conn.inbox.is_empty() {
+                conn.acknowledge();
+            }
+            match ready!(filled) {
                 Ok(0) => return Poll::Ready(Err(broken("no answer came"))),
                 Ok(_) => {}
                 Err(error) => return Poll::Ready(Err(Fault::Broken(error))),
@@ -359,7 +363,11 @@ impl<'a, 'd> Exchange<'a, 'd> {
                     conn.inbox.consume(skip);
                     // What was gathered goes out before more is waited for.
                     self.awaits = if down.poll_flush(cx)?.is_ready() { Awaits::Machine } else { Awaits::Client };
-                    match ready!(conn.inbox.poll_fill(&mut conn.io, cx))? {
+                    let filled = conn.inbox.poll_fill(&mut conn.io, cx);
+                    if filled.is_pending() {
+                        conn.acknowledge();
+                    }
+                    match ready!(filled)? {
                         0 if answer.may_end() => answer.end(),
                         0 => return Poll::Ready(Err(io::Error::other("the machine broke off its answer"))),
                         _ => self.has_moved = true,
