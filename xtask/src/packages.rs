@@ -27,6 +27,7 @@ const TEST: &[(&str, &str, &str)] = &[
     ("/usr/bin/zstd", "zstd", "layers in tests"),
     ("/usr/bin/python3", "python3", "servers, and attempts to break out, in tests"),
     ("/sbin/setcap", "libcap2-bin", "capabilities of files in tests"),
+    ("/usr/bin/npm", "npm", "another client of the API in tests"),
 ];
 
 const BENCH: &[(&str, &str, &str)] = &[
