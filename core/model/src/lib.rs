@@ -11,6 +11,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod calendar;
 pub mod config;
 pub mod desired;
 pub mod events;

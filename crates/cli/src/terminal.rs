@@ -9,6 +9,15 @@ pub fn is_interactive() -> bool {
     std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
 }
 
+/// A signal that came to us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    Interrupt,
+    Terminate,
+    Hangup,
+    Resized,
+}
+
 /// Where nothing says how large it is.
 const USUAL: WindowSize = WindowSize { rows: 24, columns: 80 };
 
@@ -56,14 +65,6 @@ mod unix {
         resized: Signal,
     }
 
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub enum Heard {
-        Interrupt,
-        Terminate,
-        Hangup,
-        Resized,
-    }
-
     impl Signals {
         pub fn new() -> Result<Self, CliError> {
             let listen = |kind| signal(kind).map_err(|e| CliError::failed(format!("signals cannot be heard: {e}")));
@@ -106,14 +107,6 @@ mod elsewhere {
     }
 
     pub struct Signals;
-
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub enum Heard {
-        Interrupt,
-        Terminate,
-        Hangup,
-        Resized,
-    }
 
     impl Signals {
         pub fn new() -> Result<Self, CliError> {

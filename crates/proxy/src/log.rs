@@ -4,7 +4,7 @@
 //! bounded channel to the writer. A sink that is slower than the traffic loses lines, which are counted; it
 //! never holds up a request.
 
-use crate::time::civil;
+use dunlin_model::calendar::civil;
 use std::cell::{Cell, RefCell};
 use std::io::{self, Write};
 use std::sync::Arc;
