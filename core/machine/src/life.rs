@@ -369,20 +369,22 @@ impl Machine {
     }
 
     fn on_frozen(&mut self, attempt: u64, result: Result<(), String>, now_ms: u64) -> Vec<Effect> {
-        if attempt != self.record.attempt || self.record.state != MachineState::Suspending {
-            return Vec::new(); // it was asked for something else meanwhile, which comes after the freeze
+        if attempt != self.record.attempt {
+            return Vec::new();
         }
-        match result {
-            Ok(()) => {
+        match (self.record.state, result) {
+            (MachineState::Suspending, Ok(())) => {
                 self.record.state = MachineState::Suspended;
                 self.changed(now_ms, vec![])
             }
-            Err(_) => {
+            // Suspended already: an earlier freeze was heard of after the suspend that asked for this one.
+            (MachineState::Suspending | MachineState::Suspended, Err(_)) => {
                 self.record.state = MachineState::Started;
                 self.record.goal = Goal::Run;
                 self.record.note(EventKind::Resume, Source::Host, None, now_ms);
                 self.changed(now_ms, vec![Effect::Thaw { attempt }])
             }
+            _ => Vec::new(), // it was asked for something else meanwhile, which comes after the freeze
         }
     }
 

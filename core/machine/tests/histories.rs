@@ -80,7 +80,8 @@ enum Pending {
     Spawn(u64),
     /// The supervisor of an attempt has heard the stop.
     End(u64),
-    Freeze(u64),
+    /// And whether a thaw comes right after it: the host acts in order.
+    Freeze { attempt: u64, thaw: bool },
     /// The agent watches an attempt that has ended.
     Exited(ExitInfo),
     Tick(u64),
@@ -108,8 +109,6 @@ struct Host {
     /// Nonces that were given, and the one that is sent.
     nonces: Vec<String>,
     nonce: Option<String>,
-    /// What comes after a freeze that is under way: the host acts in order.
-    thaw_waits: bool,
     /// A stop that waits behind the spawn of its attempt.
     stop_waits: bool,
     may_be_told_twice: bool,
@@ -139,7 +138,6 @@ impl Host {
             frozen: false,
             nonces: vec![],
             nonce: None,
-            thaw_waits: false,
             told: false,
             stop_waits: false,
             may_be_told_twice: false,
@@ -243,7 +241,12 @@ impl Host {
         if self.pending.is_empty() {
             return;
         }
-        let pending = self.pending.remove(which % self.pending.len());
+        let mut which = which % self.pending.len();
+        let is_freeze = |pending: &Pending| matches!(pending, Pending::Freeze { .. });
+        if is_freeze(&self.pending[which]) {
+            which = self.pending.iter().position(is_freeze).expect("there is one");
+        }
+        let pending = self.pending.remove(which);
         let result = if ok { Ok(()) } else { Err("it failed".to_owned()) };
         match pending {
             Pending::Prepare(version) => {
@@ -261,9 +264,8 @@ impl Host {
                     self.end(0);
                 }
             }
-            Pending::Freeze(attempt) => {
-                let thawed = std::mem::take(&mut self.thaw_waits);
-                self.frozen = ok && self.alive == Some(attempt) && !thawed;
+            Pending::Freeze { attempt, thaw } => {
+                self.frozen = ok && self.alive == Some(attempt) && !thaw;
                 self.hear(Event::Frozen { attempt, result });
             }
             Pending::Exited(exit) => self.hear(Event::Exited(exit)),
@@ -401,14 +403,17 @@ impl Host {
             Effect::Signal { .. } => {}
             Effect::Freeze { attempt } => {
                 assert_eq!(durable.expect("journalled").state, S::Suspending);
-                self.thaw_waits = false;
-                self.pending.push(Pending::Freeze(*attempt));
+                        self.pending.push(Pending::Freeze { attempt: *attempt, thaw: false });
             }
             Effect::Thaw { attempt } => {
                 assert_eq!(durable.expect("journalled").state, S::Started, "thawed before it was durable");
-                match self.pending.iter().any(|pending| matches!(pending, Pending::Freeze(freezes) if freezes == attempt)) {
-                    true => self.thaw_waits = true,
-                    false => self.frozen = false,
+                let last = self.pending.iter_mut().rev().find_map(|pending| match pending {
+                    Pending::Freeze { attempt: freezes, thaw } if freezes == attempt => Some(thaw),
+                    _ => None,
+                });
+                match last {
+                    Some(thaw) => *thaw = true,
+                    None => self.frozen = false,
                 }
             }
             Effect::CleanUp { attempt } => {
@@ -458,7 +463,6 @@ impl Host {
         } else if let Some(attempt) = spawning {
             self.comes_up(attempt);
         }
-        self.thaw_waits = false;
         self.frozen &= self.alive.is_some();
         // What a supervisor was told it does, whatever becomes of the agent.
         if let Some(attempt) = self.alive.filter(|_| self.told) {
@@ -541,7 +545,7 @@ fn pick<T>(items: &[T], which: usize) -> Option<&T> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4_000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_history_breaks_a_promise(ops in prop::collection::vec(op(), 1..60)) {
