@@ -215,6 +215,7 @@ fn start_host(
         cpus: settings.cpus,
         memory_mb: settings.memory_mb,
         autostop_after_ms: settings.autostop_after_s * 1000,
+        ready_machines: settings.ready_machines.into(),
         key: key.clone(),
         kill_at,
     };

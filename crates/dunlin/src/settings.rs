@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 /// Of looking at a machine before it is put to sleep.
 const AUTOSTOP_AFTER_S: u64 = 60;
+const READY_MACHINES: u16 = 16;
 
 pub const DEFAULT_MACHINE_PREFIX: &str = "10.201.0.0/16";
 
@@ -54,6 +55,9 @@ pub struct ServerArgs {
     /// Seconds without need for a machine after which auto_stop_machines puts it to sleep [default: 60]
     #[arg(long, env = "DUNLIN_AUTOSTOP_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub autostop_after: Option<u64>,
+    /// Stopped machines that stand ready, all but their program started, 2 MiB each; 0 for none [default: 16]
+    #[arg(long, env = "DUNLIN_READY_MACHINES", value_name = "COUNT", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub ready_machines: Option<u16>,
     /// Format of the server's own log
     #[arg(long, env = "DUNLIN_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -105,6 +109,7 @@ struct FileSettings {
     base_images: Option<BaseImages>,
     memory_mb: Option<u32>,
     autostop_after: Option<u64>,
+    ready_machines: Option<u16>,
     log_format: Option<LogFormat>,
 }
 
@@ -123,6 +128,7 @@ pub struct Settings {
     pub cpus: u32,
     pub memory_mb: u32,
     pub autostop_after_s: u64,
+    pub ready_machines: u16,
     pub log_format: LogFormat,
     pub kill_at: Option<String>,
 }
@@ -174,6 +180,7 @@ impl Settings {
                     cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
                     memory_mb,
                     autostop_after_s: args.autostop_after.or(file.autostop_after).unwrap_or(AUTOSTOP_AFTER_S).clamp(1, 86_400),
+                    ready_machines: args.ready_machines.or(file.ready_machines).unwrap_or(READY_MACHINES).min(1024),
                     log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
                     kill_at: args.kill_at.clone(),
                 })
@@ -190,7 +197,7 @@ impl Settings {
     pub fn summary(&self) -> String {
         format!(
             "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ndomain = {:?}\nhost_id = {:?}\nregion = {:?}\nrole = {:?}\n\
-             machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nautostop_after = {}\nlog_format = {:?}",
+             machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nautostop_after = {}\nready_machines = {}\nlog_format = {:?}",
             self.data_dir,
             self.http.to_string(),
             self.https.to_string(),
@@ -203,6 +210,7 @@ impl Settings {
             format!("{:?}", self.base_images).to_lowercase(),
             self.memory_mb,
             self.autostop_after_s,
+            self.ready_machines,
             format!("{:?}", self.log_format).to_lowercase(),
         )
     }

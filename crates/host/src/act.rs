@@ -3,7 +3,7 @@
 
 use crate::agent::{Input, chain};
 use crate::kill::kill_point;
-use crate::{Shared, convert, now_ms, spec, volumes};
+use crate::{Shared, convert, now_ms, ready, spec, volumes};
 use dunlin_machine::{Effect, Event, Record};
 use dunlin_model::{ExitInfo, MachineId, MachineSpec};
 use dunlin_runtime::cgroup::CgroupError;
@@ -11,7 +11,7 @@ use dunlin_runtime::net::firewall::MachineRule;
 use dunlin_runtime::{Client, RuntimeError, Status, SupervisorSpec};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
@@ -33,7 +33,7 @@ type Inputs = mpsc::Sender<Input>;
 pub struct Acts(Option<JoinHandle<()>>);
 
 impl Acts {
-    fn push(&mut self, act: impl Future<Output = ()> + Send + 'static) {
+    pub fn push(&mut self, act: impl Future<Output = ()> + Send + 'static) {
         let before = self.0.take();
         self.0 = Some(tokio::spawn(async move {
             if let Some(before) = before {
@@ -43,7 +43,7 @@ impl Acts {
         }));
     }
 
-    fn push_blocking(&mut self, act: impl FnOnce() + Send + 'static) {
+    pub fn push_blocking(&mut self, act: impl FnOnce() + Send + 'static) {
         self.push(async move {
             let _ = tokio::task::spawn_blocking(act).await; // as above
         });
@@ -149,9 +149,13 @@ async fn spawn(shared: Arc<Shared>, inputs: Inputs, record: Record, attempt: u64
     tokio::task::spawn_blocking(move || cgroups.hasten_moves());
     let result = match spec::supervisor_spec(&shared, &record, attempt).await {
         Ok(mut spec) => {
+            spec.kill_at = shared.supervisor_kill_at.lock().unwrap_or_else(PoisonError::into_inner).take();
             let shared = shared.clone();
             let spawned = tokio::task::spawn_blocking(move || {
                 shared.firewall.add(&rule(&record)).map_err(|e| chain(&e))?;
+                if ready::start(&shared, &record.assignment.id, &spec) {
+                    return Ok(());
+                }
                 spawn_alone(&shared, &record, &mut spec).map_err(|e| chain(&e))
             });
             spawned.await.unwrap_or_else(|e| Err(e.to_string()))
@@ -334,7 +338,7 @@ fn tell(
 }
 
 /// What the firewall knows of a machine.
-fn rule(record: &Record) -> MachineRule {
+pub fn rule(record: &Record) -> MachineRule {
     MachineRule { ifname: record.assignment.id.interface_name(), addr: record.assignment.address }
 }
 
@@ -348,7 +352,8 @@ pub fn rule_of_before(record: &Record, interfaces: &[String]) -> MachineRule {
 }
 
 /// Nothing of an attempt may live when the next one is spawned.
-fn clean_up(shared: &Shared, id: &MachineId) -> bool {
+pub fn clean_up(shared: &Shared, id: &MachineId) -> bool {
+    shared.ready.take(id);
     let dir = shared.machine_dir(id.as_str());
     let ifname = id.interface_name();
     for _ in 0..TRIES {

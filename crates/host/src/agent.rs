@@ -49,6 +49,8 @@ pub enum Input {
     /// Of it, what no fact says.
     Record(MachineId, oneshot::Sender<Option<Box<Record>>>),
     Heartbeat,
+    /// Which stopped machines should stand ready may have changed.
+    Ready,
     Quit,
 }
 
@@ -67,13 +69,13 @@ pub struct Slot {
     /// It was told to end because others need its memory.
     pub(crate) makes_room: bool,
     replies: HashMap<CommandId, Reply>,
-    acts: Acts,
+    pub(crate) acts: Acts,
 }
 
 pub struct Agent {
     pub(crate) shared: Arc<Shared>,
     pub(crate) journal: Journal,
-    inputs: mpsc::Sender<Input>,
+    pub(crate) inputs: mpsc::Sender<Input>,
     pub(crate) slots: BTreeMap<MachineId, Slot>,
     /// Orders that wait until others have made room.
     pub(crate) parked: Vec<(MachineId, Order, Reply)>,
@@ -82,6 +84,7 @@ pub struct Agent {
     /// The computer was booted since the journal was written.
     rebooted: bool,
     looks_again: bool,
+    pub(crate) looks_at_ready: bool,
 }
 
 /// Every newer snapshot becomes an input.
@@ -124,6 +127,7 @@ impl Agent {
             own_orders: 0,
             rebooted: false,
             looks_again: false,
+            looks_at_ready: false,
         }
     }
 
@@ -161,6 +165,7 @@ impl Agent {
                     self.put_to_sleep();
                     self.try_parked();
                 }
+                Input::Ready => self.fill_ready(),
                 Input::Quit => return,
             }
         }
@@ -185,7 +190,8 @@ impl Agent {
         let Some(slot) = self.slots.get(id).filter(|slot| !slot.recovered) else { return false };
         let dir = self.shared.machine_dir(id.as_str());
         let attempt = slot.machine.record().attempt;
-        let status = act::ask_supervisor(&dir);
+        // One that stands ready is not this attempt: recovery ends it.
+        let status = act::ask_supervisor(&dir).filter(|status| status.phase != Phase::Created);
         let exit = dunlin_runtime::read_exit(&dir, attempt).ok().flatten().map(convert::exit_info);
         let frozen = status.is_some() && act::is_frozen(&self.shared, id);
         let alive = Alive {
@@ -442,10 +448,14 @@ impl Agent {
             slot.statuses = record.spec().checks.iter().map(|check| (check.name.clone(), crate::checks::pending(check))).collect();
             slot.checks = Some(Checks::start(&self.shared, &self.inputs, record));
         }
+        let has_stopped = record.state == MachineState::Stopped;
         self.shared.table.set(id, record);
         let fact = slot.fact();
         if let Err(error) = self.shared.view.publish_machine(fact) {
             tracing::debug!(machine = %id, %error, "the view has a newer fact");
+        }
+        if has_stopped {
+            self.look_at_ready();
         }
     }
 

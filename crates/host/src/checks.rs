@@ -18,7 +18,9 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-/// Until the first pass, so that a deploy waits for the app and not for a timer.
+/// Until the first pass, so that a request and a deploy wait for the app and not for a timer: twice as long
+/// each time, up to the longest. A program that began a moment ago need not answer yet: that is no news.
+const FIRST_EAGER_PAUSE: Duration = Duration::from_millis(2);
 const EAGER_PAUSE: Duration = Duration::from_millis(100);
 const MAX_OUTPUT_BYTES: usize = 1024;
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -101,13 +103,20 @@ impl Run {
     async fn repeat(self) {
         let started = Instant::now();
         let mut passed = false;
+        let mut eager = FIRST_EAGER_PAUSE;
         loop {
             let timeout = Duration::from_millis(self.check.timeout_ms.max(1));
-            let outcome = match tokio::time::timeout(timeout, self.once()).await {
+            let is_news = eager == EAGER_PAUSE;
+            let outcome = match tokio::time::timeout(timeout, self.once(is_news)).await {
                 Ok(outcome) => outcome.unwrap_or_else(Outcome::failed),
                 Err(_) => Outcome::failed(format!("no answer within {} ms", self.check.timeout_ms)),
             };
             passed |= outcome.passed;
+            if !passed && !is_news {
+                tokio::time::sleep(eager).await;
+                eager = (eager * 2).min(EAGER_PAUSE);
+                continue;
+            }
             let in_grace = !passed && started.elapsed() < Duration::from_millis(self.check.grace_period_ms);
             let state = match outcome.passed {
                 true => CheckState::Passing,
@@ -124,11 +133,11 @@ impl Run {
         }
     }
 
-    async fn once(&self) -> Result<Outcome, String> {
+    async fn once(&self, explains: bool) -> Result<Outcome, String> {
         let address = SocketAddr::new(self.address, self.check.port);
         let stream = match TcpStream::connect(address).await {
             Ok(stream) => stream,
-            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => return Err(self.refused().await),
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused && explains => return Err(self.refused().await),
             Err(e) => return Err(format!("cannot connect to {address}: {e}")),
         };
         match &self.check.kind {

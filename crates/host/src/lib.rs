@@ -24,6 +24,7 @@ mod last_hop;
 mod logs;
 mod metrics;
 mod ps;
+mod ready;
 mod sleep;
 mod snapshots;
 mod spec;
@@ -67,6 +68,8 @@ pub struct HostConfig {
     pub memory_mb: u32,
     /// So long a machine is looked at before it is put to sleep for being idle.
     pub autostop_after_ms: u64,
+    /// So many stopped machines stand ready for requests.
+    pub ready_machines: usize,
     /// Opens the secrets that control sealed to this host.
     pub key: OpeningKey,
     /// See [`KILL_POINTS`].
@@ -123,6 +126,7 @@ struct Shared {
     looks: Arc<tokio::sync::Semaphore>,
     builders: builder::Slots,
     volumes: volumes::Volumes,
+    ready: ready::Ready,
     /// Whether every living supervisor was asked since the start.
     recovered: tokio::sync::watch::Sender<bool>,
     /// For the next supervisor, and that one only: a test's kill point.
@@ -203,6 +207,7 @@ impl Shared {
             looks: Arc::new(tokio::sync::Semaphore::new(ps::MAX_LOOKS)),
             builders: builder::Slots::default(),
             volumes: volumes::Volumes::open(&config.data_dir),
+            ready: ready::Ready::default(),
             recovered: tokio::sync::watch::Sender::new(false),
             supervisor_kill_at: Mutex::new(config.kill_at.clone().filter(|point| SUPERVISOR_KILL_POINTS.contains(&point.as_str()))),
             config,

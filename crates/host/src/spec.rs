@@ -12,7 +12,6 @@ use dunlin_runtime::{GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, Supervi
 use dunlin_view::SecretsFact;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 /// Processes and threads of one machine.
@@ -67,7 +66,7 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         volumes: vec![],
         log_limits: LogLimits::default(),
         start: true,
-        kill_at: shared.supervisor_kill_at.lock().unwrap_or_else(PoisonError::into_inner).take(),
+        kill_at: None,
     })
 }
 

@@ -82,6 +82,7 @@ impl World {
             cpus: 2,
             memory_mb: 1024,
             autostop_after_ms: 300,
+            ready_machines: 0,
             key: OpeningKey::from_bytes([5; 32]),
             kill_at: None,
         }
