@@ -375,6 +375,9 @@ impl Agent {
         if is_frozen {
             self.wake_if_needed(id);
         }
+        if from == MachineState::Stopped || to == MachineState::Stopped {
+            self.look_at_ready();
+        }
         if from != to && !self.parked.is_empty() {
             self.try_parked();
         }
@@ -448,14 +451,10 @@ impl Agent {
             slot.statuses = record.spec().checks.iter().map(|check| (check.name.clone(), crate::checks::pending(check))).collect();
             slot.checks = Some(Checks::start(&self.shared, &self.inputs, record));
         }
-        let has_stopped = record.state == MachineState::Stopped;
         self.shared.table.set(id, record);
         let fact = slot.fact();
         if let Err(error) = self.shared.view.publish_machine(fact) {
             tracing::debug!(machine = %id, %error, "the view has a newer fact");
-        }
-        if has_stopped {
-            self.look_at_ready();
         }
     }
 

@@ -40,7 +40,7 @@ impl Ready {
 }
 
 impl Agent {
-    /// A machine has stopped, or what it would start as has changed.
+    /// A machine has stopped or was started, or what it would start as has changed.
     pub(crate) fn look_at_ready(&mut self) {
         if self.shared.config.ready_machines == 0 || std::mem::replace(&mut self.looks_at_ready, true) {
             return;

@@ -12,6 +12,7 @@ mod life;
 mod logs;
 mod neighbours;
 mod ps;
+mod ready;
 mod setup;
 mod sleep;
 mod tombstones;
@@ -47,6 +48,8 @@ const TESTS: &[Test] = tests![
         a_follower_hears_machines_that_come_and_attempts_that_follow;
     neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
     ps: they_are_told_with_numbers_directories_and_sockets, a_machine_that_does_not_run_has_none;
+    ready: the_last_stopped_has_the_place_and_a_request_finds_it_made, it_is_always_made_of_what_a_start_would_be,
+        ends_of_agents_and_supervisors_leave_one_at_most;
     sleep: it_stands_still_and_goes_on_where_it_was, it_sleeps_through_a_restart_of_the_agent,
         a_stop_and_a_new_version_end_it_and_it_stays_asleep, only_the_holder_of_a_lease_moves_its_machine,
         an_idle_machine_is_put_to_sleep_and_one_with_a_request_is_not, a_start_that_lacks_memory_ends_the_longest_sleeper,
