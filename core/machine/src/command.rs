@@ -86,6 +86,8 @@ pub enum Deny {
     VersionMismatch { expected: MachineVersion, found: MachineVersion },
     IllegalMove { state: MachineState },
     Cordoned,
+    /// Its run has ended, and it is destroyed then.
+    Over,
     NoRoom { why: String },
 }
 
@@ -130,6 +132,9 @@ pub(crate) fn check(record: &Record, order: &Order, now_ms: u64) -> Checked {
     }
     if order.verb == Verb::Wake && record.cordoned {
         return Checked::Denied(Deny::Cordoned);
+    }
+    if matches!(order.verb, Verb::Start | Verb::Wake) && record.is_over() {
+        return Checked::Denied(Deny::Over);
     }
     match legal_move(record, &order.verb) {
         Move::Illegal => Checked::Denied(Deny::IllegalMove { state: record.state }),

@@ -119,6 +119,12 @@ impl Record {
         self.current.as_ref().is_some_and(|spec| spec.version == self.assignment.spec.version)
     }
 
+    /// Whether its run has ended and it is to be destroyed then. Only a new version gives it another life.
+    pub fn is_over(&self) -> bool {
+        let rests = matches!(self.state, MachineState::Stopped | MachineState::Failed);
+        rests && self.exit.is_some() && self.spec().auto_destroy
+    }
+
     /// Whether an attempt may have processes.
     pub fn may_live(&self) -> bool {
         use MachineState::{Destroying, Started, Starting, Stopping, Suspended, Suspending, Updating};
@@ -213,6 +219,7 @@ impl Record {
             exit: self.exit.clone(),
             restarts: self.restarts,
             problem: self.problem.clone(),
+            over: self.is_over(),
             updated_at_ms: self.updated_at_ms,
         }
     }

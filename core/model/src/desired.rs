@@ -95,7 +95,7 @@ pub enum TombstoneReason {
     /// A plan replaces it, or its app needs fewer.
     #[default]
     Plan,
-    /// A person destroyed it, or its app.
+    /// A person destroyed it, or its app, or wanted it destroyed once its run has ended.
     Person,
 }
 

@@ -46,6 +46,9 @@ pub struct MachineSpec {
     /// Volumes in it. They tie the machine to their host, and no other machine has them meanwhile.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<crate::Mount>,
+    /// It is destroyed once its run has ended: it stopped, or failed, and the restart policy starts it no more.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub auto_destroy: bool,
 }
 
 /// An image by content.
@@ -176,6 +179,10 @@ impl MachineSpec {
 
 fn yes() -> bool {
     true
+}
+
+fn is_false(truth: &bool) -> bool {
+    !truth
 }
 
 fn is_zero(number: &u32) -> bool {

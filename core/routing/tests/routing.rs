@@ -79,6 +79,7 @@ fn snapshot(machines: &[M]) -> Snapshot {
             files: vec![],
             metadata: Default::default(),
             mounts: vec![],
+            auto_destroy: false,
         };
         let address = std::net::Ipv4Addr::new(10, 201, 0, n as u8 + 1);
         config.machines.insert(
@@ -118,6 +119,7 @@ fn snapshot(machines: &[M]) -> Snapshot {
             exit: None,
             restarts: 0,
             problem: None,
+            over: false,
             updated_at_ms: 0,
         };
         view = view.with_machine(Arc::new(fact)).unwrap();

@@ -95,6 +95,9 @@ pub struct MachineFact {
     pub restarts: u32,
     /// Why it cannot run, for people (`image not found`, `insufficient memory`).
     pub problem: Option<String>,
+    /// Its run has ended and it is to be destroyed then: nothing starts it, and control destroys it.
+    #[serde(default)]
+    pub over: bool,
     pub updated_at_ms: u64,
 }
 

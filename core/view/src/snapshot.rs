@@ -100,6 +100,7 @@ mod tests {
             exit: None,
             restarts: 0,
             problem: None,
+            over: false,
             updated_at_ms: 0,
         })
     }

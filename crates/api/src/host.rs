@@ -91,6 +91,8 @@ pub enum Refusal {
     NotLeased { machine: MachineId },
     #[error("machine {machine} is {}, from which it cannot {verb}", state.as_str())]
     IllegalMove { machine: MachineId, state: MachineState, verb: String },
+    #[error("the run of machine {machine} has ended, and with auto_destroy it is destroyed then")]
+    Over { machine: MachineId },
     #[error("host {host} has no room: {why}")]
     InsufficientCapacity { host: HostId, why: String },
     #[error("{0}")]

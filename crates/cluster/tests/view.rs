@@ -38,6 +38,7 @@ fn machine(number: u8, sequence: u64, updated_at_ms: u64) -> MachineFact {
         exit: None,
         restarts: 0,
         problem: None,
+        over: false,
         updated_at_ms,
     }
 }

@@ -65,7 +65,7 @@ impl From<Refusal> for Failure {
                 ErrorCode::Conflict
             }
             Refusal::VersionMismatch { .. } => ErrorCode::VersionMismatch,
-            Refusal::IllegalMove { .. } => ErrorCode::FailedPrecondition,
+            Refusal::IllegalMove { .. } | Refusal::Over { .. } => ErrorCode::FailedPrecondition,
             Refusal::InsufficientCapacity { .. } => ErrorCode::InsufficientCapacity,
             Refusal::Invalid(_) => ErrorCode::Invalid,
             Refusal::WaitHopeless { .. } => ErrorCode::BadRequest,

@@ -12,6 +12,7 @@
 
 mod api;
 mod certificates;
+mod ended;
 mod events;
 mod failure;
 mod fly;

@@ -53,6 +53,7 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
         secrets_version: release.secrets_version,
         metadata: BTreeMap::new(),
         mounts: vec![],
+        auto_destroy: false,
     }
 }
 

@@ -244,3 +244,48 @@ async fn a_lease_keeps_others_out() {
     assert_eq!(world.call(Method::DELETE, &format!("{path}?kill=true"), &[], None).await.status, 200);
     world.control.shutdown().await;
 }
+
+/// A machine whose program ends, as soon as the host lets anything happen.
+async fn ends(world: &World, auto_destroy: bool) -> Value {
+    let mut ends = config();
+    ends["env"]["BEHAVE"] = json!("ends");
+    ends["auto_destroy"] = json!(auto_destroy);
+    make(world, json!({ "config": ends })).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_destroys_itself_when_its_run_has_ended() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    world.create_app("web").await;
+    let (goes, stays) = (ends(&world, true).await, ends(&world, false).await);
+    assert_eq!(goes["config"]["auto_destroy"], true);
+    let path = format!("{MACHINES}/{}", goes["id"].as_str().unwrap());
+    assert_eq!(world.get(&format!("{path}/wait?state=destroyed&timeout=60")).await.json()["state"], "destroyed");
+    assert_eq!(world.get(&path).await.status, 404);
+    state(&world, stays["id"].as_str().unwrap(), MachineState::Stopped).await;
+    assert_eq!(world.get(MACHINES).await.json().as_array().unwrap().len(), 1, "only who asked for it");
+    // Its address rests, as those of all destroyed machines do.
+    assert_ne!(ends(&world, false).await["private_ip"], goes["private_ip"]);
+    world.control.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_ended_while_control_was_away_is_destroyed_when_it_is_back() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    world.create_app("web").await;
+    let mut config = config();
+    config["auto_destroy"] = json!(true);
+    let made = make(&world, json!({ "config": config })).await;
+    let id: MachineId = made["id"].as_str().unwrap().parse().unwrap();
+    state(&world, id.as_str(), MachineState::Started).await;
+    let World { control, host, .. } = world;
+    control.shutdown().await;
+    host.end(&id);
+    drop(host); // it does nothing more
+    let world = World::start(data.path()).await;
+    world.eventually("it is gone", async || !world.view.current().machines.contains_key(&id)).await;
+    assert!(world.view.current().config.tombstones.contains_key(&id));
+    world.control.shutdown().await;
+}

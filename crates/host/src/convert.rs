@@ -113,6 +113,7 @@ pub fn answer(
         Err(Deny::IllegalMove { state }) => Err(Refusal::IllegalMove { machine, state, verb: verb.to_owned() }),
         // Only a wake is refused for it, and no command is one.
         Err(Deny::Cordoned) => Err(Refusal::Invalid(format!("machine {machine} is cordoned"))),
+        Err(Deny::Over) => Err(Refusal::Over { machine }),
         Err(Deny::NoRoom { why }) => Err(Refusal::InsufficientCapacity { host: host.clone(), why }),
     }
 }

@@ -204,7 +204,7 @@ async fn start(inputs: &mpsc::Sender<Input>, machine: MachineId) -> Started {
         Err(Deny::NoRoom { why }) => Err(AdmitRefusal::InsufficientCapacity(why)),
         Err(Deny::Cordoned) => Err(AdmitRefusal::Cordoned),
         Err(Deny::Leased { owner, .. }) => Err(AdmitRefusal::DidNotWake(format!("it is leased by {owner}"))),
-        Err(Deny::IllegalMove { .. }) => Err(AdmitRefusal::NotRunning),
+        Err(Deny::IllegalMove { .. } | Deny::Over) => Err(AdmitRefusal::NotRunning),
         Err(deny) => Err(AdmitRefusal::DidNotWake(format!("{deny:?}"))),
     }
 }

@@ -140,6 +140,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         files: vec![],
         metadata: Default::default(),
         mounts: vec![],
+        auto_destroy: false,
     };
     let assignment = MachineAssignment {
         id: id.clone(),
@@ -168,6 +169,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         exit: None,
         restarts: 0,
         problem: None,
+        over: false,
         updated_at_ms: 0,
     };
     let mut config = ConfigState::default();

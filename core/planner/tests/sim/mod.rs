@@ -104,6 +104,7 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         files: vec![],
         metadata: BTreeMap::new(),
         mounts: vec![],
+        auto_destroy: false,
     }
 }
 
@@ -232,6 +233,7 @@ impl World {
                 exit: None,
                 restarts: 0,
                 problem: None,
+                over: false,
                 updated_at_ms: self.now_ms,
             });
         }

@@ -29,7 +29,6 @@ const LISTENS_INTERVAL_MS: u64 = 1_000;
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
 
 const LATER: &[(&str, &str)] = &[
-    ("auto_destroy", "machines do not destroy themselves"),
     ("cache_drive", "there are no cache drives"),
     ("containers", "a machine runs one program"),
     ("dns", "names in machines are not configurable"),
@@ -61,6 +60,7 @@ pub(crate) struct Asked {
     metadata: BTreeMap<String, String>,
     /// The volume's name is not known yet.
     pub mounts: Vec<Mount>,
+    auto_destroy: bool,
 }
 
 /// What the configuration does not say.
@@ -93,6 +93,7 @@ impl Asked {
             secrets_version: named.secrets_version,
             metadata: self.metadata,
             mounts: self.mounts,
+            auto_destroy: self.auto_destroy,
         }
     }
 }
@@ -123,6 +124,7 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
     let restart = restart(&mut fields)?;
     let stop = stop(&mut fields)?;
     let mounts = mounts(&mut fields)?;
+    let auto_destroy = fields.take("auto_destroy")?.unwrap_or(false);
     fields.finish()?;
     Ok(Asked {
         image,
@@ -139,6 +141,7 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
         stop,
         metadata,
         mounts,
+        auto_destroy,
     })
 }
 

@@ -49,6 +49,7 @@ pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
         "stop_config": stop,
         "mounts": spec.mounts,
         "metadata": metadata,
+        "auto_destroy": spec.auto_destroy,
     })
 }
 

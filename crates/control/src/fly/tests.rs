@@ -37,7 +37,7 @@ fn full() -> Value {
         "restart": { "policy": "always" },
         "stop_config": { "signal": "SIGTERM", "timeout": "10s" },
         "metadata": { "fly_process_group": "worker", "mine": "yes" },
-        "auto_destroy": false, "processes": null, "dns": {},
+        "auto_destroy": true, "processes": null, "dns": {},
     })
 }
 
@@ -54,7 +54,7 @@ fn what_is_known_means_what_it_says() {
     assert_eq!(spec.checks[0].name, "servicecheck-00-http-8080");
     assert_eq!((spec.checks[0].interval_ms, spec.checks[0].timeout_ms), (10_000, 90_000));
     assert_eq!((spec.checks[1].name.as_str(), spec.checks[1].gates_routing, &spec.checks[1].kind), ("port", false, &CheckKind::Tcp));
-    assert_eq!(spec.restart.policy, RestartWhen::Always);
+    assert_eq!((spec.restart.policy, spec.auto_destroy), (RestartWhen::Always, true));
     assert_eq!((spec.stop.signal.as_deref(), spec.stop.timeout_ms), (Some("SIGTERM"), 10_000));
 }
 
@@ -87,7 +87,7 @@ fn nothing_is_dropped() {
     refused(json!([]), "config must be an object");
     refused(json!({ "image": "web", "colour": "red" }), "config.colour is not known here");
     refused(json!({ "image": "web", "guest": { "cpu": 1 } }), "config.guest.cpu is not known here");
-    refused(json!({ "image": "web", "auto_destroy": true }), "config.auto_destroy cannot be used");
+    refused(json!({ "image": "web", "auto_destroy": 1 }), "config.auto_destroy");
     let mount = |volume: &str, path: &str| json!({ "image": "web", "mounts": [{ "volume": volume, "path": path }] });
     refused(mount("vol_1", "/data"), "config.mounts[0].volume");
     refused(mount("vol_abababababababab", "/proc"), "config.mounts[0].path");

@@ -1,6 +1,6 @@
 //! A control role over a real store and view, and a small host that lives in memory. What an app does is
 //! said by `BEHAVE` in its environment: `good`, `sick`, `crashes`, `missing`, `elsewhere`, `fades` (it crashes a moment
-//! after it became healthy), `withers` (the same, a while after).
+//! after it became healthy), `withers` (the same, a while after), `ends` (with exit code 0).
 #![allow(dead_code)] // each test binary uses a part
 
 mod session;
@@ -131,6 +131,15 @@ impl SmallHost {
         self.journal.lock().unwrap().machines.values().filter(|fact| fact.is_healthy() && !fact.checks.is_empty()).count()
     }
 
+    /// The run of a machine that destroys itself then ends.
+    pub fn end(&self, id: &MachineId) {
+        let mut journal = self.journal.lock().unwrap();
+        let fact = journal.machines.get_mut(id).unwrap();
+        (fact.state, fact.exit, fact.over) = (MachineState::Stopped, Some(exit(fact.attempt, 0)), true);
+        fact.sequence += 1;
+        self.save(&journal);
+    }
+
     /// Of itself, every now and then.
     fn speak(&self) {
         let now_ms = now_ms();
@@ -210,6 +219,7 @@ fn created(assignment: &MachineAssignment) -> MachineFact {
         exit: None,
         restarts: 0,
         problem: None,
+        over: false,
         updated_at_ms: 0,
     }
 }
@@ -248,18 +258,15 @@ fn live(fact: &mut MachineFact, assignment: &MachineAssignment) {
             fact.state = MachineState::Starting;
             fact.attempt += 1;
         }
+        MachineState::Started if behave == "ends" => {
+            fact.state = MachineState::Stopped;
+            fact.exit = Some(exit(fact.attempt, 0));
+            fact.over = spec.auto_destroy;
+        }
         MachineState::Started if lives_ms.is_some_and(|ms| now_ms() >= fact.updated_at_ms + ms) => {
             fact.restarts += 1;
             (fact.state, fact.checks) = (MachineState::Restarting, vec![]);
-            fact.exit = Some(ExitInfo {
-                attempt: fact.attempt,
-                exit_code: Some(3),
-                signal: None,
-                oom_killed: false,
-                requested_stop: false,
-                at_ms: 0,
-                error: None,
-            });
+            fact.exit = Some(exit(fact.attempt, 3));
         }
         MachineState::Started if fact.checks.is_empty() => {
             let good = ["good", "fades", "withers"].contains(&behave);
@@ -273,6 +280,18 @@ fn live(fact: &mut MachineFact, assignment: &MachineAssignment) {
             fact.checks = checks.collect();
         }
         _ => {}
+    }
+}
+
+fn exit(attempt: u64, code: i32) -> ExitInfo {
+    ExitInfo {
+        attempt,
+        exit_code: Some(code),
+        signal: None,
+        oom_killed: false,
+        requested_stop: false,
+        at_ms: 0,
+        error: None,
     }
 }
 

@@ -215,6 +215,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             files: vec![],
             metadata: Default::default(),
             mounts: vec![],
+            auto_destroy: false,
         };
         let assignment = MachineAssignment {
             id: id.clone(),
@@ -244,6 +245,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             exit: None,
             restarts: 0,
             problem: None,
+            over: false,
             updated_at_ms: 0,
         };
         view = view.with_machine(Arc::new(fact)).unwrap();
