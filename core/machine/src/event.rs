@@ -22,6 +22,8 @@ pub enum Event {
     Exited(ExitInfo),
     /// A moment that [`Effect::WakeAt`] asked for has come.
     Tick,
+    /// A time of its schedule may have come. `room` is the host's answer to "is there room for it?".
+    Due { room: Result<(), String> },
     /// Files and processes are gone. Said again if the record could not be dropped.
     Destroyed,
     /// After a start of the agent: what is really there.

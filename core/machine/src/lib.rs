@@ -11,6 +11,8 @@
 //! started -> suspending -> suspended -> started (start), stopped (stop, a boot of the host)
 //!
 //! any state, tombstone: destroying -> destroyed
+//! stopped or failed, with auto_destroy: over, until a tombstone or a new version comes
+//! created, stopped, failed or suspended, with a schedule: started when its time has come
 //! ```
 //!
 //! Owns the [`Record`] that the host journals, and the order of effects: [`Effect::Journal`] always

@@ -19,6 +19,17 @@ pub struct Machine {
     record: Record,
 }
 
+/// How the clock finds a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// It is to be started.
+    Rests,
+    /// It is left alone, and its time has passed.
+    Runs,
+    /// It is not its time, or it cannot be started now and its time waits.
+    NotYet,
+}
+
 /// Time before the `n`th restart in a row (from 1): doubling, bounded, and up to a quarter more by the
 /// seed, so that machines that failed together do not all come back together.
 pub fn backoff_ms(n: u32, seed: u64) -> u64 {
@@ -67,6 +78,11 @@ impl Machine {
         self.record.updated_at_ms = now_ms;
     }
 
+    /// Whether [`Event::Due`] would start it, if there is room.
+    pub fn starts_by_clock(&self, now_ms: u64) -> bool {
+        self.clock_finds(now_ms) == Found::Rests
+    }
+
     /// The whole of it: what `event` means now.
     pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Effect> {
         if self.record.state == MachineState::Destroyed {
@@ -85,6 +101,7 @@ impl Machine {
             Event::Frozen { attempt, result } => self.on_frozen(attempt, result, now_ms),
             Event::Exited(exit) => self.on_exited(exit, now_ms),
             Event::Tick => self.on_tick(now_ms),
+            Event::Due { room } => self.on_due(room, now_ms),
             Event::Destroyed => self.on_destroyed(now_ms),
             Event::Recovered(alive) => self.on_recovered(alive, now_ms),
         }
@@ -92,6 +109,7 @@ impl Machine {
 
     /// Journal first, then the acts, then the fact.
     fn changed(&mut self, now_ms: u64, acts: Vec<Effect>) -> Vec<Effect> {
+        self.record.look_at_schedule(now_ms);
         self.record.sequence += 1;
         self.record.updated_at_ms = now_ms;
         let mut effects = vec![Effect::Journal];
@@ -112,7 +130,11 @@ impl Machine {
         if assignment.placement != record.assignment.placement {
             record.lease = None;
         }
+        let schedule = record.spec().schedule.clone();
         record.assignment = assignment;
+        if record.spec().schedule != schedule {
+            record.due_ms = None; // another schedule begins anew
+        }
         if !new_version {
             return self.changed(now_ms, vec![]);
         }
@@ -196,11 +218,7 @@ impl Machine {
     fn obey_verb(&mut self, order: &Order, now_ms: u64) -> Vec<Effect> {
         let record = &mut self.record;
         match &order.verb {
-            Verb::Start | Verb::Wake if matches!(record.state, MachineState::Suspending | MachineState::Suspended) => {
-                record.state = MachineState::Started;
-                record.goal = Goal::Run;
-                vec![Effect::Thaw { attempt: record.attempt }]
-            }
+            Verb::Start | Verb::Wake => self.start_or_resume(now_ms),
             Verb::Suspend => {
                 record.state = MachineState::Suspending;
                 record.goal = Goal::Rest;
@@ -216,10 +234,6 @@ impl Machine {
             Verb::Release => {
                 record.lease = None;
                 vec![]
-            }
-            Verb::Start | Verb::Wake => {
-                record.restarts = 0;
-                self.start(now_ms)
             }
             Verb::Stop { signal, timeout_ms } => {
                 record.goal = Goal::Rest;
@@ -246,6 +260,18 @@ impl Machine {
                 vec![]
             }
         }
+    }
+
+    /// Somebody wants it to run.
+    fn start_or_resume(&mut self, now_ms: u64) -> Vec<Effect> {
+        let record = &mut self.record;
+        if matches!(record.state, MachineState::Suspending | MachineState::Suspended) {
+            record.state = MachineState::Started;
+            record.goal = Goal::Run;
+            return vec![Effect::Thaw { attempt: record.attempt }];
+        }
+        record.restarts = 0;
+        self.start(now_ms)
     }
 
     fn start(&mut self, now_ms: u64) -> Vec<Effect> {
@@ -342,6 +368,9 @@ impl Machine {
     fn swap(&mut self, now_ms: u64) {
         let record = &mut self.record;
         let first = record.current.is_none();
+        if record.spec().schedule != record.assignment.spec.schedule {
+            record.due_ms = None; // another schedule begins anew
+        }
         record.current = Some(record.assignment.spec.clone());
         record.exit = None;
         record.restarts = 0;
@@ -463,6 +492,49 @@ impl Machine {
         }
     }
 
+    /// What runs at its time is left alone, and what cannot start yet is started later: once, however many times passed.
+    fn on_due(&mut self, room: Result<(), String>, now_ms: u64) -> Vec<Effect> {
+        use MachineState as S;
+        let found = self.clock_finds(now_ms);
+        let record = &mut self.record;
+        if found == Found::NotYet {
+            return Vec::new();
+        }
+        if found == Found::Rests
+            && let Err(why) = room
+        {
+            let problem = Some(format!("its time has come and it waits for room: {why}"));
+            if record.problem == problem {
+                return Vec::new();
+            }
+            record.problem = problem;
+            return self.changed(now_ms, vec![]);
+        }
+        record.due_ms = None; // the next one is after now
+        if found == Found::Runs {
+            return self.changed(now_ms, vec![]);
+        }
+        let resumes = matches!(record.state, S::Suspending | S::Suspended);
+        let acts = self.start_or_resume(now_ms);
+        let kind = if resumes { EventKind::Resume } else { EventKind::Start };
+        self.record.note(kind, Source::Host, None, now_ms);
+        self.changed(now_ms, acts)
+    }
+
+    fn clock_finds(&self, now_ms: u64) -> Found {
+        use MachineState as S;
+        let record = &self.record;
+        let has_come = record.due_ms.is_some_and(|due| now_ms >= due);
+        if !has_come || record.is_over() || record.lease(now_ms).is_some() {
+            return Found::NotYet;
+        }
+        match record.state {
+            S::Created | S::Stopped | S::Failed | S::Suspending | S::Suspended => Found::Rests,
+            S::Starting | S::Started | S::Updating | S::Restarting => Found::Runs,
+            S::Creating | S::Stopping | S::Destroying | S::Destroyed => Found::NotYet,
+        }
+    }
+
     fn on_destroyed(&mut self, now_ms: u64) -> Vec<Effect> {
         if self.record.state != MachineState::Destroying {
             return Vec::new();
@@ -478,6 +550,9 @@ impl Machine {
     fn on_recovered(&mut self, alive: Alive, now_ms: u64) -> Vec<Effect> {
         use MachineState as S;
         let attempt = self.record.attempt;
+        let schedule = self.record.spec().schedule.as_ref();
+        let next = schedule.and_then(|schedule| schedule.next(&self.record.assignment.id, now_ms));
+        self.record.due_ms = self.record.due_ms.filter(|due| next.is_none_or(|next| *due <= next)); // the clock was wrong
         let lives = alive.attempt == Some(attempt) && attempt > 0;
         let mut effects = match self.record.state {
             S::Destroying => vec![Effect::Destroy],
@@ -537,7 +612,9 @@ impl Machine {
     fn vanished(&mut self, rebooted: bool, now_ms: u64) -> Vec<Effect> {
         let attempt = self.record.attempt;
         let never_ran = self.record.state == MachineState::Starting;
-        if self.record.goal == Goal::Run && (rebooted || never_ran) {
+        // The run of a schedule is begun once; whether it may be begun again its restart policy says.
+        let again = if self.record.spec().schedule.is_some() { never_ran && !rebooted } else { never_ran || rebooted };
+        if self.record.goal == Goal::Run && again {
             // Not its failure: at once, and not counted.
             let mut acts = vec![Effect::CleanUp { attempt }];
             acts.extend(self.start(now_ms));

@@ -58,6 +58,9 @@ pub struct Record {
     /// Failed attempts since it last ran well.
     pub restarts: u32,
     pub restart_at_ms: Option<u64>,
+    /// The earliest time of its schedule that is not dealt with yet.
+    #[serde(default)]
+    pub due_ms: Option<u64>,
     /// The stop that was asked of the running attempt.
     #[serde(default)]
     pub stop: Option<Stop>,
@@ -97,6 +100,7 @@ impl Record {
             exit: None,
             restarts: 0,
             restart_at_ms: None,
+            due_ms: None,
             stop: None,
             problem: None,
             commands: VecDeque::new(),
@@ -123,6 +127,15 @@ impl Record {
     pub fn is_over(&self) -> bool {
         let rests = matches!(self.state, MachineState::Stopped | MachineState::Failed);
         rests && self.exit.is_some() && self.spec().auto_destroy
+    }
+
+    /// A schedule begins with its first time after now, and one that has gone is forgotten.
+    pub(crate) fn look_at_schedule(&mut self, now_ms: u64) {
+        self.due_ms = match (&self.spec().schedule, self.due_ms) {
+            (Some(schedule), None) => schedule.next(&self.assignment.id, now_ms),
+            (Some(_), known) => known,
+            (None, _) => None,
+        };
     }
 
     /// Whether an attempt may have processes.
@@ -220,6 +233,7 @@ impl Record {
             restarts: self.restarts,
             problem: self.problem.clone(),
             over: self.is_over(),
+            due_ms: self.due_ms,
             updated_at_ms: self.updated_at_ms,
         }
     }

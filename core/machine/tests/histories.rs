@@ -15,6 +15,10 @@ use std::collections::{BTreeMap, HashMap};
 enum Op {
     /// A new version of this size, in quarters of a GiB, and whether requests may wake it.
     Assign { quarters: u32, wakes: bool },
+    /// From now on new versions destroy themselves when their run has ended, or are started by the clock.
+    Kind { auto_destroy: bool, by_clock: bool },
+    /// The agent looks at the clock.
+    Clock,
     /// What other machines hold of the host's GiB.
     Others { quarters: u32 },
     Tombstone,
@@ -50,6 +54,8 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         3 => (1u32..=4, any::<bool>()).prop_map(|(quarters, wakes)| Op::Assign { quarters, wakes }),
         2 => (0u32..=4).prop_map(|quarters| Op::Others { quarters }),
+        2 => any::<(bool, bool)>().prop_map(|(auto_destroy, by_clock)| Op::Kind { auto_destroy, by_clock }),
+        4 => Just(Op::Clock),
         1 => Just(Op::Tombstone),
         6 => Just(Op::Start),
         4 => Just(Op::Wake),
@@ -118,6 +124,10 @@ struct Host {
     sent: Vec<Order>,
     answers: HashMap<CommandId, Result<Asked, Deny>>,
     versions: u8,
+    auto_destroy: bool,
+    by_clock: bool,
+    /// Times that it was started for.
+    handled: Option<u64>,
     assigned: Option<MachineAssignment>,
     /// Held by other machines, and the most that this one was let have.
     others_mb: u32,
@@ -147,6 +157,9 @@ impl Host {
             sent: vec![],
             answers: HashMap::new(),
             versions: 0,
+            auto_destroy: false,
+            by_clock: false,
+            handled: None,
             assigned: None,
             others_mb: 0,
             admitted_mb: 0,
@@ -160,11 +173,15 @@ impl Host {
     fn apply(&mut self, op: Op) {
         self.now += 1;
         match op {
+            Op::Kind { auto_destroy, by_clock } => (self.auto_destroy, self.by_clock) = (auto_destroy, by_clock),
+            Op::Clock => self.look_at_clock(),
             Op::Others { quarters } => self.others_mb = quarters * 256,
             Op::Assign { quarters, wakes } => {
                 self.versions += 1;
                 let mut assigned = sized(self.versions, "always", quarters * 256);
                 assigned.spec.services = if wakes { waking(1).spec.services } else { vec![] };
+                assigned.spec.auto_destroy = self.auto_destroy;
+                assigned.spec.schedule = self.by_clock.then(|| "* * * * *".parse().unwrap());
                 self.assigned = Some(assigned.clone());
                 match self.machine {
                     Some(_) => self.hear(Event::Assigned(Box::new(assigned))),
@@ -221,6 +238,20 @@ impl Host {
             order.room = self.room(machine.record().spec().guest.memory_mb);
         }
         self.hear(Event::Ordered(order));
+    }
+
+    fn look_at_clock(&mut self) {
+        let Some(machine) = &self.machine else { return };
+        let (starts, due_ms) = (machine.starts_by_clock(self.now), machine.record().due_ms);
+        let room = self.room(machine.record().spec().guest.memory_mb);
+        let starts = starts && room.is_ok();
+        assert!(!starts || due_ms.is_some_and(|due| due <= self.now && self.handled.is_none_or(|handled| handled < due)));
+        self.hear(Event::Due { room });
+        // Once it is durable it is to run, whatever became of the agent, and never again for this time.
+        if starts && self.journal.as_ref().is_some_and(|record| record.due_ms != due_ms) {
+            self.handled = due_ms;
+            self.intent = Intent::Run;
+        }
     }
 
     /// A GiB for all.
@@ -304,7 +335,7 @@ impl Host {
     fn hear(&mut self, event: Event) {
         let Some(machine) = &mut self.machine else { return };
         let room = match &event {
-            Event::Ordered(Order { room, .. }) | Event::Prepared { room, .. } => room.is_ok(),
+            Event::Ordered(Order { room, .. }) | Event::Prepared { room, .. } | Event::Due { room } => room.is_ok(),
             _ => false,
         };
         let woken = matches!(&event, Event::Ordered(order) if order.verb == Verb::Wake);
@@ -314,6 +345,7 @@ impl Host {
             Event::Ordered(order) => before.lease(self.now).filter(|lease| order.nonce.as_ref() != Some(&lease.nonce)).is_some(),
             _ => false,
         };
+        let over = before.is_over() && !matches!(event, Event::Prepared { .. });
         let held_mb = before.reserved_mb();
         let was = (before.state, before.attempt, before.cordoned, before.lease(self.now).cloned());
         let effects = machine.handle(event, self.now);
@@ -326,6 +358,7 @@ impl Host {
         if let Some(lease) = now.lease(self.now).filter(|lease| !self.nonces.contains(&lease.nonce)) {
             self.nonces.push(lease.nonce.clone());
         }
+        assert!(!(over && spawns), "what is over was started");
         assert!(may_wake || !(woken && spawns), "a request started what it may not");
         // What is being destroyed may still hold something, and asks nobody.
         let ending = machine.record().state == S::Destroying;

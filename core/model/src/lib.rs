@@ -18,6 +18,7 @@ pub mod events;
 pub mod files;
 pub mod ids;
 pub mod machine;
+pub mod schedule;
 pub mod seal;
 pub mod token;
 pub mod transfer;
@@ -32,4 +33,5 @@ pub use machine::{
     AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, ExitInfo, Guest, ImageRef, MachineSpec, MachineState,
     RestartPolicy, RestartWhen, Service, StopConfig,
 };
+pub use schedule::Schedule;
 pub use volume::{Mount, VolumeSource};

@@ -1,8 +1,11 @@
 //! What a machine is asked to be (its spec) and what it may be found in (its state).
 
-use crate::{AppName, MachineFile, MachineVersion, OrgName};
+use crate::{AppName, MachineFile, MachineVersion, OrgName, Schedule};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+
+/// The process group of machines that live for the sessions in them, as Fly's clients call it.
+pub const CONSOLE_GROUP: &str = "fly_app_console";
 
 /// One immutable version of a machine: everything a host needs to run it, except its secrets.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +52,9 @@ pub struct MachineSpec {
     /// It is destroyed once its run has ended: it stopped, or failed, and the restart policy starts it no more.
     #[serde(default, skip_serializing_if = "is_false")]
     pub auto_destroy: bool,
+    /// When the clock starts it, whoever has stopped it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
 }
 
 /// An image by content.

@@ -80,6 +80,7 @@ fn snapshot(machines: &[M]) -> Snapshot {
             metadata: Default::default(),
             mounts: vec![],
             auto_destroy: false,
+            schedule: None,
         };
         let address = std::net::Ipv4Addr::new(10, 201, 0, n as u8 + 1);
         config.machines.insert(
@@ -120,6 +121,7 @@ fn snapshot(machines: &[M]) -> Snapshot {
             restarts: 0,
             problem: None,
             over: false,
+            due_ms: None,
             updated_at_ms: 0,
         };
         view = view.with_machine(Arc::new(fact)).unwrap();

@@ -98,6 +98,9 @@ pub struct MachineFact {
     /// Its run has ended and it is to be destroyed then: nothing starts it, and control destroys it.
     #[serde(default)]
     pub over: bool,
+    /// When the clock starts it next.
+    #[serde(default)]
+    pub due_ms: Option<u64>,
     pub updated_at_ms: u64,
 }
 

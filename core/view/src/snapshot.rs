@@ -101,6 +101,7 @@ mod tests {
             restarts: 0,
             problem: None,
             over: false,
+            due_ms: None,
             updated_at_ms: 0,
         })
     }

@@ -84,6 +84,9 @@ pub struct Release {
     pub status: ReleaseStatus,
     pub reason: String,
     pub created_at: u64,
+    /// Only where one release is shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<AppConfig>,
 }
 
 /// One line of a build's output stream.
@@ -168,6 +171,9 @@ pub struct Machine {
     pub exit: Option<ExitInfo>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// When the clock starts it next; RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_run_at: Option<String>,
     /// RFC 3339, as `updated_at`.
     pub created_at: String,
     pub updated_at: String,

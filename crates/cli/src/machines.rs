@@ -119,6 +119,9 @@ fn print_machine(machine: &Machine) {
     let guest = &machine.guest;
     line("size", &format!("{} cpu, {} MiB", guest.cpus, guest.memory_mb));
     line("restarts", &machine.restarts.to_string());
+    if let Some(at) = &machine.next_run_at {
+        line("next run", at);
+    }
     for check in &machine.checks {
         line("check", &format!("{} {:?}: {}", check.name, check.status, check.output));
     }

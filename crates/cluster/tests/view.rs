@@ -39,6 +39,7 @@ fn machine(number: u8, sequence: u64, updated_at_ms: u64) -> MachineFact {
         restarts: 0,
         problem: None,
         over: false,
+        due_ms: None,
         updated_at_ms,
     }
 }

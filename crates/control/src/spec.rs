@@ -54,6 +54,7 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
         metadata: BTreeMap::new(),
         mounts: vec![],
         auto_destroy: false,
+        schedule: None,
     }
 }
 

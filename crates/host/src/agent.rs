@@ -85,6 +85,7 @@ pub struct Agent {
     rebooted: bool,
     looks_again: bool,
     pub(crate) looks_at_ready: bool,
+    pub(crate) began: Instant,
 }
 
 /// Every newer snapshot becomes an input.
@@ -128,6 +129,7 @@ impl Agent {
             rebooted: false,
             looks_again: false,
             looks_at_ready: false,
+            began: Instant::now(),
         }
     }
 
@@ -163,6 +165,8 @@ impl Agent {
                 Input::Heartbeat => {
                     self.heartbeat();
                     self.put_to_sleep();
+                    self.end_left_consoles();
+                    self.start_what_is_due();
                     self.try_parked();
                 }
                 Input::Ready => self.fill_ready(),
@@ -324,8 +328,10 @@ impl Agent {
     }
 
     pub(crate) fn dispatch(&mut self, id: &MachineId, mut event: Event) {
-        if let Event::Prepared { room, .. } = &mut event {
-            *room = self.room_to_update(id);
+        match &mut event {
+            Event::Prepared { room, .. } => *room = self.room_to_update(id),
+            Event::Due { room } => *room = self.room_to_start(id),
+            _ => {}
         }
         let Some(slot) = self.slots.get_mut(id) else { return };
         let before = slot.machine.clone();

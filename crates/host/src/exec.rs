@@ -67,9 +67,10 @@ pub async fn start(shared: &Shared, request: ExecRequest) -> Result<ExecSession,
         timeout: Duration::from_millis(request.timeout_ms.min(MAX_TIMEOUT_MS)),
         idle: Duration::from_millis(request.idle_ms.min(MAX_TIMEOUT_MS)),
     };
+    let attached = shared.attached.begin(&request.machine);
     tokio::spawn(async move {
         live.run(output_sender, stdin, controls, limits).await;
-        drop(turn);
+        drop((turn, attached));
     });
     Ok(ExecSession { output, stdin: stdin_sender, control })
 }

@@ -15,6 +15,7 @@ mod agent;
 mod api;
 mod builder;
 mod checks;
+mod clock;
 mod convert;
 mod exec;
 mod firewall;
@@ -123,6 +124,7 @@ struct Shared {
     tombstones_waiting: AtomicUsize,
     followers: Arc<tokio::sync::Semaphore>,
     sessions: Arc<tokio::sync::Semaphore>,
+    attached: clock::Attached,
     looks: Arc<tokio::sync::Semaphore>,
     builders: builder::Slots,
     volumes: volumes::Volumes,
@@ -204,6 +206,7 @@ impl Shared {
             tombstones_waiting: AtomicUsize::new(0),
             followers: Arc::new(tokio::sync::Semaphore::new(logs::MAX_STREAMS)),
             sessions: Arc::new(tokio::sync::Semaphore::new(exec::MAX_SESSIONS)),
+            attached: clock::Attached::default(),
             looks: Arc::new(tokio::sync::Semaphore::new(ps::MAX_LOOKS)),
             builders: builder::Slots::default(),
             volumes: volumes::Volumes::open(&config.data_dir),

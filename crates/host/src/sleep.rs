@@ -196,7 +196,7 @@ impl Agent {
         true
     }
 
-    fn order_by_host(&mut self, id: &MachineId, verb: Verb, source: Source) {
+    pub(crate) fn order_by_host(&mut self, id: &MachineId, verb: Verb, source: Source) {
         self.own_orders += 1;
         let now = now_ms();
         let order = Order {

@@ -141,6 +141,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         metadata: Default::default(),
         mounts: vec![],
         auto_destroy: false,
+        schedule: None,
     };
     let assignment = MachineAssignment {
         id: id.clone(),
@@ -170,6 +171,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         restarts: 0,
         problem: None,
         over: false,
+        due_ms: None,
         updated_at_ms: 0,
     };
     let mut config = ConfigState::default();

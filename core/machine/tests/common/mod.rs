@@ -1,4 +1,5 @@
 //! Values that the tests begin with.
+#![allow(dead_code)] // each test binary uses a part
 
 use dunlin_machine::{Order, Verb};
 use dunlin_model::{ExitInfo, MachineVersion, Source};

@@ -105,6 +105,7 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         metadata: BTreeMap::new(),
         mounts: vec![],
         auto_destroy: false,
+        schedule: None,
     }
 }
 
@@ -234,6 +235,7 @@ impl World {
                 restarts: 0,
                 problem: None,
                 over: false,
+                due_ms: None,
                 updated_at_ms: self.now_ms,
             });
         }

@@ -67,6 +67,7 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, row: &Row<MachineRow>, config: Va
         restarts: fact.map_or(0, |fact| fact.restarts),
         exit: fact.and_then(|fact| fact.exit.clone()),
         problem: fact.and_then(|fact| fact.problem.clone()),
+        next_run_at: fact.and_then(|fact| fact.due_ms).map(rfc3339),
         created_at: rfc3339(machine.created_at_ms),
         updated_at: rfc3339(fact.map_or(machine.created_at_ms, |fact| fact.updated_at_ms)),
     }

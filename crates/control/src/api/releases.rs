@@ -32,6 +32,7 @@ pub(crate) fn wire(row: &ReleaseRow) -> Release {
         status: row.status,
         reason: row.reason.clone(),
         created_at: row.created_at_ms,
+        config: None,
     }
 }
 
@@ -65,7 +66,8 @@ pub async fn get(
     State(ctx): State<Arc<Ctx>>,
     Path((app, number)): Path<(AppName, u32)>,
 ) -> Result<Json<Release>, Failure> {
-    Ok(Json(wire(&load(&ctx, &app, number).await?)))
+    let row = load(&ctx, &app, number).await?;
+    Ok(Json(Release { config: Some(row.config.clone()), ..wire(&row) }))
 }
 
 pub async fn rollback(

@@ -7,7 +7,7 @@ use dunlin_model::files::{MAX_FILES, check_files};
 use dunlin_model::volume;
 use dunlin_model::{
     AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineSpec, MachineVersion, Mount, OrgName,
-    RestartPolicy, RestartWhen, Service, StopConfig, VolumeId,
+    RestartPolicy, RestartWhen, Schedule, Service, StopConfig, VolumeId,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -35,9 +35,8 @@ const LATER: &[(&str, &str)] = &[
     ("metrics", "metrics of machines are not collected"),
     ("processes", "a machine runs one program; make a machine for each"),
     ("rootfs", "a machine's own files last until its next start"),
-    ("schedule", "machines are not started by the clock"),
     ("spot", "machines have no prices"),
-    ("standbys", "there are no standby machines"),
+    ("standbys", "on one host a standby is lost together with what it watches"),
     ("statics", "files are not served beside the machine"),
     ("volumes", "a machine runs one program, and has its volumes as mounts"),
 ];
@@ -61,6 +60,7 @@ pub(crate) struct Asked {
     /// The volume's name is not known yet.
     pub mounts: Vec<Mount>,
     auto_destroy: bool,
+    schedule: Option<Schedule>,
 }
 
 /// What the configuration does not say.
@@ -94,6 +94,7 @@ impl Asked {
             metadata: self.metadata,
             mounts: self.mounts,
             auto_destroy: self.auto_destroy,
+            schedule: self.schedule,
         }
     }
 }
@@ -122,6 +123,7 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
     let (services, mut checks) = services(&mut fields)?;
     checks.extend(named_checks(&mut fields)?);
     let restart = restart(&mut fields)?;
+    let schedule = schedule(&mut fields, &restart)?;
     let stop = stop(&mut fields)?;
     let mounts = mounts(&mut fields)?;
     let auto_destroy = fields.take("auto_destroy")?.unwrap_or(false);
@@ -142,6 +144,7 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
         metadata,
         mounts,
         auto_destroy,
+        schedule,
     })
 }
 
@@ -477,6 +480,15 @@ fn restart(fields: &mut Fields) -> Result<RestartPolicy, Failure> {
     given.not_honoured("gpu_bid_price", "hosts have no GPUs to give")?;
     given.finish()?;
     Ok(RestartPolicy { policy, max_retries })
+}
+
+fn schedule(fields: &mut Fields, restart: &RestartPolicy) -> Result<Option<Schedule>, Failure> {
+    let Some(text) = fields.text("schedule")? else { return Ok(None) };
+    let schedule = text.parse::<Schedule>().map_err(|error| fields.wrong("schedule", &error.to_string()))?;
+    if restart.policy == RestartWhen::Always {
+        return Err(fields.wrong("restart.policy", "a machine with a schedule runs and stops; use no or on-failure"));
+    }
+    Ok(Some(schedule))
 }
 
 fn stop(fields: &mut Fields) -> Result<StopConfig, Failure> {

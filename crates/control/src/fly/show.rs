@@ -50,6 +50,7 @@ pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
         "mounts": spec.mounts,
         "metadata": metadata,
         "auto_destroy": spec.auto_destroy,
+        "schedule": spec.schedule,
     })
 }
 

@@ -34,10 +34,10 @@ fn full() -> Value {
                 "headers": [{ "name": "x-a", "values": ["b"] }] }],
         }],
         "checks": { "port": { "type": "tcp", "port": 9000 } },
-        "restart": { "policy": "always" },
+        "restart": { "policy": "on-failure", "max_retries": 3 },
         "stop_config": { "signal": "SIGTERM", "timeout": "10s" },
         "metadata": { "fly_process_group": "worker", "mine": "yes" },
-        "auto_destroy": true, "processes": null, "dns": {},
+        "auto_destroy": true, "schedule": "hourly", "processes": null, "dns": {},
     })
 }
 
@@ -54,7 +54,7 @@ fn what_is_known_means_what_it_says() {
     assert_eq!(spec.checks[0].name, "servicecheck-00-http-8080");
     assert_eq!((spec.checks[0].interval_ms, spec.checks[0].timeout_ms), (10_000, 90_000));
     assert_eq!((spec.checks[1].name.as_str(), spec.checks[1].gates_routing, &spec.checks[1].kind), ("port", false, &CheckKind::Tcp));
-    assert_eq!((spec.restart.policy, spec.auto_destroy), (RestartWhen::Always, true));
+    assert_eq!((spec.restart.policy, spec.auto_destroy), (RestartWhen::OnFailure, true));
     assert_eq!((spec.stop.signal.as_deref(), spec.stop.timeout_ms), (Some("SIGTERM"), 10_000));
 }
 
@@ -88,6 +88,12 @@ fn nothing_is_dropped() {
     refused(json!({ "image": "web", "colour": "red" }), "config.colour is not known here");
     refused(json!({ "image": "web", "guest": { "cpu": 1 } }), "config.guest.cpu is not known here");
     refused(json!({ "image": "web", "auto_destroy": 1 }), "config.auto_destroy");
+    let scheduled = |schedule: &str, policy: &str| json!({ "image": "web", "schedule": schedule, "restart": { "policy": policy } });
+    refused(scheduled("often", "no"), "config.schedule cannot be used: \"often\" is neither hourly");
+    refused(scheduled("0 25 * * *", "no"), "config.schedule cannot be used: \"25\" is no hour");
+    refused(scheduled("daily", "always"), "config.restart.policy cannot be used: a machine with a schedule");
+    let of = |schedule: &str| spec(scheduled(schedule, "on-failure")).schedule.map(|schedule| schedule.to_string());
+    assert_eq!((of("daily").as_deref(), of("*/5 * * * *").as_deref(), of("")), (Some("daily"), Some("*/5 * * * *"), None));
     let mount = |volume: &str, path: &str| json!({ "image": "web", "mounts": [{ "volume": volume, "path": path }] });
     refused(mount("vol_1", "/data"), "config.mounts[0].volume");
     refused(mount("vol_abababababababab", "/proc"), "config.mounts[0].path");

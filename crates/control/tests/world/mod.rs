@@ -220,6 +220,7 @@ fn created(assignment: &MachineAssignment) -> MachineFact {
         restarts: 0,
         problem: None,
         over: false,
+        due_ms: None,
         updated_at_ms: 0,
     }
 }

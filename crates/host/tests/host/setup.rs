@@ -213,13 +213,18 @@ impl World {
     }
 
     pub fn until<T>(&self, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        self.within(PATIENCE, what, &mut condition)
+    }
+
+    /// For what takes its time.
+    pub fn within<T>(&self, patience: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+        let deadline = Instant::now() + patience;
         loop {
             if let Some(value) = condition() {
                 return value;
             }
             if Instant::now() >= deadline {
-                panic!("not within {PATIENCE:?}: {what}; {:?}", self.view.current().machines);
+                panic!("not within {patience:?}: {what}; {:?}", self.view.current().machines);
             }
             std::thread::sleep(Duration::from_millis(5));
         }

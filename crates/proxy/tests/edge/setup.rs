@@ -216,6 +216,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             metadata: Default::default(),
             mounts: vec![],
             auto_destroy: false,
+            schedule: None,
         };
         let assignment = MachineAssignment {
             id: id.clone(),
@@ -246,6 +247,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             restarts: 0,
             problem: None,
             over: false,
+            due_ms: None,
             updated_at_ms: 0,
         };
         view = view.with_machine(Arc::new(fact)).unwrap();
