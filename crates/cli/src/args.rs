@@ -52,6 +52,10 @@ pub enum Command {
     /// Create, list, extend, copy and destroy volumes: files that outlive machines
     #[command(subcommand, visible_alias = "volumes")]
     Volume(VolumeCommand),
+    /// Open a shell in a machine of its own with the app's image, or run a command there
+    ///
+    /// The machine has the app's environment and secrets and none of its volumes. It is destroyed at the end.
+    Console(ConsoleArgs),
     /// Open a shell in a running machine, or copy files
     #[command(subcommand)]
     Ssh(SshCommand),
@@ -338,6 +342,36 @@ pub struct RunningArgs {
     /// The machine [default: the first that runs]
     #[arg(long)]
     pub machine: Option<MachineId>,
+}
+
+#[derive(Debug, Default, Args)]
+pub struct ConsoleArgs {
+    #[command(flatten)]
+    pub target: AppArgs,
+    /// Run this instead of a shell; no shell reads it, its words are split
+    #[arg(short = 'C', long, value_name = "COMMAND")]
+    pub command: Option<String>,
+    /// Use this machine, which runs already, instead of one of its own
+    #[arg(long, value_name = "ID", conflicts_with_all = ["image", "region", "env", "vm_size", "vm_cpus", "vm_memory"])]
+    pub machine: Option<MachineId>,
+    /// The machine's image [default: that of the current release]
+    #[arg(short, long)]
+    pub image: Option<String>,
+    #[arg(short, long)]
+    pub region: Option<Region>,
+    /// Set a variable of the machine
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = pair)]
+    pub env: Vec<(String, String)>,
+    /// Size by name, such as shared-cpu-2x [default: that of [[vm]] for all, or shared-cpu-1x]
+    #[arg(long, value_name = "NAME")]
+    pub vm_size: Option<String>,
+    #[arg(long, value_name = "NUMBER")]
+    pub vm_cpus: Option<u32>,
+    /// MB, or with a unit such as 1gb
+    #[arg(long, value_name = "MEMORY")]
+    pub vm_memory: Option<String>,
+    #[command(flatten)]
+    pub run: RunArgs,
 }
 
 #[derive(Debug, Subcommand)]

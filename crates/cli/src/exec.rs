@@ -40,6 +40,11 @@ pub enum Ended {
 
 /// Runs a command at our own standard streams. Its exit code becomes ours.
 pub async fn attach(session: &Session, app: &AppName, id: &MachineId, program: Program) -> Result<Exit, CliError> {
+    Ok(exit(run(session, app, id, program).await?))
+}
+
+/// The same, for whoever has something to do afterwards. Returns the exit code.
+pub async fn run(session: &Session, app: &AppName, id: &MachineId, program: Program) -> Result<i32, CliError> {
     let RunArgs { user, tty, no_tty, term } = program.args;
     let has_tty = tty || !no_tty && terminal::is_interactive();
     let start = ExecStart {
@@ -59,8 +64,8 @@ pub async fn attach(session: &Session, app: &AppName, id: &MachineId, program: P
     // What has come is printed before anything is said of its end.
     let _ = printer.join(); // it cannot panic
     match ended? {
-        Ended::Exited(code) | Ended::Left(code) => Ok(exit(code)),
-        Ended::NotRead => Ok(exit(BROKEN_PIPE)),
+        Ended::Exited(code) | Ended::Left(code) => Ok(code),
+        Ended::NotRead => Ok(BROKEN_PIPE),
     }
 }
 

@@ -6,6 +6,7 @@ use crate::exec::{self, Program};
 use crate::{CliError, Exit, Session, sftp};
 use dunlin_api::wire::Machine;
 use dunlin_model::config::words;
+use dunlin_model::machine::CONSOLE_GROUP;
 use dunlin_model::{AppName, MachineId, MachineState};
 
 /// The better shell of those that the image has.
@@ -47,7 +48,9 @@ async fn running(session: &Session, args: &RunningArgs) -> Result<(AppName, Mach
         return Ok((app, id.clone()));
     }
     let machines: Vec<Machine> = session.client.get(&format!("/v1/apps/{app}/machines")).await?;
-    let mut running = machines.iter().filter(|machine| machine.state == MachineState::Started);
+    // A console is somebody's own.
+    let is_the_apps = |machine: &&Machine| machine.process_group != CONSOLE_GROUP;
+    let mut running = machines.iter().filter(is_the_apps).filter(|machine| machine.state == MachineState::Started);
     let Some(first) = running.next() else {
         return Err(CliError::failed(format!("no machine of {app} runs")).hint(match machines.first() {
             Some(machine) => format!("`dunlin machine start {}` starts one", machine.id),

@@ -73,6 +73,9 @@ pub struct AppConfig {
     /// Swap of every machine, beside its memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub swap_size_mb: Option<u32>,
+    /// What `dunlin console` runs, split into words without a shell; `None` = a shell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console_command: Option<String>,
     pub build: Build,
     pub deploy: Deploy,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]

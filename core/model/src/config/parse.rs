@@ -24,7 +24,6 @@ pub struct Parsed {
 
 /// Keys at the top of the file that Fly honours and we do not yet.
 const LATER: &[(&str, &str)] = &[
-    ("console_command", "use `dunlin machine exec`"),
     ("host_dedication_id", "hosts cannot be dedicated"),
     ("machine_config", "raw machine configurations are not merged"),
     ("container", "a machine runs one container"),
@@ -109,6 +108,11 @@ fn read_app<'t>(f: &mut Findings<'t>, mut top: Section<'t>) -> AppConfig {
             &format!("a number of MB up to {}", units::MAX_SWAP_MB),
             value::number(0..=units::MAX_SWAP_MB),
         ),
+        console_command: top.read(f, "console_command", "a command", |value| {
+            let command = value::filled(value)?;
+            words::split(&command).map_err(|error| Refused::Because(format!("not a command: {error}")))?;
+            Ok(command)
+        }),
         build: top.section(f, "build").map(|section| read_build(f, section)).unwrap_or_default(),
         deploy: top.section(f, "deploy").map(|section| read_deploy(f, section)).unwrap_or_default(),
         env: top.section(f, "env").map(|section| read_env(f, section)).unwrap_or_default(),

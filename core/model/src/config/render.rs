@@ -27,6 +27,9 @@ pub fn render(config: &AppConfig) -> String {
     if let Some(mb) = config.swap_size_mb {
         out.raw("swap_size_mb", mb);
     }
+    if let Some(command) = &config.console_command {
+        out.text("console_command", command);
+    }
     render_build(&mut out, &config.build);
     render_deploy(&mut out, &config.deploy);
     if !config.env.is_empty() {

@@ -28,6 +28,7 @@ primary_region = "fra"
 kill_signal = "SIGTERM"
 kill_timeout = 10
 swap_size_mb = 512
+console_command = "bin/rails console"
 
 [build]
 dockerfile = "docker/Dockerfile.web"
@@ -116,6 +117,7 @@ fn reads_every_honoured_key() {
     assert_eq!(config.restart_for("worker").max_retries, 3);
     assert_eq!(config.stop().signal.as_deref(), Some("SIGTERM"));
     assert_eq!(config.swap_size_mb, Some(512));
+    assert_eq!(config.console_command.as_deref(), Some("bin/rails console"));
     let paths = |group: &str| config.files_for(group).into_iter().map(|file| file.guest_path).collect::<Vec<_>>();
     assert_eq!(paths("app"), ["/etc/app/motd"]);
     assert_eq!(paths("worker"), ["/etc/app/motd", "/etc/app/key.pem"]);
@@ -379,7 +381,7 @@ proptest! {
     #[test]
     fn any_value_in_any_place_is_survived(
         key in prop::sample::select(vec!["app", "env", "env.A", "build", "build.args", "http_service", "http_service.checks",
-            "http_service.concurrency", "services", "checks", "checks.a", "vm", "restart", "files", "swap_size_mb", "mounts", "mounts.initial_size", "processes", "processes.a", "deploy.strategy", "kill_timeout"]),
+            "http_service.concurrency", "services", "checks", "checks.a", "vm", "restart", "files", "swap_size_mb", "console_command", "mounts", "mounts.initial_size", "processes", "processes.a", "deploy.strategy", "kill_timeout"]),
         value in prop::sample::select(vec!["1", "-1", "1.5", "nan", "true", "\"x\"", "\"\"", "[]", "[1]", "{}", "[{}]", "{a={}}", "[[1]]", "1979-05-27", "9223372036854775807"]),
     ) {
         if let Ok(parsed) = parse(&format!("{key} = {value}\n"), "f") {

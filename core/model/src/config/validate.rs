@@ -75,6 +75,9 @@ impl Findings<'_> {
         self.need(config.swap_size_mb.unwrap_or(0) <= MAX_SWAP_MB, || {
             format!("swap_size_mb is more than {MAX_SWAP_MB}")
         });
+        if let Some(command) = &config.console_command {
+            self.need(is_text(command) && words::split(command).is_ok(), || "console_command is not a command".to_owned());
+        }
         self.few("env", config.env.len());
         for (name, value) in &config.env {
             self.need(!name.is_empty() && !name.contains(['=', '\0']) && name.len() <= MAX_TEXT, || {

@@ -2,6 +2,7 @@
 
 mod apps;
 mod clients;
+mod console;
 mod deploys;
 mod disk;
 mod errors;
