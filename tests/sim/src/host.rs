@@ -224,6 +224,16 @@ impl Host {
         }
     }
 
+    /// As with every heartbeat of the agent.
+    pub fn look_at_clock(&mut self, ctx: &mut Ctx) {
+        let slots = self.slots.iter().flatten();
+        let due = slots.filter(|(_, slot)| slot.machine.record().due_ms.is_some_and(|due| due <= ctx.now_ms));
+        let due: Vec<MachineId> = due.map(|(id, _)| id.clone()).collect();
+        for id in due {
+            self.dispatch(ctx, &id, Event::Due { room: Ok(()) });
+        }
+    }
+
     fn slot(&mut self, id: &MachineId) -> Option<&mut Slot> {
         self.slots.as_mut()?.get_mut(id)
     }
@@ -248,6 +258,13 @@ impl Host {
             && let Some(slot) = slots.get(id)
         {
             *room = self.room(id, slot.machine.record().assignment.spec.guest.memory_mb);
+        }
+        if let Event::Due { room } = &mut event
+            && let Some(slots) = &self.slots
+            && let Some(slot) = slots.get(id)
+        {
+            *room = self.room(id, slot.machine.record().spec().guest.memory_mb);
+            ctx.promises.clock(ctx.now_ms, id, slot.machine.record());
         }
         let mutation = ctx.mutation;
         let Some(slot) = self.slot(id) else { return };
@@ -351,6 +368,10 @@ impl Host {
         let Some(slot) = self.slot(id) else { return };
         let record = slot.machine.record();
         ctx.promises.published(id, record);
+        match record.is_over() {
+            true => drop(ctx.said_over.insert(id.clone(), record.version().clone())),
+            false => drop(ctx.said_over.remove(id)),
+        }
         if record.state == MachineState::Started && ctx.rng.percent(30) {
             let host = self.index;
             let after_ms = ctx.rng.between(100, 5_000);

@@ -72,6 +72,10 @@ mutations! {
     ForgetLeases = "forget-leases",
     /// Leaves a machine frozen that is to go on.
     NoThaw = "no-thaw",
+    /// Does not destroy what has ended for good.
+    KeepOver = "keep-over",
+    /// Does not journal that a time of the schedule was dealt with.
+    ForgetTime = "forget-time",
     /// Never looks for room.
     NoAdmission = "no-admission",
 }
@@ -123,6 +127,7 @@ pub fn record(mutation: Option<Mutation>, record: &mut Record) {
         Some(Mutation::ForgetStop) if record.goal == dunlin_machine::Goal::Rest && record.may_live() => {
             record.goal = dunlin_machine::Goal::Run;
         }
+        Some(Mutation::ForgetTime) => record.due_ms = record.due_ms.map(|due| due.saturating_sub(60_000)),
         Some(Mutation::ForgetLeases) => record.lease = None,
         Some(Mutation::ForgetCordon) => record.cordoned = false,
         _ => {}

@@ -35,6 +35,11 @@ pub struct Promised {
     /// As it was before the new command that was heard last.
     before: Option<(CommandId, Box<Record>, Option<Lease>)>,
     lease: Option<Lease>,
+    /// Before the clock was looked at: when, the time of its schedule, and its attempt.
+    looked: Option<(u64, Option<u64>, u64)>,
+    /// The latest time of a schedule that was dealt with, and the version that ended for good.
+    dealt_with: u64,
+    over: Option<MachineVersion>,
     /// Attempts that could not be frozen go on.
     awake: BTreeSet<u64>,
     durable: Option<Box<Record>>,
@@ -94,6 +99,23 @@ impl Promises {
         promised.before = (!known).then(|| (order.id.clone(), Box::new(record.clone()), lease));
     }
 
+    pub fn clock(&mut self, now_ms: u64, id: &MachineId, record: &Record) {
+        self.promised(id).looked = Some((now_ms, record.due_ms, record.attempt));
+    }
+
+    /// A time is dealt with once, when it has come; what was started for it is to run.
+    fn dealt_with(&mut self, id: &MachineId, record: &Record) {
+        let promised = self.promised(id);
+        let Some((now_ms, due_ms, attempt)) = promised.looked.take().filter(|(_, due_ms, _)| *due_ms != record.due_ms) else { return };
+        let before = promised.dealt_with;
+        promised.dealt_with = due_ms.unwrap_or_default();
+        if record.attempt > attempt || promised.intent == Intent::Sleep && record.state == S::Started {
+            promised.intent = Intent::Run;
+        }
+        let has_come = due_ms.is_some_and(|due| before < due && due <= now_ms);
+        self.must(has_come, || format!("{id} was started for {due_ms:?} at {now_ms}, and before for {before}"));
+    }
+
     pub fn moved(&mut self, id: &MachineId, before: &Record, after: &Record) {
         let (from, to) = (before.state, after.state);
         self.must(from == to || legal(from, to), || format!("{id} went from {} to {}", from.as_str(), to.as_str()));
@@ -111,7 +133,11 @@ impl Promises {
                 self.count(id, &remembered.id, asked);
             }
         }
+        self.dealt_with(id, record);
         let promised = self.promised(id);
+        let revived = record.state == S::Starting && promised.over.as_ref() == Some(record.version());
+        let rests = matches!(record.state, S::Stopped | S::Failed) && record.exit.is_some();
+        promised.over = Some(record.version().clone()).filter(|_| rests && record.spec().auto_destroy);
         let made = promised.made.get(&record.assignment.spec.version).copied().unwrap_or_default();
         let before = std::mem::replace(&mut promised.obeyed, made);
         let placement = record.assignment.placement;
@@ -124,6 +150,7 @@ impl Promises {
             promised.intent = Intent::Run;
         }
         promised.durable = Some(Box::new(record.clone()));
+        self.must(!revived, || format!("{id} is started again although its run is over"));
         self.must(placement >= placed, || format!("{id} went back to an older placement"));
         self.must(made >= before, || format!("{id} went back to an assignment of before"));
         if ended {

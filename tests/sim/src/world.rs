@@ -54,6 +54,8 @@ pub struct Ctx {
     queue: BTreeMap<(u64, u64), Happening>,
     queued: u64,
     pub happened: u64,
+    /// What hosts said last of machines whose run is over and that are to be destroyed then.
+    pub said_over: BTreeMap<MachineId, MachineVersion>,
     story: Option<Vec<String>>,
 }
 
@@ -109,6 +111,7 @@ impl World {
             queue: BTreeMap::new(),
             queued: 0,
             happened: 0,
+            said_over: BTreeMap::new(),
             story: options.story.then(Vec::new),
         };
         let mut world = Self {
@@ -189,6 +192,10 @@ impl World {
             }
         }
         self.ctx.now_ms = until;
+        for host in &mut self.hosts {
+            host.look_at_clock(&mut self.ctx);
+        }
+        self.destroy_what_is_over();
     }
 
     fn happen(&mut self, happening: Happening) {
@@ -335,6 +342,8 @@ impl World {
         let rng = &mut self.ctx.rng;
         let behaviour = rng.pick(Behaviour::ALL).unwrap_or(Behaviour::Serves);
         let policy = rng.pick(&["always", "on-failure", "no"]).unwrap_or("always");
+        let schedule = rng.pick(&["* * * * *", "*/7 * * * *"]).filter(|_| rng.percent(25));
+        let auto_destroy = rng.percent(20);
         let services = if rng.percent(50) { json!([{"internal_port": 80}]) } else { json!([]) };
         let mut random = [0; 10];
         random[..8].copy_from_slice(&generation.to_be_bytes());
@@ -348,11 +357,15 @@ impl World {
                 "process_group": "app", "release": generation,
                 "image": {"repository": "web", "digest": behaviour.image()},
                 "guest": {"cpu_kind": "shared", "cpus": 1, "memory_mb": 128 * rng.between(1, 4)},
-                "restart": {"policy": policy, "max_retries": rng.below(4)}, "services": services
+                "restart": {"policy": policy, "max_retries": rng.below(4)}, "services": services,
+                "auto_destroy": auto_destroy, "schedule": schedule
             }
         }))
         .expect("an assignment");
-        self.ctx.tell(|| format!("{id} is to be in {}, {behaviour:?}, restart {policy}, {placement:?}", assignment.spec.version));
+        self.ctx.tell(|| {
+            let version = &assignment.spec.version;
+            format!("{id} is to be in {version}, {behaviour:?}, restart {policy}, {schedule:?}, auto_destroy {auto_destroy}, {placement:?}")
+        });
         self.ctx.promises.made(&assignment);
         self.assigned.machines.insert(id, assignment);
         self.send_view(Rc::new(self.assigned.clone()));
@@ -360,7 +373,24 @@ impl World {
 
     fn tombstone(&mut self) {
         let machines: Vec<MachineId> = self.assigned.machines.keys().cloned().collect();
-        let Some(id) = self.ctx.rng.pick(&machines) else { return };
+        if let Some(id) = self.ctx.rng.pick(&machines) {
+            self.destroy(id);
+        }
+    }
+
+    /// Control hears of it sooner or later. A machine that is to be in another version by then has another life.
+    fn destroy_what_is_over(&mut self) {
+        if self.ctx.mutation == Some(Mutation::KeepOver) || !self.ctx.calm && !self.ctx.rng.percent(30) {
+            return;
+        }
+        for (id, version) in self.ctx.said_over.clone() {
+            if self.assigned.machines.get(&id).is_some_and(|assigned| assigned.spec.version == version) {
+                self.destroy(id);
+            }
+        }
+    }
+
+    fn destroy(&mut self, id: MachineId) {
         self.ctx.tell(|| format!("{id} gets a tombstone"));
         self.next_generation();
         self.assigned.machines.remove(&id);
@@ -383,7 +413,7 @@ impl World {
     fn send_view(&mut self, view: Rc<Assigned>) {
         for host in 0..HOSTS {
             let rng = &mut self.ctx.rng;
-            if rng.percent(10) {
+            if rng.percent(10) && !self.ctx.calm {
                 continue;
             }
             let in_ms = if rng.percent(85) { rng.between(0, 500) } else { rng.between(0, 20_000) };
@@ -431,11 +461,12 @@ impl World {
     }
 
     fn rests(&self) -> bool {
+        let to_destroy = |record: &Record| record.is_over() && record.is_current();
         let may_stay = |state| matches!(state, S::Created | S::Started | S::Stopped | S::Suspended | S::Failed | S::Restarting);
         let alarm_is_set = |record: &Record| record.restart_at_ms.is_none_or(|at| at + 1_000 > self.ctx.now_ms);
         self.hosts.iter().all(|host| {
             let records = || host.slots.iter().flatten().map(|(_, slot)| slot.machine.record());
-            host.rests() && records().all(|record| may_stay(record.state) && alarm_is_set(record))
+            host.rests() && records().all(|record| may_stay(record.state) && !to_destroy(record) && alarm_is_set(record))
         })
     }
 
@@ -468,6 +499,7 @@ impl World {
                 plain(kept) == plain(record)
             });
             promises.must(same, || format!("{id}: the journal is not the state"));
+            promises.must(!(record.is_over() && record.is_current()), || format!("{id} is over and was not destroyed"));
             let runs = state == S::Started && alive == Some(record.attempt);
             let why_not = state == S::Restarting && record.exit.is_some() && alive.is_none();
             let sleeps = alive.is_none() && matches!(state, S::Created | S::Stopped | S::Failed);
