@@ -189,6 +189,8 @@ pub struct VolumeSnapshot {
 pub struct WaitFor {
     pub states: Vec<MachineState>,
     pub version: Option<MachineVersion>,
+    /// Only a state that it came to, or came to again, after this event.
+    pub after_event: Option<u64>,
     pub timeout_ms: u64,
 }
 

@@ -3,7 +3,7 @@
 use crate::failure::{Failure, chain};
 use crate::rows::{ADDRESS_REST_MS, AddressRow, Change, RevokedRow, key};
 use crate::tokens::MAX_LIFETIME_S;
-use crate::{Ctx, now_ms, registry, secret_sets};
+use crate::{Ctx, destroyed, now_ms, registry, secret_sets};
 use dunlin_model::desired::{AppRow, TombstoneRow};
 use dunlin_model::volume::VolumeTombstoneRow;
 use std::sync::Arc;
@@ -63,6 +63,7 @@ async fn look(ctx: &Ctx) -> Result<(), Failure> {
     if !change.then.is_empty() {
         ctx.state.commit(change).await?;
     }
+    destroyed::forget(ctx, ROWS_A_LOOK).await?;
     for app in ctx.state.list::<AppRow>("apps/").await? {
         // A conflict is looked at again in the next round.
         if let Some(change) = secret_sets::prune(ctx, &app).await? {

@@ -13,6 +13,7 @@
 mod api;
 mod certificates;
 mod ended;
+mod destroyed;
 mod events;
 mod failure;
 mod fly;

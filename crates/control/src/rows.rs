@@ -84,6 +84,12 @@ pub(crate) mod key {
     pub fn launch(id: &MachineId) -> String {
         format!("launches/{id}")
     }
+    pub fn destroyed(app: &AppName, id: &MachineId) -> String {
+        format!("destroyed/{app}/{id}")
+    }
+    pub fn destroyed_of(app: &AppName) -> String {
+        format!("destroyed/{app}/")
+    }
     pub fn tombstone(id: &MachineId) -> String {
         format!("tombstones/{id}")
     }

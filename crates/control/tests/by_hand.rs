@@ -73,7 +73,20 @@ async fn a_machine_is_made_and_starts_and_no_release_touches_it() {
         assert_eq!(found.as_array().map(Vec::len), Some(count), "{query}: {found}");
     }
     refused(&world.get(&format!("{MACHINES}?colour=red")).await, 400, "bad_request", "no filter");
-    refused(&world.get(&format!("{MACHINES}?include_deleted=true")).await, 422, "invalid", "are not kept");
+    refused(&world.get(&format!("{MACHINES}?include_deleted=maybe")).await, 400, "bad_request", "true or false");
+    // One that is destroyed is shown for a while to those who ask for it, and not to a later app of the name.
+    assert_eq!(world.call(Method::DELETE, &format!("{MACHINES}/{id}?force=true"), &[], None).await.status, 200);
+    let shown = async |query: &str| {
+        let found = world.get(&format!("{MACHINES}{query}")).await.json();
+        found.as_array().unwrap().iter().map(|machine| machine["state"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(shown("").await, ["started"]);
+    world.eventually("it is gone", async || shown("?include_deleted=true").await == ["started", "destroyed"]).await;
+    let gone = world.get(&format!("{MACHINES}?include_deleted=true&state=destroyed")).await.json();
+    assert_eq!((&gone[0]["id"], &gone[0]["name"], &gone[0]["config"]["env"]), (&json!(id), &json!("one"), &json!({ "A": "1" })));
+    assert_eq!(world.call(Method::DELETE, "/v1/apps/web", &[], None).await.status, 202);
+    world.create_app("web").await;
+    assert!(shown("?include_deleted=true").await.is_empty());
     world.control.shutdown().await;
 }
 

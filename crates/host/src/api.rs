@@ -101,15 +101,23 @@ impl HostApi for Host {
             };
             seen = Some(fact.clone());
             let right_version = wait.version.as_ref().is_none_or(|version| *version == fact.version);
-            if right_version && wait.states.contains(&fact.state) {
-                return Ok((*fact).clone());
+            // The record is newer than the fact, perhaps, and its events and its state are of one moment.
+            let (state, is_news) = match wait.after_event {
+                None => (fact.state, true),
+                Some(after) => match self.record(id).await {
+                    Ok(record) => (record.state, record.last_event > after),
+                    Err(_) => (fact.state, true), // it is gone in this moment
+                },
+            };
+            if right_version && is_news && wait.states.contains(&state) {
+                return Ok(MachineFact { state, ..(*fact).clone() });
             }
             // Versions come in their order: one that was replaced does not come back.
             let replaced = wait.version.as_ref().is_some_and(|version| *version < fact.version);
             let hopeless = match fact.state {
                 MachineState::Destroyed | MachineState::Destroying => !wait.states.contains(&MachineState::Destroyed),
                 _ if replaced => !wait.states.contains(&MachineState::Destroyed),
-                MachineState::Failed => right_version && !wait.states.contains(&MachineState::Destroyed),
+                MachineState::Failed => is_news && right_version && !wait.states.contains(&MachineState::Destroyed),
                 _ => false,
             };
             if hopeless {

@@ -134,7 +134,7 @@ pub async fn status(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Re
     let configs = machine_rows::all_configs(&ctx).await?;
     let shown = rows.iter().map(|row| {
         let configs = configs.get(&row.value.id).cloned().unwrap_or_default();
-        machines::wire(&ctx, &view, row, configs.shown(&row.value.spec, &ctx.domain))
+        machines::wire(&ctx, &view, &row.value, configs.shown(&row.value.spec, &ctx.domain))
     });
     let machines = shown.collect();
     Ok(Json(AppStatus {

@@ -1,6 +1,7 @@
 //! Machines: what they are, and commands to the hosts that own them.
 
 use super::{Caller, leases};
+use crate::destroyed;
 use crate::failure::Failure;
 use crate::fly::{self, rfc3339};
 use crate::machine_rows::{self, ConfigsRow};
@@ -33,8 +34,7 @@ const MAX_EXEC_OUTPUT_BYTES: usize = 8 * 1024 * 1024;
 const MAX_STOP_TIMEOUT_MS: u64 = 300_000;
 
 /// A machine as the API shows it: its row, and its newest fact if there is one, with its age.
-pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, row: &Row<MachineRow>, config: Value) -> wire::Machine {
-    let machine = &row.value;
+pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Value) -> wire::Machine {
     let spec = &machine.spec;
     let fact = view.machines.get(&machine.id);
     let of_itself = view.hosts.get(&machine.host).map(|host| host.updated_at_ms);
@@ -108,7 +108,7 @@ pub async fn list(
     Path(app): Path<AppName>,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Result<Json<Vec<wire::Machine>>, Failure> {
-    load_app(&ctx, &app).await?;
+    let app_row = load_app(&ctx, &app).await?;
     let filter = Filter::read(query)?;
     let rows = ctx.state.machines_of(&app).await?;
     let configs = machine_rows::all_configs(&ctx).await?;
@@ -119,9 +119,22 @@ pub async fn list(
             Some(configs) => configs.shown(&row.value.spec, &ctx.domain),
             None => fly::show(&row.value.spec, &ctx.domain),
         };
-        (row, wire(&ctx, &view, row, config))
+        (row, wire(&ctx, &view, &row.value, config))
     });
-    Ok(Json(shown.filter(|(row, machine)| filter.takes(row, machine)).map(|(_, machine)| machine).collect()))
+    let mut machines: Vec<_> =
+        shown.filter(|(row, machine)| filter.takes(&row.value, machine)).map(|(_, machine)| machine).collect();
+    if filter.with_destroyed {
+        let gone = destroyed::of_app(&ctx, &app_row.value).await?.into_iter().map(|gone| {
+            let config = if filter.is_summary { Value::Null } else { fly::show(&gone.machine.spec, &ctx.domain) };
+            let shown = wire(&ctx, &view, &gone.machine, config);
+            // Its host may still be at it.
+            let state = if view.machines.contains_key(&gone.machine.id) { MachineState::Destroying } else { MachineState::Destroyed };
+            let shown = wire::Machine { state, host_status: "ok".into(), updated_at: rfc3339(gone.at_ms), ..shown };
+            (gone, shown)
+        });
+        machines.extend(gone.filter(|(gone, shown)| filter.takes(&gone.machine, shown)).map(|(_, shown)| shown));
+    }
+    Ok(Json(machines))
 }
 
 #[derive(Default)]
@@ -131,6 +144,8 @@ struct Filter {
     metadata: Vec<(String, String)>,
     /// Without configurations.
     is_summary: bool,
+    /// Also those that were destroyed a while ago.
+    with_destroyed: bool,
 }
 
 impl Filter {
@@ -141,16 +156,16 @@ impl Filter {
                 ("state", _) => filter.states.extend(value.split(',').map(str::to_owned)),
                 ("region", _) => filter.regions.push(value),
                 ("summary", "true" | "1" | "") => filter.is_summary = true,
+                ("include_deleted", "true" | "1" | "") => filter.with_destroyed = true,
                 ("summary" | "include_deleted", "false" | "0") => {}
-                ("include_deleted", _) => {
-                    return Err(Failure::invalid("include_deleted cannot be true: destroyed machines are not kept")
-                        .hint("leave it out"));
+                ("summary" | "include_deleted", _) => {
+                    return Err(Failure::bad_request(format!("{name} is true or false, not {value:?}")));
                 }
                 _ => match name.strip_prefix("metadata.") {
                     Some(key) => filter.metadata.push((key.to_owned(), value)),
                     None => {
                         return Err(Failure::bad_request(format!("{name:?} is no filter for machines"))
-                            .hint("use state, region, metadata.KEY or summary"));
+                            .hint("use state, region, metadata.KEY, summary or include_deleted"));
                     }
                 },
             }
@@ -158,9 +173,9 @@ impl Filter {
         Ok(filter)
     }
 
-    fn takes(&self, row: &Row<MachineRow>, machine: &wire::Machine) -> bool {
+    fn takes(&self, row: &MachineRow, machine: &wire::Machine) -> bool {
         let is_one_of = |wanted: &[String], found: &str| wanted.is_empty() || wanted.iter().any(|one| one == found);
-        let spec = &row.value.spec;
+        let spec = &row.spec;
         let has = |key: &str, wanted: &str| match spec.metadata.get(key) {
             Some(value) => value == wanted,
             None => key == "fly_process_group" && spec.process_group == wanted,
@@ -188,7 +203,7 @@ pub(crate) async fn asked(ctx: &Ctx, row: &Row<MachineRow>) -> Result<wire::Mach
     if let Ok(fact) = &answer {
         view.machines.insert(id.clone(), Arc::new(fact.clone()));
     }
-    let mut shown = wire(ctx, &view, row, configs.shown(&row.value.spec, &ctx.domain));
+    let mut shown = wire(ctx, &view, &row.value, configs.shown(&row.value.spec, &ctx.domain));
     if let Ok(events) = ctx.host.events(id).await {
         shown.events = fly::events(&events);
     }
@@ -226,7 +241,8 @@ pub async fn destroy(
         return Err(Failure::new(ErrorCode::FailedPrecondition, format!("machine {id} is {}", state.as_str()))
             .hint("stop it first, or force its end with `--force`"));
     }
-    match ctx.state.commit(destroy_machine(&row, TombstoneReason::Person)).await? {
+    let change = destroy_machine(&row, TombstoneReason::Person).also(destroyed::note(&row.value));
+    match ctx.state.commit(change).await? {
         Outcome::Committed => {
             ctx.work.notify_one();
             let group = &row.value.spec.process_group;
@@ -435,7 +451,7 @@ pub async fn wait(
 }
 
 fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
-    let mut wait = WaitFor { states: vec![], version: None, timeout_ms: MAX_WAIT_S * 1000 };
+    let mut wait = WaitFor { states: vec![], version: None, after_event: None, timeout_ms: MAX_WAIT_S * 1000 };
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         match name {
@@ -465,8 +481,10 @@ fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
             }
             "from_event_id" if value.is_empty() => {}
             "from_event_id" => {
-                return Err(Failure::bad_request("from_event_id cannot be used: a wait looks at states, not at events")
-                    .hint("wait for a state, with `version` for the one that is meant"));
+                wait.after_event = Some(value.parse().map_err(|_| {
+                    Failure::bad_request(format!("{value:?} is not the id of an event"))
+                        .hint("GET .../events shows those of the machine")
+                })?);
             }
             _ => return Err(Failure::bad_request(format!("{name:?} is no argument of a wait"))),
         }
@@ -573,5 +591,8 @@ mod tests {
         assert_eq!(parse_wait("").unwrap().states, [MachineState::Started]);
         assert_eq!(parse_wait("timeout=600").unwrap().timeout_ms, 60_000);
         assert!(parse_wait("state=happy").is_err());
+        assert_eq!(parse_wait("from_event_id=").unwrap().after_event, None);
+        assert_eq!(parse_wait("from_event_id=17").unwrap().after_event, Some(17));
+        assert!(parse_wait("from_event_id=01H").is_err());
     }
 }

@@ -5,7 +5,7 @@ use super::story::tell;
 use super::{Turn, record};
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Outcome, Row, key};
-use crate::{Ctx, now_ms, volumes};
+use crate::{Ctx, destroyed, now_ms, volumes};
 use dunlin_api::{Command, CommandKind, Refusal, Reserve, Source};
 use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::{Generation, MachineState, MachineVersion};
@@ -199,7 +199,7 @@ async fn remove(ctx: &Ctx, plan: &Plan, step: &Step, deadline_ms: u64) -> Result
         return Ok(Done::Passed { floor: None, change: Change::default() }); // somebody destroyed it by hand
     };
     tell(ctx, plan, Some(&step.machine), format!("destroying machine {}", step.machine)).await?;
-    Ok(Done::Passed { floor: None, change: destroy_machine(&row, TombstoneReason::Plan) })
+    Ok(Done::Passed { floor: None, change: destroy_machine(&row, TombstoneReason::Plan).also(destroyed::note(&row.value)) })
 }
 
 /// The change that destroys a machine: a tombstone for its host, and rest for its address.

@@ -32,7 +32,9 @@ pub(crate) async fn turn(ctx: &Ctx, app: &Row<AppRow>) -> Result<Turn, Failure> 
         return Ok(Turn::Again);
     }
     let mut keys = vec![key::plan(name), key::progress(name)];
-    for prefix in [key::releases(name), key::secrets(name), key::secrets_sets(name), key::all_events(name)] {
+    for prefix in [
+        key::releases(name), key::secrets(name), key::secrets_sets(name), key::all_events(name), key::destroyed_of(name),
+    ] {
         keys.extend(ctx.state.keys(&prefix).await?);
     }
     let is_last = keys.len() <= ROWS_A_TURN;

@@ -55,7 +55,7 @@ const TESTS: &[Test] = tests![
     sleep: it_stands_still_and_goes_on_where_it_was, it_sleeps_through_a_restart_of_the_agent,
         a_stop_and_a_new_version_end_it_and_it_stays_asleep, only_the_holder_of_a_lease_moves_its_machine,
         an_idle_machine_is_put_to_sleep_and_one_with_a_request_is_not, a_start_that_lacks_memory_ends_the_longest_sleeper,
-        requests_wake_no_more_than_the_configuration_says, a_wait_says_when_it_is_in_vain;
+        requests_wake_no_more_than_the_configuration_says, a_wait_says_when_it_is_in_vain, a_wait_begins_after_an_event;
     tombstones: many_that_nobody_asked_for_wait_for_an_operator;
     volumes: a_volume_outlives_its_machines_and_goes_with_its_tombstone,
         a_volume_survives_the_ends_of_agents_and_supervisors, a_full_volume_is_its_tenants_problem_and_grows,

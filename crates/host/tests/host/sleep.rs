@@ -198,7 +198,7 @@ pub fn a_wait_says_when_it_is_in_vain() {
     let id = world.started(1, "sleep 1000", |_| {});
     let old = world.fact(&id).unwrap().version;
     let wait = |world: &World, states: &[MachineState], version| {
-        let wait = WaitFor { states: states.to_vec(), version, timeout_ms: 50 };
+        let wait = WaitFor { states: states.to_vec(), version, after_event: None, timeout_ms: 50 };
         world.block_on(world.host().wait(&id, wait))
     };
     let late = wait(&world, &[MachineState::Stopped], Some(old.clone()));
@@ -206,7 +206,24 @@ pub fn a_wait_says_when_it_is_in_vain() {
     assert!(wait(&world, &[MachineState::Stopped, MachineState::Started], None).is_ok());
     world.assign_as(id.clone(), 1, "sleep 1000", |_| {});
     world.until("it is in the new version", || world.fact(&id).filter(|fact| fact.version != old && fact.state == MachineState::Started));
-    let wait = WaitFor { states: vec![MachineState::Stopped], version: Some(old), timeout_ms: 60_000 };
+    let wait = WaitFor { states: vec![MachineState::Stopped], version: Some(old), after_event: None, timeout_ms: 60_000 };
     let vain = world.block_on(world.host().wait(&id, wait));
     assert_eq!(vain, Err(Refusal::WaitHopeless { state: MachineState::Started }));
+}
+
+pub fn a_wait_begins_after_an_event() {
+    let mut world = World::new();
+    let id = world.started(1, "sleep 1000", |_| {});
+    let newest = |world: &World| world.block_on(world.host().events(&id)).unwrap()[0].id;
+    let wait = |world: &World, after_event, timeout_ms| {
+        let wait = WaitFor { states: vec![MachineState::Started], version: None, after_event, timeout_ms };
+        world.block_on(world.host().wait(&id, wait)).map(|fact| fact.attempt)
+    };
+    let seen = newest(&world);
+    assert_eq!(wait(&world, None, 50), Ok(1));
+    assert_eq!(wait(&world, Some(seen - 1), 50), Ok(1));
+    // It is started, but nothing has happened since.
+    assert_eq!(wait(&world, Some(seen), 50), Err(Refusal::WaitTimeout { state: MachineState::Started }));
+    world.command(&id, CommandKind::Restart { timeout_ms: None }).unwrap();
+    assert_eq!(wait(&world, Some(seen), 60_000), Ok(2), "the start after the event, not the one before");
 }
