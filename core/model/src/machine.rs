@@ -246,9 +246,50 @@ pub enum CheckKind {
         /// Speak TLS to the machine.
         #[serde(default)]
         https: bool,
+        /// Whom the certificate has to name; without it, the machine's address.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tls_server_name: Option<String>,
+        /// Take any certificate; otherwise one that the host's authorities vouch for.
         #[serde(default)]
         tls_skip_verify: bool,
     },
+    /// A command in the machine: exit code 0 passes. It has no port; `Check::port` is 0.
+    Script { command: Vec<String> },
+}
+
+/// Script checks of one machine: each is a process in it.
+pub const MAX_SCRIPT_CHECKS: usize = 8;
+const MAX_SCRIPT_WORDS: usize = 64;
+const MAX_SCRIPT_BYTES: usize = 4096;
+const MAX_SERVER_NAME_BYTES: usize = 253;
+
+impl CheckKind {
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Http { .. } => "http",
+            Self::Script { .. } => "script",
+        }
+    }
+}
+
+/// Whether a check may run it.
+pub fn is_script(command: &[String]) -> bool {
+    let bytes: usize = command.iter().map(String::len).sum();
+    let is_named = command.first().is_some_and(|program| !program.is_empty());
+    is_named && command.len() <= MAX_SCRIPT_WORDS && bytes <= MAX_SCRIPT_BYTES && !command.iter().any(|word| word.contains('\0'))
+}
+
+/// Whether a certificate may be for it: a DNS name or an address.
+pub fn is_server_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let is_name = name.len() <= MAX_SERVER_NAME_BYTES && name.split('.').all(is_label);
+    is_name || name.parse::<std::net::IpAddr>().is_ok()
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

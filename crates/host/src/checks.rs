@@ -1,8 +1,11 @@
 //! Active health checks of one attempt. Often at first, until the first pass; then at the interval.
 
+mod tls;
+
 use crate::agent::Input;
-use crate::{Shared, now_ms};
+use crate::{Shared, exec, now_ms};
 use bytes::Bytes;
+use dunlin_api::{ExecOutput, ExecRequest};
 use dunlin_machine::Record;
 use dunlin_model::{Check, CheckKind, MachineId};
 use dunlin_runtime::Client;
@@ -10,6 +13,7 @@ use dunlin_view::{CheckState, CheckStatus};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::Request;
 use hyper_util::rt::TokioIo;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +26,8 @@ use tokio::task::JoinHandle;
 /// each time, up to the longest. A program that began a moment ago need not answer yet: that is no news.
 const FIRST_EAGER_PAUSE: Duration = Duration::from_millis(2);
 const EAGER_PAUSE: Duration = Duration::from_millis(100);
+/// The same for commands, each of which is a process in the machine.
+const EAGER_SCRIPT_PAUSE: Duration = Duration::from_millis(500);
 const MAX_OUTPUT_BYTES: usize = 1024;
 const MAX_BODY_BYTES: usize = 64 * 1024;
 /// Of an answer, kept for people.
@@ -103,7 +109,8 @@ impl Run {
     async fn repeat(self) {
         let started = Instant::now();
         let mut passed = false;
-        let mut eager = FIRST_EAGER_PAUSE;
+        let is_script = matches!(self.check.kind, CheckKind::Script { .. });
+        let mut eager = if is_script { EAGER_PAUSE } else { FIRST_EAGER_PAUSE };
         loop {
             let timeout = Duration::from_millis(self.check.timeout_ms.max(1));
             let is_news = eager == EAGER_PAUSE;
@@ -128,12 +135,20 @@ impl Run {
             if self.inputs.send(Input::Check { machine, attempt, status, answer }).await.is_err() {
                 return;
             }
-            let pause = if passed { Duration::from_millis(self.check.interval_ms.max(100)) } else { EAGER_PAUSE };
+            let interval = Duration::from_millis(self.check.interval_ms.max(100));
+            let pause = match passed {
+                true => interval,
+                false if is_script => EAGER_SCRIPT_PAUSE.min(interval),
+                false => EAGER_PAUSE,
+            };
             tokio::time::sleep(pause).await;
         }
     }
 
     async fn once(&self, explains: bool) -> Result<Outcome, String> {
+        if let CheckKind::Script { command } = &self.check.kind {
+            return self.script(command.clone()).await;
+        }
         let address = SocketAddr::new(self.address, self.check.port);
         let stream = match TcpStream::connect(address).await {
             Ok(stream) => stream,
@@ -141,16 +156,41 @@ impl Run {
             Err(e) => return Err(format!("cannot connect to {address}: {e}")),
         };
         match &self.check.kind {
-            CheckKind::Tcp => Ok(Outcome::passed(format!("connected to {address}"))),
-            CheckKind::Http { method, path, headers, https, tls_skip_verify } => {
+            CheckKind::Http { method, path, headers, https, tls_server_name, tls_skip_verify } => {
+                let host = tls_server_name.clone().unwrap_or_else(|| address.to_string());
+                let asked = Asked { method, path, headers, host, address };
                 if *https {
-                    let stream = tls(stream, self.address, *tls_skip_verify).await?;
-                    http(stream, method, path, headers, address).await
+                    let stream = tls::connect(stream, self.address, tls_server_name.as_deref(), *tls_skip_verify).await?;
+                    http(stream, asked).await
                 } else {
-                    http(stream, method, path, headers, address).await
+                    http(stream, asked).await
                 }
             }
+            CheckKind::Tcp | CheckKind::Script { .. } => Ok(Outcome::passed(format!("connected to {address}"))),
         }
+    }
+
+    /// In the machine, as its own user. Whoever stops waiting for it ends it.
+    async fn script(&self, command: Vec<String>) -> Result<Outcome, String> {
+        // Its time is the check's, which is shorter.
+        let request = ExecRequest::new(self.machine.clone(), command, 2 * self.check.timeout_ms);
+        let mut session = exec::begin(&self.shared, request, ()).await.map_err(|refusal| refusal.to_string())?;
+        let mut said = Vec::new();
+        while let Some(output) = session.output.recv().await {
+            match output {
+                // What is more than is kept is read all the same: the command must not wait for us.
+                ExecOutput::Stdout(bytes) | ExecOutput::Stderr(bytes) => {
+                    let room = MAX_OUTPUT_BYTES - said.len();
+                    said.extend_from_slice(&bytes[..bytes.len().min(room)]);
+                }
+                ExecOutput::Exited(code) => {
+                    let answer = String::from_utf8_lossy(&said).trim().chars().take(MAX_ANSWER_CHARS).collect();
+                    return Ok(Outcome { passed: code == 0, reason: format!("exit code {code}"), answer });
+                }
+                ExecOutput::Failed(why) => return Err(why),
+            }
+        }
+        Err("the command ended without an exit code".into())
     }
 
     /// Says which sockets the app does listen on: the usual mistakes are another port and loopback.
@@ -185,19 +225,24 @@ fn explain_refused(port: u16, sockets: &[SocketAddr]) -> String {
     )
 }
 
-async fn http(
-    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    method: &str,
-    path: &str,
-    headers: &std::collections::BTreeMap<String, String>,
+/// What is asked of the app.
+struct Asked<'a> {
+    method: &'a str,
+    path: &'a str,
+    headers: &'a BTreeMap<String, String>,
+    /// For the header `host`, unless the check has its own.
+    host: String,
     address: SocketAddr,
-) -> Result<Outcome, String> {
+}
+
+async fn http(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, asked: Asked<'_>) -> Result<Outcome, String> {
+    let Asked { method, path, headers, host, address } = asked;
     let said = |e: hyper::Error| format!("{address} does not speak HTTP: {e}");
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(said)?;
     let connection = tokio::spawn(connection);
     let mut request = Request::builder().method(method.to_ascii_uppercase().as_str()).uri(path);
     if !headers.keys().any(|name| name.eq_ignore_ascii_case("host")) {
-        request = request.header("host", address.to_string());
+        request = request.header("host", host);
     }
     for (name, value) in headers {
         request = request.header(name, value);
@@ -221,68 +266,6 @@ async fn http(
         format!("HTTP {status}, {size}")
     };
     Ok(Outcome { passed: status.is_success(), reason, answer: text.unwrap_or_default() })
-}
-
-async fn tls(
-    stream: TcpStream,
-    address: IpAddr,
-    skip_verify: bool,
-) -> Result<tokio_rustls::client::TlsStream<TcpStream>, String> {
-    if !skip_verify {
-        return Err("https checks verify no certificate of a machine's own yet; set tls_skip_verify = true".into());
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|e| e.to_string())?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(NoVerification(provider)))
-        .with_no_client_auth();
-    tokio_rustls::TlsConnector::from(Arc::new(config))
-        .connect(address.into(), stream)
-        .await
-        .map_err(|e| format!("TLS: {e}"))
-}
-
-/// For `tls_skip_verify`, which the app's owner asked for: it reaches the machine's own address only.
-#[derive(Debug)]
-struct NoVerification(Arc<rustls::crypto::CryptoProvider>);
-
-impl rustls::client::danger::ServerCertVerifier for NoVerification {
-    fn verify_server_cert(
-        &self,
-        _: &rustls::pki_types::CertificateDer<'_>,
-        _: &[rustls::pki_types::CertificateDer<'_>],
-        _: &rustls::pki_types::ServerName<'_>,
-        _: &[u8],
-        _: rustls::pki_types::UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        Ok(rustls::client::danger::ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &rustls::pki_types::CertificateDer<'_>,
-        signature: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &rustls::pki_types::CertificateDer<'_>,
-        signature: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
 }
 
 #[cfg(test)]

@@ -38,10 +38,15 @@ pub async fn start(shared: &Shared, request: ExecRequest) -> Result<ExecSession,
     let Ok(turn) = shared.sessions.clone().try_acquire_owned() else {
         return Err(Refusal::Failed(format!("{MAX_SESSIONS} commands run on this host; end one, or try again")));
     };
+    begin(shared, request, turn).await
+}
+
+/// Runs it; `held` is let go when it has ended.
+pub async fn begin(shared: &Shared, request: ExecRequest, held: impl Send + 'static) -> Result<ExecSession, Refusal> {
     let machine_dir = shared.machine_dir(request.machine.as_str());
     let machine = request.machine.clone();
     let asked = request.clone();
-    let begun = tokio::task::spawn_blocking(move || begin(&machine_dir, asked)).await;
+    let begun = tokio::task::spawn_blocking(move || ask(&machine_dir, asked)).await;
     let begun = match begun.map_err(|e| Refusal::Failed(e.to_string()))? {
         Ok(begun) => begun,
         Err(RuntimeError::NotRunning) => {
@@ -70,7 +75,7 @@ pub async fn start(shared: &Shared, request: ExecRequest) -> Result<ExecSession,
     let attached = shared.attached.begin(&request.machine);
     tokio::spawn(async move {
         live.run(output_sender, stdin, controls, limits).await;
-        drop((turn, attached));
+        drop((held, attached));
     });
     Ok(ExecSession { output, stdin: stdin_sender, control })
 }
@@ -86,7 +91,7 @@ enum Streams {
     Pipes { stdin: OwnedFd, stdout: OwnedFd, stderr: OwnedFd },
 }
 
-fn begin(machine_dir: &Path, request: ExecRequest) -> Result<Begun, RuntimeError> {
+fn ask(machine_dir: &Path, request: ExecRequest) -> Result<Begun, RuntimeError> {
     let client = Client::connect(machine_dir)?;
     let (command, transfer) = match request.program {
         ExecProgram::Command(command) => (command, None),

@@ -55,9 +55,11 @@ pub fn render(config: &AppConfig) -> String {
     for (name, named) in &config.checks {
         out.blank();
         out.line(&format!("[checks.{}]", Key::new(name)));
-        let kind = if matches!(named.check.kind, CheckKind::Tcp) { "tcp" } else { "http" };
-        out.text("type", kind);
-        out.raw("port", named.port);
+        out.text("type", named.check.kind.as_str());
+        match &named.check.kind {
+            CheckKind::Script { command } => out.list("command", command),
+            _ => out.raw("port", named.port),
+        }
         out.list("processes", &named.processes);
         render_check_body(&mut out, &format!("checks.{}", Key::new(name)), &named.check);
     }
@@ -191,12 +193,13 @@ fn render_check_body(out: &mut Out, path: &str, check: &ServiceCheck) {
     out.text("interval", &units::format_duration_ms(check.interval_ms));
     out.text("timeout", &units::format_duration_ms(check.timeout_ms));
     out.text("grace_period", &units::format_duration_ms(check.grace_period_ms));
-    if let CheckKind::Http { method, path: url_path, headers, https, tls_skip_verify } = &check.kind {
+    if let CheckKind::Http { method, path: url_path, headers, https, tls_server_name, tls_skip_verify } = &check.kind {
         out.text("method", method);
         out.text("path", url_path);
         if *https {
             out.text("protocol", "https");
         }
+        out.optional("tls_server_name", tls_server_name.as_deref());
         if *tls_skip_verify {
             out.raw("tls_skip_verify", true);
         }

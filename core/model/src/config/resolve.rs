@@ -82,10 +82,7 @@ impl AppConfig {
         for service in self.http_services_of(group) {
             let port = service.internal_port;
             for (i, check) in service.checks.iter().enumerate() {
-                let kind = match check.kind {
-                    CheckKind::Tcp => "tcp",
-                    CheckKind::Http { .. } => "http",
-                };
+                let kind = check.kind.as_str();
                 checks.push(Check {
                     name: format!("servicecheck-{i:02}-{kind}-{port}"),
                     port,

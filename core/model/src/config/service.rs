@@ -2,8 +2,8 @@
 
 use super::parse::read_groups;
 use super::section::{Findings, Refused, Section, value};
-use super::{DEFAULT_PORT, HttpService, NamedCheck, ServiceCheck};
-use crate::machine::{AutoStop, CheckKind, Concurrency, ConcurrencyKind};
+use super::{DEFAULT_PORT, HttpService, NamedCheck, ServiceCheck, words};
+use crate::machine::{AutoStop, CheckKind, Concurrency, ConcurrencyKind, MAX_SCRIPT_CHECKS, is_script, is_server_name};
 use std::collections::BTreeMap;
 use toml_edit::Value;
 
@@ -19,17 +19,14 @@ const LATER_PORT: &[(&str, &str)] = &[
     ("http_options", "the edge passes responses on as they are, with its own timeouts"),
     ("proxy_proto_options", "the PROXY protocol is not spoken"),
 ];
-const LATER_CHECK: &[(&str, &str)] = &[("tls_server_name", "the check sends no other name than the machine's address")];
-const LATER_NAMED: &[(&str, &str)] = &[
-    ("tls_server_name", "the check sends no other name than the machine's address"),
-    ("kind", "all checks of this kind inform only"),
-];
+const LATER_NAMED: &[(&str, &str)] = &[("kind", "all checks of this kind inform only")];
 /// Shortest interval and timeout of a check: less would be load, not a check.
 pub(super) const SHORTEST_CHECK_MS: u64 = 100;
 /// Methods that a check may use.
 pub(super) const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
 /// Longest path that a check asks for.
 const MAX_PATH_BYTES: usize = 2048;
+const PORT: &str = "a port from 1 to 65535";
 pub(super) const CHECK_NAME_RULE: &str =
     "a check's name has 1 to 63 letters, digits, - and _, and does not begin like that of a service's check";
 pub(super) const MAX_LIMIT: u32 = 1_000_000;
@@ -178,7 +175,7 @@ fn read_concurrency<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> Concu
 fn read_http_check<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> ServiceCheck {
     let times = read_times(f, &mut section);
     let kind = read_http_kind(f, &mut section);
-    section.finish(f, LATER_CHECK);
+    section.finish(f, &[]);
     with_times(kind, times)
 }
 
@@ -192,12 +189,11 @@ fn read_http_kind<'t>(f: &mut Findings<'t>, section: &mut Section<'t>) -> CheckK
         if is_path(&path) { Ok(path) } else { Err(Refused::Type) }
     });
     let https = section.read(f, "protocol", "\"http\" or \"https\"", value::one_of(&[("http", false), ("https", true)]));
+    let tls_server_name = section.read(f, "tls_server_name", "the name of a server", |value| {
+        let name = value::text(value)?;
+        if is_server_name(&name) { Ok(name) } else { Err(Refused::Type) }
+    });
     let tls_skip_verify = section.read(f, "tls_skip_verify", "true or false", value::truth);
-    let is_verified = https == Some(true) && tls_skip_verify != Some(true);
-    if is_verified {
-        let why = "a check verifies no certificate; with tls_skip_verify = true it speaks TLS all the same";
-        f.not_honoured(section.span_of("protocol"), section.key("protocol"), why);
-    }
     let mut headers = BTreeMap::new();
     if let Some(section) = section.section(f, "headers") {
         for entry in section.entries(f) {
@@ -216,9 +212,22 @@ fn read_http_kind<'t>(f: &mut Findings<'t>, section: &mut Section<'t>) -> CheckK
         method: method.unwrap_or_else(|| "GET".into()),
         path: path.unwrap_or_else(|| "/".into()),
         headers,
-        https: https == Some(true) && !is_verified, // whoever ignores the key goes on without it
+        https: https == Some(true),
+        tls_server_name,
         tls_skip_verify: tls_skip_verify.unwrap_or(false),
     }
+}
+
+/// One text, split into words as a shell would, or the words themselves.
+fn read_script<'t>(f: &mut Findings<'t>, section: &mut Section<'t>) -> Option<CheckKind> {
+    let command = section.read(f, "command", "a command, as one text or a list of its words", |value| {
+        let command = match value.as_array() {
+            Some(words) => words.iter().map(value::text).collect::<Result<Vec<String>, _>>()?,
+            None => words::split(&value::text(value)?).map_err(|_| Refused::Type)?,
+        };
+        if is_script(&command) { Ok(command) } else { Err(Refused::Type) }
+    });
+    command.map(|command| CheckKind::Script { command })
 }
 
 /// What the request line of a check may ask for.
@@ -262,7 +271,7 @@ fn with_times(kind: CheckKind, times: Times) -> ServiceCheck {
 }
 
 pub(super) fn read_named_checks<'t>(f: &mut Findings<'t>, section: Section<'t>) -> BTreeMap<String, NamedCheck> {
-    let mut checks = BTreeMap::new();
+    let (mut checks, mut scripts) = (BTreeMap::new(), 0);
     for entry in section.entries(f) {
         if !is_check_name(entry.name) {
             f.mistake(entry.key_span, format!("{}: {CHECK_NAME_RULE}", entry.key));
@@ -273,19 +282,29 @@ pub(super) fn read_named_checks<'t>(f: &mut Findings<'t>, section: Section<'t>) 
             continue;
         };
         let mut check = Section::new(table, entry.key.clone(), entry.key_span.clone());
-        let is_http = check.read(f, "type", "\"tcp\" or \"http\"", value::one_of(&[("tcp", false), ("http", true)]));
+        let expected = "\"tcp\", \"http\" or \"script\"";
+        let types = &[("tcp", "tcp"), ("http", "http"), ("script", "script")];
+        let kind = check.read(f, "type", expected, value::one_of(types));
         let times = read_times(f, &mut check);
-        let port = check.read(f, "port", "a port from 1 to 65535", value::port);
         let processes = read_groups(f, &mut check);
-        let kind = if is_http == Some(true) { read_http_kind(f, &mut check) } else { CheckKind::Tcp };
-        for (name, given) in [("type", is_http.is_some()), ("port", port.is_some())] {
-            if !given && table.get(name).is_none() {
+        let (port, what) = match kind {
+            Some("script") => (Some(0), read_script(f, &mut check)),
+            Some("http") => (check.read(f, "port", PORT, value::port), Some(read_http_kind(f, &mut check))),
+            _ => (check.read(f, "port", PORT, value::port), Some(CheckKind::Tcp)),
+        };
+        for name in ["type", if kind == Some("script") { "command" } else { "port" }] {
+            if table.get(name).is_none() {
                 f.mistake(entry.key_span.clone(), format!("{}.{name} is missing", entry.key));
             }
         }
         check.finish(f, LATER_NAMED);
-        if let Some(port) = port {
-            checks.insert(entry.name.to_owned(), NamedCheck { port, check: with_times(kind, times), processes });
+        scripts += usize::from(kind == Some("script"));
+        if scripts > MAX_SCRIPT_CHECKS {
+            f.mistake(entry.key_span, format!("{}: at most {MAX_SCRIPT_CHECKS} checks are scripts", entry.key));
+            continue;
+        }
+        if let (Some(port), Some(what)) = (port, what) {
+            checks.insert(entry.name.to_owned(), NamedCheck { port, check: with_times(what, times), processes });
         }
     }
     checks

@@ -246,14 +246,27 @@ fn a_file_as_fly_launch_writes_it_is_deployed_as_it_is() {
 }
 
 #[test]
-fn a_check_that_could_never_pass_is_named() {
-    let text = "[http_service]\n[[http_service.checks]]\nprotocol = \"https\"\n[checks.a]\ntype = \"http\"\nport = 9000\nprotocol = \"https\"\n";
-    let why = "is not honoured yet: a check verifies no certificate; with tls_skip_verify = true it speaks TLS all the same";
-    let config = warned(text, &[&format!("line 3: http_service.checks[0].protocol {why}"), &format!("line 7: checks.a.protocol {why}")]);
-    let is_https = |check: &crate::Check| matches!(check.kind, CheckKind::Http { https: true, .. });
-    assert!(!config.checks_for("app").iter().any(is_https), "without the key it is plain HTTP");
-    let config = warned(&text.replace("\"https\"\n", "\"https\"\ntls_skip_verify = true\n"), &[]);
-    assert!(config.checks_for("app").iter().all(is_https));
+fn checks_speak_tls_and_run_commands() {
+    let text = "[http_service]\n[[http_service.checks]]\nprotocol = \"https\"\ntls_server_name = \"web.internal\"\n\
+                [checks.a]\ntype = \"http\"\nport = 9000\nprotocol = \"https\"\ntls_skip_verify = true\n\
+                [checks.b]\ntype = \"script\"\ncommand = \"test -f '/tmp/a b'\"\n[checks.c]\ntype = \"script\"\ncommand = [\"true\"]\n";
+    let config = good(text);
+    let tls = |check: &crate::Check| match &check.kind {
+        CheckKind::Http { https, tls_server_name, tls_skip_verify, .. } => Some((*https, tls_server_name.clone(), *tls_skip_verify)),
+        _ => None,
+    };
+    let checks = config.checks_for("app");
+    let names: Vec<_> = checks.iter().map(|check| (check.name.as_str(), check.port)).collect();
+    assert_eq!(names, [("servicecheck-00-http-8080", 8080), ("a", 9000), ("b", 0), ("c", 0)]);
+    assert_eq!(tls(&checks[0]), Some((true, Some("web.internal".into()), false)));
+    assert_eq!(tls(&checks[1]), Some((true, None, true)));
+    assert_eq!(checks[2].kind, CheckKind::Script { command: ["test", "-f", "/tmp/a b"].map(str::to_owned).to_vec() });
+    assert_eq!(checks[3].kind, CheckKind::Script { command: vec!["true".into()] });
+    assert_eq!(good(&render(&config)), config, "{}", render(&config));
+    refused("[checks.a]\ntype = \"script\"\n", "dunlin.toml:1:9: checks.a.command is missing");
+    refused("[checks.a]\ntype = \"script\"\ncommand = []\n", "dunlin.toml:3:11: checks.a.command must be a command, as one text or a list of its words, found a list");
+    let many: String = (0..9).map(|n| format!("[checks.c{n}]\ntype = \"script\"\ncommand = \"true\"\n")).collect();
+    assert!(parse(&many, "f").unwrap_err().to_string().contains("checks.c8: at most 8 checks are scripts"));
 }
 
 #[test]

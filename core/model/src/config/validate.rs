@@ -11,7 +11,7 @@ use super::service::{
 };
 use super::units::{CPUS, MAX_DURATION_MS, MAX_SWAP_MB, MEMORY_MB};
 use super::{AppConfig, GuestSize, HttpService, KILL_SIGNALS, MAX_ENTRIES, MAX_KILL_TIMEOUT_MS, ServiceCheck, words};
-use crate::machine::CheckKind;
+use crate::machine::{CheckKind, MAX_SCRIPT_CHECKS, is_script, is_server_name};
 use crate::volume::{
     SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, VOLUME_NAME_RULE, is_volume_name, mount_path,
 };
@@ -138,10 +138,14 @@ impl Findings<'_> {
 
     fn checks(&mut self) {
         self.few("checks", self.config.checks.len());
+        let scripts = self.config.checks.values().filter(|named| matches!(named.check.kind, CheckKind::Script { .. }));
+        let scripts = scripts.count();
+        self.need(scripts <= MAX_SCRIPT_CHECKS, || format!("checks: at most {MAX_SCRIPT_CHECKS} checks are scripts"));
         for (name, named) in self.config.checks.iter().take(MAX_ENTRIES) {
             self.need(is_check_name(name), || format!("checks: {:?}: {CHECK_NAME_RULE}", short(name)));
             let key = format!("checks.{}", short(name));
-            self.need(named.port != 0, || format!("{key}.port is 0"));
+            let is_script = matches!(named.check.kind, CheckKind::Script { .. });
+            self.need((named.port == 0) == is_script, || format!("{key}: all checks but scripts have a port"));
             self.groups(&format!("{key}.processes"), &named.processes);
             self.check(&key, &named.check);
         }
@@ -153,11 +157,14 @@ impl Findings<'_> {
         self.need(in_time && check.grace_period_ms <= MAX_DURATION_MS, || {
             format!("{key}: interval and timeout are between {SHORTEST_CHECK_MS} and {MAX_DURATION_MS} ms")
         });
-        let CheckKind::Http { method, path, headers, https, tls_skip_verify } = &check.kind else { return };
+        if let CheckKind::Script { command } = &check.kind {
+            self.need(is_script(command), || format!("{key}.command is nothing that can be run"));
+        }
+        let CheckKind::Http { method, path, headers, tls_server_name, .. } = &check.kind else { return };
         self.need(METHODS.contains(&method.as_str()), || format!("{key}.method must be one of {}", METHODS.join(", ")));
         self.need(is_path(path), || format!("{key}.path must begin with / and be printable"));
-        self.need(!https || *tls_skip_verify, || {
-            format!("{key}: a check verifies no certificate; with tls_skip_verify it speaks TLS all the same")
+        self.need(tls_server_name.as_deref().is_none_or(is_server_name), || {
+            format!("{key}.tls_server_name is no name of a server")
         });
         self.few(&format!("{key}.headers"), headers.len());
         let is_fine = |(name, value): (&String, &String)| is_header_name(name) && is_header_value(value) && is_text(value);
@@ -261,11 +268,13 @@ mod tests {
             path: path.into(),
             headers: BTreeMap::new(),
             https,
+            tls_server_name: Some("a b".into()),
             tls_skip_verify: false,
         };
         let times = |kind, interval_ms| ServiceCheck { kind, interval_ms, timeout_ms: 1000, grace_period_ms: 0 };
         check(|c| service(c).checks.push(times(http("/ x", false), 1000)), "http_service.checks[0].path must begin with /");
-        check(|c| service(c).checks.push(times(http("/", true), 1000)), "verifies no certificate");
+        check(|c| service(c).checks.push(times(http("/", true), 1000)), "tls_server_name is no name of a server");
+        check(|c| service(c).checks.push(times(CheckKind::Script { command: vec![] }, 1000)), "command is nothing that can be run");
         check(|c| service(c).checks.push(times(CheckKind::Tcp, 0)), "interval and timeout are between 100");
         let named = super::super::NamedCheck { port: 1, check: times(CheckKind::Tcp, 1000), processes: vec![] };
         for name in ["", "a b", "listens-on-8080"] {

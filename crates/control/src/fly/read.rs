@@ -2,8 +2,10 @@
 
 use super::Fields;
 use crate::failure::Failure;
+use dunlin_model::config::words;
 use dunlin_model::config::units::{CPUS, GuestSize, MAX_SWAP_MB, MEMORY_MB};
 use dunlin_model::files::{MAX_FILES, check_files};
+use dunlin_model::machine::{MAX_SCRIPT_CHECKS, is_script, is_server_name};
 use dunlin_model::volume;
 use dunlin_model::{
     AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineSpec, MachineVersion, Mount, OrgName,
@@ -309,8 +311,7 @@ fn services(fields: &mut Fields) -> Result<(Vec<Service>, Vec<Check>), Failure> 
         for (n, mut check) in given.objects("checks", MAX_ITEMS)?.into_iter().enumerate() {
             let (to, kind, times) = check_of(&mut check, Some(port))?;
             check.finish()?;
-            let word = if kind == CheckKind::Tcp { "tcp" } else { "http" };
-            checks.push(to_check(format!("servicecheck-{n:02}-{word}-{to}"), to, kind, times, true));
+            checks.push(to_check(format!("servicecheck-{n:02}-{}-{to}", kind.as_str()), to, kind, times, true));
         }
         if checks.is_empty() {
             let times = [LISTENS_INTERVAL_MS, CHECK_TIMEOUT_MS, 0];
@@ -387,9 +388,15 @@ fn named_checks(fields: &mut Fields) -> Result<Vec<Check>, Failure> {
             return Err(fields.wrong("checks", &format!("{name:?} is not a name for a check")));
         }
         let mut check = Fields::of(&format!("config.checks.{name}"), value)?;
-        let (port, kind, times) = check_of(&mut check, None)?;
+        let (port, kind, times) = match script(&mut check)? {
+            Some(command) => (0, CheckKind::Script { command }, times(&mut check)?),
+            None => check_of(&mut check, None)?,
+        };
         check.finish()?;
         checks.push(to_check(name, port, kind, times, false));
+    }
+    if checks.iter().filter(|check| matches!(check.kind, CheckKind::Script { .. })).count() > MAX_SCRIPT_CHECKS {
+        return Err(fields.wrong("checks", &format!("at most {MAX_SCRIPT_CHECKS} of a machine are scripts")));
     }
     Ok(checks)
 }
@@ -397,6 +404,40 @@ fn named_checks(fields: &mut Fields) -> Result<Vec<Check>, Failure> {
 fn to_check(name: String, port: u16, kind: CheckKind, times: [u64; 3], gates_routing: bool) -> Check {
     let [interval_ms, timeout_ms, grace_period_ms] = times;
     Check { name, port, kind, interval_ms, timeout_ms, grace_period_ms, gates_routing }
+}
+
+/// Interval, timeout and grace period in milliseconds.
+fn times(check: &mut Fields) -> Result<[u64; 3], Failure> {
+    let at_least = |ms: Option<u64>, default| ms.unwrap_or(default).max(SHORTEST_CHECK_MS);
+    Ok([
+        at_least(check.duration_ms("interval", MAX_CHECK_MS)?, CHECK_INTERVAL_MS),
+        at_least(check.duration_ms("timeout", MAX_CHECK_MS)?, CHECK_TIMEOUT_MS),
+        check.duration_ms("grace_period", MAX_CHECK_MS)?.unwrap_or(CHECK_GRACE_MS),
+    ])
+}
+
+/// What a check of type `script` runs: words, or one text that is split into them as a shell would.
+fn script(check: &mut Fields) -> Result<Option<Vec<String>>, Failure> {
+    let command: Vec<String> = match check.raw("command") {
+        None => vec![],
+        Some(Value::String(text)) => words::split(&text)
+            .map_err(|error| check.wrong("command", &format!("it cannot be split into words: {error}")))?,
+        Some(words) => {
+            serde_json::from_value(words).map_err(|_| check.wrong("command", "use a text, or a list of words"))?
+        }
+    };
+    if !check.is("type", "script") {
+        let is_plain = command.is_empty();
+        return if is_plain { Ok(None) } else { Err(check.wrong("command", "only checks of type script run one")) };
+    }
+    check.raw("type");
+    if check.text("kind")?.is_some_and(|kind| kind != "informational") {
+        return Err(check.wrong("kind", "named checks inform"));
+    }
+    if !is_script(&command) {
+        return Err(check.wrong("command", "name a program; a command has at most 64 words and 4 KiB"));
+    }
+    Ok(Some(command))
 }
 
 fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, CheckKind, [u64; 3]), Failure> {
@@ -408,18 +449,16 @@ fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, Check
         Some("informational") if default_port.is_none() => {}
         Some(_) => return Err(check.wrong("kind", "checks of services gate requests, named checks inform")),
     }
-    let at_least = |ms: Option<u64>, default| ms.unwrap_or(default).max(SHORTEST_CHECK_MS);
-    let times = [
-        at_least(check.duration_ms("interval", MAX_CHECK_MS)?, CHECK_INTERVAL_MS),
-        at_least(check.duration_ms("timeout", MAX_CHECK_MS)?, CHECK_TIMEOUT_MS),
-        check.duration_ms("grace_period", MAX_CHECK_MS)?.unwrap_or(CHECK_GRACE_MS),
-    ];
+    let times = times(check)?;
     let kind = check.text("type")?;
     let method = check.text("method")?.map(|method| method.to_uppercase());
     let path = check.text("path")?;
     let protocol = check.text("protocol")?;
     let tls_skip_verify = check.take::<bool>("tls_skip_verify")?.unwrap_or(false);
-    check.not_honoured("tls_server_name", "the check sends no other name than the machine's address")?;
+    let tls_server_name = check.text("tls_server_name")?;
+    if tls_server_name.as_deref().is_some_and(|name| !is_server_name(name)) {
+        return Err(check.wrong("tls_server_name", "that is no name of a server"));
+    }
     let headers = headers(check)?;
     let kind = match kind.as_deref() {
         Some("tcp") => CheckKind::Tcp,
@@ -437,7 +476,7 @@ fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, Check
             if !path.starts_with('/') || path.len() > 2048 || !path.bytes().all(|b| b.is_ascii_graphic()) {
                 return Err(check.wrong("path", "it begins with / and has no blanks"));
             }
-            CheckKind::Http { method, path, headers, https, tls_skip_verify }
+            CheckKind::Http { method, path, headers, https, tls_server_name, tls_skip_verify }
         }
         _ => return Err(check.wrong("type", "use tcp or http")),
     };

@@ -80,15 +80,21 @@ fn service(service: &Service, checks: &[&Check]) -> Value {
 
 fn check(check: &Check) -> Value {
     let mut shown = json!({
-        "port": check.port,
+        "type": check.kind.as_str(),
         "interval": format_duration_ms(check.interval_ms),
         "timeout": format_duration_ms(check.timeout_ms),
         "grace_period": format_duration_ms(check.grace_period_ms),
     });
+    if check.port != 0 {
+        shown["port"] = json!(check.port);
+    }
     match &check.kind {
-        CheckKind::Tcp => shown["type"] = json!("tcp"),
-        CheckKind::Http { method, path, headers, https, tls_skip_verify } => {
-            shown["type"] = json!("http");
+        CheckKind::Tcp => {}
+        CheckKind::Script { command } => shown["command"] = json!(command),
+        CheckKind::Http { method, path, headers, https, tls_server_name, tls_skip_verify } => {
+            if let Some(name) = tls_server_name {
+                shown["tls_server_name"] = json!(name);
+            }
             shown["method"] = json!(method);
             shown["path"] = json!(path);
             shown["protocol"] = json!(if *https { "https" } else { "http" });

@@ -36,7 +36,7 @@ macro_rules! tests {
 const TESTS: &[Test] = tests![
     admission: a_promise_holds_until_the_start, an_update_that_does_not_fit_is_refused;
     builder: a_caller_that_goes_away_leaves_no_builder, a_reader_that_stalls_holds_nobody_up;
-    checks: what_an_app_answers_stays_on_its_host;
+    checks: what_an_app_answers_stays_on_its_host, a_command_in_the_machine_is_a_check;
     clock: the_clock_starts_a_machine_at_its_minute, a_console_ends_when_nobody_is_attached_any_more;
     exec: a_reader_that_stalls_keeps_no_thread, a_refusal_says_why, a_terminal_is_typed_at_resized_and_hung_up,
         input_flows_as_fast_as_it_is_read, a_session_without_a_byte_ends;
