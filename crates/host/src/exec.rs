@@ -38,7 +38,8 @@ pub async fn start(shared: &Shared, request: ExecRequest) -> Result<ExecSession,
     let Ok(turn) = shared.sessions.clone().try_acquire_owned() else {
         return Err(Refusal::Failed(format!("{MAX_SESSIONS} commands run on this host; end one, or try again")));
     };
-    begin(shared, request, turn).await
+    let attached = shared.attached.begin(&request.machine);
+    begin(shared, request, (turn, attached)).await
 }
 
 /// Runs it; `held` is let go when it has ended.
@@ -72,10 +73,9 @@ pub async fn begin(shared: &Shared, request: ExecRequest, held: impl Send + 'sta
         timeout: Duration::from_millis(request.timeout_ms.min(MAX_TIMEOUT_MS)),
         idle: Duration::from_millis(request.idle_ms.min(MAX_TIMEOUT_MS)),
     };
-    let attached = shared.attached.begin(&request.machine);
     tokio::spawn(async move {
         live.run(output_sender, stdin, controls, limits).await;
-        drop((held, attached));
+        drop(held);
     });
     Ok(ExecSession { output, stdin: stdin_sender, control })
 }

@@ -114,7 +114,7 @@ fn needs(method: &Method, path: &str) -> Result<Needs, Failure> {
     let reads = *method == Method::GET || *method == Method::HEAD;
     Ok(match segments[..] {
         ["healthz"] | ["readyz"] => Needs::Nothing,
-        ["v1", "ca"] => Needs::Nothing,
+        ["v1", "ca"] | ["v1", "openapi.json"] => Needs::Nothing,
         ["metrics"] => Needs::Verb(Verb::Admin, None),
         ["v1", "version"] | ["v1", "platform", ..] => Needs::Token,
         ["v1", "tokens", ..] => Needs::Verb(Verb::Admin, None),

@@ -8,6 +8,7 @@ mod by_hand;
 mod exec_stream;
 mod leases;
 mod machines;
+mod openapi;
 mod releases;
 mod status;
 mod volumes;
@@ -24,7 +25,7 @@ use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
+use axum::routing::{MethodRouter, get, post, put};
 use dunlin_api::{ErrorBody, ErrorCode};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Uri};
@@ -51,59 +52,58 @@ pub(crate) fn request_id() -> Option<String> {
     CURRENT.try_with(Clone::clone).ok()
 }
 
+/// Every path and what answers there; `docs/openapi.json` describes those under `/v1`.
+fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
+    vec![
+        ("/healthz", get(status::healthz)),
+        ("/readyz", get(status::readyz)),
+        ("/metrics", get(status::metrics)),
+        ("/v1/openapi.json", get(openapi::document)),
+        ("/v1/version", get(status::version)),
+        ("/v1/ca", get(status::ca)),
+        ("/v1/tokens", post(status::create_token)),
+        ("/v1/tokens/revoke", post(status::revoke_token)),
+        ("/v1/platform/regions", get(status::regions)),
+        ("/v1/apps", get(apps::list).post(apps::create)),
+        ("/v1/apps/{app}", get(apps::get).delete(apps::destroy)),
+        ("/v1/apps/{app}/status", get(apps::status)),
+        ("/v1/apps/{app}/logs", get(apps::logs)),
+        ("/v1/apps/{app}/scale", get(apps::scale).post(apps::set_scale)),
+        ("/v1/apps/{app}/secrets", get(apps::secrets).post(apps::set_secrets)),
+        ("/v1/apps/{app}/secrets/{name}", get(apps::secret).post(apps::set_secret).delete(apps::unset_secret)),
+        ("/v1/apps/{app}/builds", post(builds::build).layer(DefaultBodyLimit::disable())),
+        ("/v1/apps/{app}/releases", get(releases::list).post(releases::create)),
+        ("/v1/apps/{app}/releases/{number}", get(releases::get)),
+        ("/v1/apps/{app}/releases/{number}/events", get(releases::events)),
+        ("/v1/apps/{app}/rollback", post(releases::rollback)),
+        ("/v1/apps/{app}/machines", get(machines::list).post(by_hand::create)),
+        ("/v1/apps/{app}/machines/{id}", get(machines::get).post(by_hand::update).delete(machines::destroy)),
+        ("/v1/apps/{app}/machines/{id}/start", post(machines::start)),
+        ("/v1/apps/{app}/machines/{id}/stop", post(machines::stop)),
+        ("/v1/apps/{app}/machines/{id}/suspend", post(machines::suspend)),
+        ("/v1/apps/{app}/machines/{id}/restart", post(machines::restart)),
+        ("/v1/apps/{app}/machines/{id}/signal", post(machines::signal)),
+        ("/v1/apps/{app}/machines/{id}/cordon", post(machines::cordon)),
+        ("/v1/apps/{app}/machines/{id}/uncordon", post(machines::uncordon)),
+        ("/v1/apps/{app}/machines/{id}/wait", get(machines::wait)),
+        ("/v1/apps/{app}/machines/{id}/events", get(machines::events)),
+        ("/v1/apps/{app}/machines/{id}/exec", post(machines::exec)),
+        ("/v1/apps/{app}/volumes", get(volumes::list).post(volumes::create)),
+        ("/v1/apps/{app}/volumes/{id}", get(volumes::get).put(volumes::update).delete(volumes::destroy)),
+        ("/v1/apps/{app}/volumes/{id}/extend", put(volumes::extend)),
+        ("/v1/apps/{app}/volumes/{id}/snapshots", get(volumes::snapshots).post(volumes::snapshot)),
+        ("/v1/apps/{app}/machines/{id}/exec/stream", get(exec_stream::stream)),
+        ("/v1/apps/{app}/machines/{id}/versions", get(by_hand::versions)),
+        ("/v1/apps/{app}/machines/{id}/ps", get(by_hand::processes)),
+        ("/v1/apps/{app}/machines/{id}/lease", get(leases::get).post(leases::acquire).delete(leases::release)),
+        ("/v1/apps/{app}/machines/{id}/metadata", get(by_hand::metadata)),
+        ("/v1/apps/{app}/machines/{id}/metadata/{key}", get(by_hand::metadata_value).post(by_hand::set_metadata).delete(by_hand::remove_metadata)),
+    ]
+}
+
 pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
-    Router::new()
-        .route("/healthz", get(status::healthz))
-        .route("/readyz", get(status::readyz))
-        .route("/metrics", get(status::metrics))
-        .route("/v1/version", get(status::version))
-        .route("/v1/ca", get(status::ca))
-        .route("/v1/tokens", post(status::create_token))
-        .route("/v1/tokens/revoke", post(status::revoke_token))
-        .route("/v1/platform/regions", get(status::regions))
-        .route("/v1/apps", get(apps::list).post(apps::create))
-        .route("/v1/apps/{app}", get(apps::get).delete(apps::destroy))
-        .route("/v1/apps/{app}/status", get(apps::status))
-        .route("/v1/apps/{app}/logs", get(apps::logs))
-        .route("/v1/apps/{app}/scale", get(apps::scale).post(apps::set_scale))
-        .route("/v1/apps/{app}/secrets", get(apps::secrets).post(apps::set_secrets))
-        .route("/v1/apps/{app}/secrets/{name}", get(apps::secret).post(apps::set_secret).delete(apps::unset_secret))
-        .route("/v1/apps/{app}/builds", post(builds::build).layer(DefaultBodyLimit::disable()))
-        .route("/v1/apps/{app}/releases", get(releases::list).post(releases::create))
-        .route("/v1/apps/{app}/releases/{number}", get(releases::get))
-        .route("/v1/apps/{app}/releases/{number}/events", get(releases::events))
-        .route("/v1/apps/{app}/rollback", post(releases::rollback))
-        .route("/v1/apps/{app}/machines", get(machines::list).post(by_hand::create))
-        .route(
-            "/v1/apps/{app}/machines/{id}",
-            get(machines::get).post(by_hand::update).delete(machines::destroy),
-        )
-        .route("/v1/apps/{app}/machines/{id}/start", post(machines::start))
-        .route("/v1/apps/{app}/machines/{id}/stop", post(machines::stop))
-        .route("/v1/apps/{app}/machines/{id}/suspend", post(machines::suspend))
-        .route("/v1/apps/{app}/machines/{id}/restart", post(machines::restart))
-        .route("/v1/apps/{app}/machines/{id}/signal", post(machines::signal))
-        .route("/v1/apps/{app}/machines/{id}/cordon", post(machines::cordon))
-        .route("/v1/apps/{app}/machines/{id}/uncordon", post(machines::uncordon))
-        .route("/v1/apps/{app}/machines/{id}/wait", get(machines::wait))
-        .route("/v1/apps/{app}/machines/{id}/events", get(machines::events))
-        .route("/v1/apps/{app}/machines/{id}/exec", post(machines::exec))
-        .route("/v1/apps/{app}/volumes", get(volumes::list).post(volumes::create))
-        .route("/v1/apps/{app}/volumes/{id}", get(volumes::get).put(volumes::update).delete(volumes::destroy))
-        .route("/v1/apps/{app}/volumes/{id}/extend", put(volumes::extend))
-        .route("/v1/apps/{app}/volumes/{id}/snapshots", get(volumes::snapshots).post(volumes::snapshot))
-        .route("/v1/apps/{app}/machines/{id}/exec/stream", get(exec_stream::stream))
-        .route("/v1/apps/{app}/machines/{id}/versions", get(by_hand::versions))
-        .route("/v1/apps/{app}/machines/{id}/ps", get(by_hand::processes))
-        .route(
-            "/v1/apps/{app}/machines/{id}/lease",
-            get(leases::get).post(leases::acquire).delete(leases::release),
-        )
-        .route("/v1/apps/{app}/machines/{id}/metadata", get(by_hand::metadata))
-        .route(
-            "/v1/apps/{app}/machines/{id}/metadata/{key}",
-            get(by_hand::metadata_value).post(by_hand::set_metadata).delete(by_hand::remove_metadata),
-        )
+    let router = routes().into_iter().fold(Router::new(), |router, (path, methods)| router.route(path, methods));
+    router
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

@@ -25,6 +25,8 @@ impl Fields {
 
     /// The field as it is; `None` if it is missing or `null`.
     pub fn raw(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        asked::note(self.path(name));
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
@@ -130,5 +132,27 @@ fn says_nothing(value: &Value) -> bool {
         Value::Array(values) => values.is_empty(),
         Value::Object(map) => map.values().all(says_nothing),
         Value::Bool(true) => false,
+    }
+}
+
+/// Which fields were asked for, so that the description of bodies can be held against it.
+#[cfg(test)]
+pub(crate) mod asked {
+    use std::cell::RefCell;
+    use std::collections::BTreeSet;
+
+    thread_local! {
+        static ASKED: RefCell<BTreeSet<String>> = RefCell::default();
+    }
+
+    pub(super) fn note(path: String) {
+        ASKED.with_borrow_mut(|asked| asked.insert(path));
+    }
+
+    /// The paths of all fields that `read` asks for.
+    pub(crate) fn asked_for(read: impl FnOnce()) -> BTreeSet<String> {
+        ASKED.take();
+        read();
+        ASKED.take()
     }
 }

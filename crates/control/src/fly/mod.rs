@@ -11,6 +11,8 @@ mod tests;
 mod time;
 
 pub(crate) use fields::Fields;
+#[cfg(test)]
+pub(crate) use fields::asked::asked_for;
 pub(crate) use read::{Named, metadata, read};
 pub(crate) use show::{events, show};
 pub(crate) use time::rfc3339;
