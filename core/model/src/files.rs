@@ -13,7 +13,7 @@ const MAX_PATH_BYTES: usize = 1024;
 /// Longest name of a secret.
 const MAX_SECRET_NAME: usize = 255;
 /// Directories that are made by the platform at every start: what is written there would not be seen.
-const MADE: &[&str] = &["/proc", "/sys", "/dev"];
+const MADE: &[&str] = &["/proc", "/sys", "/dev", "/.fly"];
 /// Files that the platform writes at every start.
 const WRITTEN: &[&str] = &["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
@@ -123,7 +123,7 @@ mod tests {
         for path in ["", "a", "/", "//a", "/a/../b", "/a/./b", "/a/", "/a\nb", &format!("/{}", "x".repeat(2000))] {
             check(&[file(path)], "must be an absolute path");
         }
-        for path in ["/proc/self/mem", "/dev", "/sys/x"] {
+        for path in ["/proc/self/mem", "/dev", "/sys/x", "/.fly/api"] {
             check(&[file(path)], "makes at every start");
         }
         check(&[file("/processes")], "");

@@ -14,7 +14,7 @@ pub const SNAPSHOT_RETENTION_DEFAULT: u32 = 5;
 /// Longest path of a mount.
 const PATH_MAX: usize = 255;
 /// The platform mounts there itself, and would hide what is below.
-const TAKEN: &[&str] = &["/proc", "/sys", "/dev"];
+const TAKEN: &[&str] = &["/proc", "/sys", "/dev", "/.fly"];
 
 /// `volumes/<id>`: existence and assignment of a volume. Which machine has it is in the machines' specs; whoever writes
 /// it into one writes this row again in the same transaction, so that two cannot.
@@ -83,7 +83,7 @@ pub fn mount_path(path: &str) -> Result<(), &'static str> {
     }
     let top = format!("/{}", parts[0]);
     if TAKEN.contains(&top.as_str()) {
-        return Err("/proc, /sys and /dev are the platform's; choose another directory, for example /data");
+        return Err("/proc, /sys, /dev and /.fly are the platform's; choose another directory, for example /data");
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 mod certs;
 mod front;
 mod keys;
+mod machines;
 mod sweep;
 
 use crate::keeper::{self, Sockets};
@@ -66,7 +67,8 @@ async fn serve(settings: Settings, sockets: Sockets) -> anyhow::Result<()> {
     let fronts = [
         api.serve(front::listener(sockets.api)?, stop.clone()),
         edge_api.serve(front::bind(&paths.edge_socket, front::For::Root)?, stop.clone()),
-        registry.serve(front::bind(&paths.registry_socket, front::For::Builders)?, stop.clone()),
+        registry.serve(front::bind(&paths.registry_socket, front::For::Machines)?, stop.clone()),
+        machines::serve(edge_api.clone(), front::bind(&paths.machines_socket, front::For::Machines)?, stop.clone()),
     ];
     let local_metrics = metrics(&host, &proxy);
     api.set_metrics(local_metrics.clone());
@@ -131,6 +133,7 @@ struct Paths {
     store: PathBuf,
     edge_socket: PathBuf,
     registry_socket: PathBuf,
+    machines_socket: PathBuf,
 }
 
 impl Paths {
@@ -144,6 +147,7 @@ impl Paths {
             store: data.join("control/store.db"),
             edge_socket: data.join("run/edge.sock"),
             registry_socket: data.join("run/registry.sock"),
+            machines_socket: dunlin_host::machine_api_socket(data),
         }
     }
 }

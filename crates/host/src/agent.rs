@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 /// Machines that a host carries at most; also the number of uid ranges.
 pub const MAX_MACHINES: usize = 4096;
 /// Uid ranges begin here: above what distributions and people use.
-const FIRST_UID: u32 = 100_000_000;
+pub(crate) const FIRST_UID: u32 = 100_000_000;
 /// Between tries to journal what happened while the disk is full.
 const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
 /// Between facts of a machine that only say a check's result in other words.

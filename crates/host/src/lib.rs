@@ -49,7 +49,7 @@ use dunlin_runtime::SealedExe;
 use dunlin_runtime::cgroup::Cgroups;
 use dunlin_runtime::net::{self, firewall::Firewall};
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use tokio::sync::mpsc;
@@ -100,6 +100,22 @@ pub enum StartError {
     },
 }
 
+/// The directory that every machine has at `/.fly`, and what is in it: a socket which the server's process makes anew
+/// whenever it starts. So it is the directory that is mounted, and not the socket.
+fn machine_api_dir(data_dir: &Path) -> PathBuf {
+    data_dir.join("run/machines")
+}
+
+/// Where machines find the API.
+pub fn machine_api_socket(data_dir: &Path) -> PathBuf {
+    machine_api_dir(data_dir).join("api")
+}
+
+/// Whose a user id is: a number that no two machines on this host share. `None`: no machine's.
+pub fn machine_number(uid: u32) -> Option<u32> {
+    uid.checked_sub(agent::FIRST_UID).map(|uid| uid / dunlin_runtime::UID_RANGE)
+}
+
 /// A running agent. Dropping it does not stop machines.
 pub struct Host {
     shared: Arc<Shared>,
@@ -141,6 +157,8 @@ impl Host {
         // This process opens secrets: no core file may hold them.
         nix::sys::prctl::set_dumpable(false)
             .map_err(|e| StartError::Io { what: "core files cannot be forbidden", source: e.into() })?;
+        std::fs::create_dir_all(machine_api_dir(&config.data_dir))
+            .map_err(|source| StartError::Io { what: "the directory of the machines' API cannot be made", source })?;
         let boot_id = journal::boot_id()
             .map_err(|source| StartError::Io { what: "the kernel's boot id cannot be read", source })?;
         let (journal, replayed) = journal::Journal::open(&config.data_dir.join("host/journal"), &boot_id)?;
@@ -228,7 +246,7 @@ fn now_ms() -> u64 {
 
 /// Ends every machine of a data directory whose server is stopped, and removes what it left in the
 /// kernel. Files stay.
-pub fn clean_up(data_dir: &std::path::Path, instance: &str, machine_prefix: Ipv4Prefix) -> Result<(), StartError> {
+pub fn clean_up(data_dir: &Path, instance: &str, machine_prefix: Ipv4Prefix) -> Result<(), StartError> {
     let cgroups = Cgroups::detect(instance)?;
     for entry in std::fs::read_dir(data_dir.join("machines")).into_iter().flatten().flatten() {
         let Ok(id) = entry.file_name().to_string_lossy().parse::<MachineId>() else { continue };

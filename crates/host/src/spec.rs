@@ -8,7 +8,7 @@ use dunlin_model::{CpuKind, HostId, MachineFile, MachineSpec};
 use dunlin_registry::{Digest, ImageRecord};
 use dunlin_runtime::cgroup::Limits;
 use dunlin_runtime::net::NetSpec;
-use dunlin_runtime::{GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION};
+use dunlin_runtime::{Bind, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION};
 use dunlin_view::SecretsFact;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,6 +20,8 @@ const MAX_PIDS: u32 = 4096;
 const SHARED_CPU_MILLIS: u32 = 1000;
 /// Where cores are scarce, a shared cpu counts as a sixteenth of a performance cpu, as on Fly.
 const SHARED_CPU_WEIGHT_MILLIS: u32 = 1000 / 16;
+/// Where a machine finds the socket of the API, as on Fly.
+const API_DIR: &str = "/.fly";
 /// Of files that do not say.
 const FILE_MODE: u32 = 0o644;
 /// Secrets of a new version may still be on their way from control.
@@ -61,7 +63,7 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         net: Some(net),
         resolv_conf: shared.firewall.resolv_conf(),
         address: Some(record.assignment.address),
-        binds: vec![],
+        binds: vec![Bind { source: crate::machine_api_dir(&shared.config.data_dir), target: API_DIR.into(), readonly: true }],
         files,
         volumes: vec![],
         log_limits: LogLimits::default(),

@@ -71,7 +71,7 @@ impl Front {
         })
     }
 
-    async fn answer(&self, request: Request<Body>) -> Response {
+    pub async fn answer(&self, request: Request<Body>) -> Response {
         match (self.look(), request.uri().path()) {
             (Inside::Open(inside), _) => return call(inside, request).await,
             (_, "/healthz") => return "ok\n".into_response(),
@@ -127,8 +127,8 @@ pub fn listener(socket: std::os::unix::net::UnixListener) -> anyhow::Result<Unix
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum For {
     Root,
-    /// Also the builder machine that the socket is bound into, whose root is nobody on the host.
-    Builders,
+    /// Also the machines that the socket is bound into, whose root is nobody on the host.
+    Machines,
 }
 
 /// A socket in the place of an earlier one.

@@ -84,6 +84,85 @@ fn an_update_keeps_the_machine_and_its_sleep() {
     assert_eq!(server.ok(&["machine", "exec", &ids[0], "--", "printenv", "RELEASE"]), "2\n");
 }
 
+/// Speaks to the API from inside a machine; the argument is a token.
+const ASK: &str = r#"
+import http.client, json, os, socket, sys
+
+def connect():
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(60)
+    peer.connect("/.fly/api")
+    return peer
+
+def ask(path, headers={}, peer=None):
+    client = http.client.HTTPConnection("api")
+    client.sock = peer or connect()
+    client.request("GET", path, headers=headers)
+    answer = client.getresponse()
+    answer.read()
+    return answer.status, answer.headers["fly-request-id"]
+
+def refused(call):
+    try:
+        call()
+        return "done"
+    except OSError as error:
+        return error.strerror
+
+token = {"authorization": "Bearer " + sys.argv[1]}
+crowd = [connect() for _ in range(40)]
+def is_served(peer):
+    try:
+        return ask("/v1/openapi.json", peer=peer)[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+served = [is_served(peer) for peer in crowd].count(True)
+[peer.close() for peer in crowd]
+def after_the_crowd():
+    while True:
+        try:
+            return ask("/v1/apps")[0]
+        except (OSError, http.client.HTTPException):
+            pass
+print(json.dumps({
+    "served": served,
+    "without": after_the_crowd(),
+    "with": ask("/v1/apps/web", token)[0],
+    "other": ask("/v1/apps/other", token)[0],
+    "metrics": ask("/metrics", token)[0],
+    "readyz": ask("/readyz")[0],
+    "up": ask("/v1/../metrics", token)[0],
+    "own id": ask("/v1/apps/web", {**token, "dunlin-request-id": "mine"})[1] != "mine",
+    "listing": os.listdir("/.fly"),
+    "remove": refused(lambda: os.remove("/.fly/api")),
+    "make": refused(lambda: open("/.fly/x", "w")),
+}))
+"#;
+
+#[test]
+fn the_api_is_in_machines_and_gives_nothing_without_a_token() {
+    let server = Server::start();
+    two_machines(&server);
+    server.ok(&["apps", "create", "other"]);
+    let token = server.ok(&["tokens", "create", "--app", "web", "--verb", "read"]);
+    let id = server.machines("web")[0].clone();
+    let expected = serde_json::json!({
+        "served": 16, "without": 401, "with": 200, "other": 403, "metrics": 404, "readyz": 404, "up": 404, "own id": true,
+        "listing": ["api"], "remove": "Read-only file system", "make": "Read-only file system",
+    });
+    let asked = || {
+        let said = server.ok(&["machine", "exec", &id, "--", "python3", "-c", ASK, token.trim()]);
+        serde_json::from_str::<serde_json::Value>(&said).unwrap()
+    };
+    assert_eq!(asked(), expected);
+    // The machine is the same, the socket is another one.
+    server.kill_server();
+    server.wait_ready();
+    assert_eq!(asked(), expected);
+    let outside = server.dunlin(&["machine", "exec", &id, "--", "ls", server.data().join("run").to_str().unwrap()]);
+    assert!(!outside.status.success(), "the host's own sockets are in sight");
+}
+
 /// What a program in a machine sees, and what it does not reach.
 #[test]
 fn a_machine_is_alone() {
