@@ -8,7 +8,7 @@ use crate::rows::{AddressRow, Change, Outcome, Row, SecretsVersionRow, key};
 use crate::{Ctx, now_ms, reconcile, volumes};
 use dunlin_api::{ErrorCode, Refusal, Reserve};
 use dunlin_model::desired::{MachineRow, TombstoneRow};
-use dunlin_model::{AppName, Generation, MachineId, MachineSpec, MachineVersion, Mount};
+use dunlin_model::{AppName, CommandId, Generation, MachineId, MachineSpec, MachineVersion, Mount};
 use dunlin_planner::{MAX_MACHINES_PER_APP, Progress};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -127,7 +127,7 @@ impl Wish {
 }
 
 /// An id that is the same for a request that is sent again.
-pub(crate) fn machine_id(app: &AppName, launch_id: Option<&str>) -> MachineId {
+pub(crate) fn machine_id(app: &AppName, launch_id: Option<&CommandId>) -> MachineId {
     match launch_id {
         None => MachineId::from_random(crate::keys::random()),
         Some(given) => {

@@ -1,5 +1,6 @@
 //! Apps, their status, scale, secrets and logs.
 
+use super::given::Body;
 use super::{Caller, machines, ndjson, releases as release_api};
 use crate::failure::Failure;
 use crate::releases::{self, load_app};
@@ -66,7 +67,7 @@ pub async fn list(
 
 pub async fn create(
     State(ctx): State<Arc<Ctx>>,
-    Json(body): Json<CreateApp>,
+    Body(body): Body<CreateApp>,
 ) -> Result<(StatusCode, Json<wire::App>), Failure> {
     let name = body.app_name;
     if let Some(org) = body.org_slug.filter(|org| *org != ctx.org) {
@@ -104,8 +105,19 @@ pub async fn get(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Resul
     Ok(Json(wire_app(&ctx, &row.value, machines.len())))
 }
 
+#[derive(Debug, Deserialize)]
+pub struct Destroy {
+    /// Fly's clients send it. Machines that run are destroyed in any case.
+    #[serde(default, rename = "force")]
+    _force: bool,
+}
+
 /// Marks the app; the reconciler destroys its machines and then the app.
-pub async fn destroy(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<StatusCode, Failure> {
+pub async fn destroy(
+    State(ctx): State<Arc<Ctx>>,
+    Path(app): Path<AppName>,
+    Query(_): Query<Destroy>,
+) -> Result<StatusCode, Failure> {
     for _ in 0..releases::MAX_TRIES {
         let row = load_app(&ctx, &app).await?;
         let marked = AppRow { destroying: true, ..row.value };
@@ -196,7 +208,7 @@ pub async fn set_secrets(
     State(ctx): State<Arc<Ctx>>,
     Path(app): Path<AppName>,
     Query(stage): Query<Stage>,
-    Json(body): Json<SetSecrets>,
+    Body(body): Body<SetSecrets>,
 ) -> Result<Json<Secrets>, Failure> {
     let values = body.values.into_iter().map(|(name, value)| (name, value.map(Zeroizing::new))).collect();
     Ok(Json(secrets::write(&ctx, &app, values, stage.when()).await?))
@@ -220,7 +232,7 @@ pub async fn set_secret(
     State(ctx): State<Arc<Ctx>>,
     Path((app, name)): Path<(AppName, String)>,
     Query(stage): Query<Stage>,
-    Json(body): Json<SecretValue>,
+    Body(body): Body<SecretValue>,
 ) -> Result<Json<Secrets>, Failure> {
     let values = BTreeMap::from([(name, Some(Zeroizing::new(body.value)))]);
     Ok(Json(secrets::write(&ctx, &app, values, stage.when()).await?))

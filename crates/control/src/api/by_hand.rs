@@ -1,5 +1,6 @@
 //! Machines made and changed by hand, by the bodies that Fly's clients send.
 
+use super::given::{self, Body};
 use super::{Caller, leases, machines};
 use crate::failure::Failure;
 use crate::launch::LaunchRow;
@@ -32,14 +33,8 @@ pub async fn create(
     Json(body): Json<Value>,
 ) -> Result<Json<wire::Machine>, Failure> {
     let wish = Wish::read(body)?;
-    let launch_id = match headers.get("dunlin-command-id") {
-        Some(given) => {
-            let text = given.to_str().map_err(|_| Failure::bad_request("the header dunlin-command-id is not text"))?;
-            Some(text.to_owned())
-        }
-        None => None,
-    };
-    let id = machine_rows::machine_id(&app, launch_id.as_deref());
+    let launch_id = given::command_id(&headers)?;
+    let id = machine_rows::machine_id(&app, launch_id.as_ref());
     let lease_ttl_s = wish.lease_ttl_s;
     let row = machine_rows::create(&ctx, &app, id, wish).await?;
     answer(&ctx, &row, &caller, &headers, lease_ttl_s).await
@@ -153,7 +148,7 @@ pub async fn set_metadata(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id, name)): Path<(AppName, MachineId, String)>,
     headers: HeaderMap,
-    Json(body): Json<MetadataValue>,
+    Body(body): Body<MetadataValue>,
 ) -> Result<StatusCode, Failure> {
     let row = machines::load(&ctx, &app, &id).await?;
     leases::check(&ctx, &id, &headers).await?;

@@ -1,6 +1,6 @@
 //! Leases: one caller's word that nobody else changes a machine for a while. The host that owns the machine keeps it.
 
-use super::{Caller, machines};
+use super::{Caller, given, machines};
 use crate::Ctx;
 use crate::failure::Failure;
 use axum::Json;
@@ -54,7 +54,7 @@ pub async fn acquire(
     headers: HeaderMap,
     body: bytes::Bytes,
 ) -> Result<Response, Failure> {
-    let body: Acquire = machines::optional(&body)?;
+    let body: Acquire = given::optional(&body)?;
     let row = machines::load(&ctx, &app, &id).await?;
     let kind = CommandKind::Lease {
         ttl_ms: query.ttl.or(body.ttl).unwrap_or(DEFAULT_TTL_S).saturating_mul(1000),

@@ -1,5 +1,6 @@
 //! Machines: what they are, and commands to the hosts that own them.
 
+use super::given::{self, Body, optional};
 use super::{Caller, leases};
 use crate::destroyed;
 use crate::failure::Failure;
@@ -289,11 +290,10 @@ pub(super) async fn send(
     Ok(ctx.host.command(command).await?)
 }
 
-/// The client's own id, so that its repeat gets the first answer; otherwise a fresh one.
+/// The client's own, or a fresh one.
 fn command_id(headers: &HeaderMap) -> Result<CommandId, Failure> {
-    if let Some(given) = headers.get("dunlin-command-id") {
-        let text = given.to_str().map_err(|_| Failure::bad_request("the header dunlin-command-id is not text"))?;
-        return format!("user.{text}").parse().map_err(|error| Failure::bad_request(format!("{error}")));
+    if let Some(given) = given::command_id(headers)? {
+        return Ok(given);
     }
     let random: String = crate::keys::random::<12>().iter().map(|byte| format!("{byte:02x}")).collect();
     format!("user.{random}").parse().map_err(|error| Failure::internal("a command id could not be made", &error))
@@ -378,7 +378,7 @@ pub async fn signal(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
-    Json(body): Json<Signal>,
+    Body(body): Body<Signal>,
 ) -> Result<Json<Value>, Failure> {
     let signal = match body.signal {
         Value::String(name) => name,
@@ -402,14 +402,6 @@ pub async fn uncordon(
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
     command(&ctx, &app, &id, &headers, CommandKind::Uncordon).await
-}
-
-/// A body that may be missing.
-pub(super) fn optional<T: Default + serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    if body.iter().all(u8::is_ascii_whitespace) {
-        return Ok(T::default());
-    }
-    serde_json::from_slice(body).map_err(|error| Failure::invalid(format!("the body is not what it should be: {error}")))
 }
 
 /// Seconds as a number, or a duration like `10s`.
@@ -516,7 +508,7 @@ pub async fn exec(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Extension(caller): Extension<Caller>,
-    Json(body): Json<ExecBody>,
+    Body(body): Body<ExecBody>,
 ) -> Result<(StatusCode, Json<ExecAnswer>), Failure> {
     load(&ctx, &app, &id).await?;
     let program = body.command.first().or(body.cmd.as_ref()).and_then(|text| text.split_whitespace().next());

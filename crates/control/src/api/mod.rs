@@ -6,6 +6,7 @@ mod builds;
 mod built;
 mod by_hand;
 mod exec_stream;
+mod given;
 mod leases;
 mod machines;
 mod openapi;

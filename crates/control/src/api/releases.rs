@@ -1,5 +1,6 @@
 //! Releases and their events.
 
+use super::given::Body;
 use super::ndjson;
 use crate::failure::Failure;
 use crate::releases::{self, load_app};
@@ -47,7 +48,7 @@ pub async fn list(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Resu
 pub async fn create(
     State(ctx): State<Arc<Ctx>>,
     Path(app): Path<AppName>,
-    Json(body): Json<CreateRelease>,
+    Body(body): Body<CreateRelease>,
 ) -> Result<(StatusCode, Json<Release>), Failure> {
     let row = releases::deploy(&ctx, &app, body).await?;
     Ok((StatusCode::CREATED, Json(wire(&row))))
@@ -73,7 +74,7 @@ pub async fn get(
 pub async fn rollback(
     State(ctx): State<Arc<Ctx>>,
     Path(app): Path<AppName>,
-    Json(body): Json<Rollback>,
+    Body(body): Body<Rollback>,
 ) -> Result<(StatusCode, Json<Release>), Failure> {
     let row = releases::rollback(&ctx, &app, body.version).await?;
     Ok((StatusCode::CREATED, Json(wire(&row))))

@@ -1,6 +1,7 @@
 //! Health, metrics, version, tokens.
 
 use super::Caller;
+use super::given::Body;
 use crate::failure::Failure;
 use crate::rows::{Change, RevokedRow, key};
 use crate::tokens::{MAX_APPS, MAX_LIFETIME_S};
@@ -109,7 +110,7 @@ pub async fn regions(State(ctx): State<Arc<Ctx>>) -> Json<Value> {
 pub async fn create_token(
     State(ctx): State<Arc<Ctx>>,
     Extension(caller): Extension<Caller>,
-    Json(body): Json<CreateToken>,
+    Body(body): Body<CreateToken>,
 ) -> Result<(StatusCode, Json<CreatedToken>), Failure> {
     if body.verbs.is_empty() {
         return Err(Failure::invalid("a token without verbs could do nothing").hint("for example [\"read\", \"deploy\"]"));
@@ -135,7 +136,7 @@ pub struct Revoke {
     id: String,
 }
 
-pub async fn revoke_token(State(ctx): State<Arc<Ctx>>, Json(body): Json<Revoke>) -> Result<Json<Value>, Failure> {
+pub async fn revoke_token(State(ctx): State<Arc<Ctx>>, Body(body): Body<Revoke>) -> Result<Json<Value>, Failure> {
     if body.id.len() != TOKEN_ID_BYTES || !body.id.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(Failure::invalid("a token's id is 16 hexadecimal digits").hint("`dunlin tokens create` printed it"));
     }

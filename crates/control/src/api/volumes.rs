@@ -1,5 +1,6 @@
 //! Volumes and their snapshots.
 
+use super::given::Body;
 use crate::failure::Failure;
 use crate::releases::{busy, load_app};
 use crate::rows::{Change, Outcome, Row, key};
@@ -64,7 +65,7 @@ pub async fn get(
 pub async fn create(
     State(ctx): State<Arc<Ctx>>,
     Path(app): Path<AppName>,
-    Json(body): Json<CreateVolume>,
+    Body(body): Body<CreateVolume>,
 ) -> Result<Json<Volume>, Failure> {
     let app_row = load_app(&ctx, &app).await?;
     can_be_honoured(&body)?;
@@ -192,7 +193,7 @@ fn no_room(refusal: Refusal) -> Failure {
 pub async fn update(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, VolumeId)>,
-    Json(body): Json<UpdateVolume>,
+    Body(body): Body<UpdateVolume>,
 ) -> Result<Json<Volume>, Failure> {
     check_settings(body.snapshot_retention, body.auto_backup_enabled)?;
     let row = load(&ctx, &app, &id).await?;
@@ -213,7 +214,7 @@ async fn write(ctx: &Ctx, row: &Row<VolumeRow>, next: VolumeRow) -> Result<Volum
 pub async fn extend(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, VolumeId)>,
-    Json(body): Json<ExtendVolume>,
+    Body(body): Body<ExtendVolume>,
 ) -> Result<Json<Extended>, Failure> {
     let row = load(&ctx, &app, &id).await?;
     let has = row.value.size_gb;
