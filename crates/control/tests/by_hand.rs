@@ -57,6 +57,8 @@ async fn a_machine_is_made_and_starts_and_no_release_touches_it() {
     // A release makes its own, twice, and leaves this one alone.
     assert!(world.deploy("web", 'b', "good").await.ended.is_some());
     assert!(world.deploy("web", 'c', "good").await.ended.is_some());
+    let release = world.get("/v1/apps/web/releases/2").await.json();
+    assert_eq!(release["config"]["env"]["BEHAVE"], "good", "what a console has its environment from: {release}");
     let now = world.get(&format!("{MACHINES}/{id}")).await.json();
     assert_eq!((&now["state"], &now["instance_id"]), (&json!("started"), &made["instance_id"]));
     let list = world.get(MACHINES).await.json();
