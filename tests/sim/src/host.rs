@@ -288,6 +288,7 @@ impl Host {
             ctx.promises.ordered(ctx.now_ms, id, before.record(), order);
         }
         let recovering = matches!(event, Event::Recovered(_));
+        let looks = matches!(event, Event::Due { .. });
         let recovered = if let Event::Recovered(alive) = &event { Some(alive.clone()) } else { None };
         mutation::event(ctx.mutation, before.record(), &mut event);
         let mut effects = slot.machine.handle(event, ctx.now_ms);
@@ -310,6 +311,9 @@ impl Host {
             let records = slots.values().map(|slot| slot.machine.record());
             let held_mb = records.filter(|record| record.state != MachineState::Destroying).map(Record::reserved_mb).sum();
             ctx.promises.holds(self.index, held_mb);
+        }
+        if looks && self.slots.is_some() {
+            ctx.promises.looked_away(id); // one that was killed may have done it
         }
     }
 

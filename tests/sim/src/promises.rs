@@ -103,6 +103,10 @@ impl Promises {
         self.promised(id).looked = Some((now_ms, record.due_ms, record.attempt));
     }
 
+    pub fn looked_away(&mut self, id: &MachineId) {
+        self.promised(id).looked = None;
+    }
+
     /// A time is dealt with once, when it has come; what was started for it is to run.
     fn dealt_with(&mut self, id: &MachineId, record: &Record) {
         let promised = self.promised(id);
