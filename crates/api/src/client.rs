@@ -84,6 +84,8 @@ impl std::fmt::Display for Target {
 pub struct Client {
     target: Target,
     token: Option<Arc<str>>,
+    /// Nonce of the lease that its caller holds.
+    lease: Option<Arc<str>>,
     tls: Option<Arc<rustls::ClientConfig>>,
 }
 
@@ -102,7 +104,12 @@ impl Client {
             Target::Http { tls: true, .. } => Some(Arc::new(tls_config(config.extra_roots_pem.as_deref())?)),
             _ => None,
         };
-        Ok(Self { target: config.target, token: config.token.map(Into::into), tls })
+        Ok(Self { target: config.target, token: config.token.map(Into::into), lease: None, tls })
+    }
+
+    /// The same, for whoever holds the lease of a machine.
+    pub fn holding(&self, nonce: &str) -> Self {
+        Self { lease: Some(nonce.into()), ..self.clone() }
     }
 
     pub fn target(&self) -> &Target {
@@ -191,6 +198,9 @@ impl Client {
             .header("content-type", "application/json");
         if let Some(token) = &self.token {
             request = request.header("authorization", format!("Bearer {token}"));
+        }
+        if let Some(nonce) = &self.lease {
+            request = request.header("fly-machine-lease-nonce", &**nonce);
         }
         for (name, value) in headers {
             request = request.header(*name, value);

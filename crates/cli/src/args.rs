@@ -191,6 +191,9 @@ pub struct MachineArgs {
     /// The machine's app [default: found by the machine's id]
     #[arg(short, long)]
     pub app: Option<AppName>,
+    /// Nonce of the lease of it that you hold
+    #[arg(long, value_name = "NONCE")]
+    pub lease: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -230,6 +233,9 @@ pub enum MachineCommand {
         #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Show or end the lease of a machine, which keeps others from changing it
+    #[command(subcommand, visible_alias = "leases")]
+    Lease(LeaseCommand),
     /// Destroy a machine and what it wrote; `scale count` says how many there are to be
     Destroy {
         #[command(flatten)]
@@ -238,6 +244,14 @@ pub enum MachineCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum LeaseCommand {
+    /// Show who has it, and until when
+    View(MachineArgs),
+    /// End the lease whose nonce --lease gives
+    Clear(MachineArgs),
 }
 
 /// A volume: ids are unique on the platform, so that the app needs no naming.

@@ -1,11 +1,13 @@
-//! `machine`: list, status, start, stop, suspend, restart, exec, destroy.
+//! `machine`: list, status, start, stop, suspend, restart, exec, lease, destroy.
 
-use crate::args::{MachineArgs, MachineCommand};
+use crate::args::{LeaseCommand, MachineArgs, MachineCommand};
 use crate::config_file::app_name;
 use crate::{CliError, Exit, Session, apps, exec, ui};
+use dunlin_api::client::Client;
 use dunlin_api::wire::{AppList, ExecAnswer, ExecBody, Machine, StopMachine};
 use dunlin_model::AppName;
 use serde_json::{Value, json};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const JSON_TIMEOUT_S: u64 = 60;
 
@@ -43,9 +45,11 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
         MachineCommand::Exec { target, timeout, command, .. } => {
             exec_for_json(session, &target, timeout.unwrap_or(JSON_TIMEOUT_S), command).await
         }
+        MachineCommand::Lease(LeaseCommand::View(target)) => view_lease(session, &target).await,
+        MachineCommand::Lease(LeaseCommand::Clear(target)) => clear_lease(session, &target).await,
         MachineCommand::Destroy { target, force } => {
-            let (app, id) = (app_of(session, &target).await?, target.id);
-            session.client.delete::<Value>(&format!("/v1/apps/{app}/machines/{id}?force={force}")).await?;
+            let (app, id) = (app_of(session, &target).await?, &target.id);
+            client(session, &target).delete::<Value>(&format!("/v1/apps/{app}/machines/{id}?force={force}")).await?;
             if session.json {
                 ui::print_json(&json!({ "id": id, "destroyed": true }));
             } else {
@@ -56,6 +60,42 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
     }
 }
 
+/// For what only the holder of a lease may do.
+fn client(session: &Session, target: &MachineArgs) -> Client {
+    target.lease.as_ref().map_or_else(|| session.client.clone(), |nonce| session.client.holding(nonce))
+}
+
+async fn view_lease(session: &Session, target: &MachineArgs) -> Result<Exit, CliError> {
+    let (app, id) = (app_of(session, target).await?, &target.id);
+    let lease: Value = client(session, target).get(&format!("/v1/apps/{app}/machines/{id}/lease")).await?;
+    if session.json {
+        ui::print_json(&lease["data"]);
+        return Ok(Exit::Ok);
+    }
+    let text = |name: &str| lease["data"][name].as_str().unwrap_or_default().to_owned();
+    ui::print_line(&format!("machine      {id}"));
+    ui::print_line(&format!("owner        {}", text("owner")));
+    ui::print_line(&format!("description  {}", text("description")));
+    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let left_s = lease["data"]["expires_at"].as_u64().unwrap_or_default().saturating_sub(now_s);
+    ui::print_line(&format!("expires      in {left_s} s"));
+    Ok(Exit::Ok)
+}
+
+async fn clear_lease(session: &Session, target: &MachineArgs) -> Result<Exit, CliError> {
+    if target.lease.is_none() {
+        return Err(CliError::usage("a lease is ended by its nonce").hint("add --lease NONCE, or wait until it expires: `dunlin machine lease view` says when"));
+    }
+    let (app, id) = (app_of(session, target).await?, &target.id);
+    client(session, target).delete::<Value>(&format!("/v1/apps/{app}/machines/{id}/lease")).await?;
+    if session.json {
+        ui::print_json(&json!({ "id": id, "leased": false }));
+    } else {
+        ui::print_line(&format!("nobody has a lease of {id} any more"));
+    }
+    Ok(Exit::Ok)
+}
+
 async fn app_of(session: &Session, target: &MachineArgs) -> Result<AppName, CliError> {
     match &target.app {
         Some(app) => Ok(app.clone()),
@@ -64,7 +104,7 @@ async fn app_of(session: &Session, target: &MachineArgs) -> Result<AppName, CliE
 }
 
 async fn find(session: &Session, target: &MachineArgs) -> Result<Machine, CliError> {
-    let MachineArgs { id, app } = target;
+    let MachineArgs { id, app, .. } = target;
     if let Some(app) = app {
         return Ok(session.client.get(&format!("/v1/apps/{app}/machines/{id}")).await?);
     }
@@ -80,7 +120,7 @@ async fn find(session: &Session, target: &MachineArgs) -> Result<Machine, CliErr
 
 async fn act(session: &Session, target: &MachineArgs, verb: &str, body: &impl serde::Serialize) -> Result<Exit, CliError> {
     let (app, id) = (app_of(session, target).await?, &target.id);
-    session.client.post::<Value>(&format!("/v1/apps/{app}/machines/{id}/{verb}"), body).await?;
+    client(session, target).post::<Value>(&format!("/v1/apps/{app}/machines/{id}/{verb}"), body).await?;
     let wanted = match verb {
         "stop" => "stopped",
         "suspend" => "suspended",

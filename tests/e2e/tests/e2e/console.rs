@@ -33,6 +33,18 @@ fn machines_that_come_and_go_by_themselves() {
     two_machines(&server);
     let clockwork = make(&server, json!({ "schedule": "* * * * *", "init": { "exec": ["true"] } }));
 
+    let lease = api(&server, &format!("/{clockwork}/lease?ttl=600"), Some(json!({ "description": "a look" })));
+    let nonce = lease["data"]["nonce"].as_str().unwrap();
+    let seen = server.ok(&["machine", "lease", "view", &clockwork]);
+    assert!(seen.contains("root") && seen.contains("a look") && !seen.contains(nonce), "{seen}");
+    server.fails(&["machine", "suspend", &clockwork], 1, &["is leased by root"]);
+    let holder = server.dunlin(&["machine", "suspend", &clockwork, "--lease", nonce]);
+    assert!(text(&holder).contains("from which it cannot be suspended"), "{}", text(&holder));
+    server.fails(&["machine", "lease", "clear", &clockwork], 2, &["--lease NONCE"]);
+    server.ok(&["machine", "lease", "clear", &clockwork, "--lease", nonce]);
+    let nobody = server.dunlin(&["machine", "lease", "view", &clockwork]);
+    assert!(text(&nobody).contains("nobody has a lease"), "{}", text(&nobody));
+
     let console = |more: &[&str]| server.dunlin(&[&["console", "--app", "web"], more].concat());
     let consoles = || server.machine_list("web").iter().filter(|machine| machine["process_group"] == CONSOLE).count();
     let ran = console(&["-e", "MORE=2", "-C", "sh -c 'echo $RELEASE $MORE $FLY_PROCESS_GROUP'"]);
