@@ -310,7 +310,7 @@ mod tests {
                 let of_day = ms / MINUTE_MS % MINUTES_A_DAY;
                 of_day % 60 == minute && [hour, (hour + 7) % 24].contains(&(of_day / 60)) && (ms / DAY_MS + 4) % 7 == weekday
             };
-            prop_assert!(at > after_ms && at % MINUTE_MS == 0 && is_due(at));
+            prop_assert!(at > after_ms && at.is_multiple_of(MINUTE_MS) && is_due(at));
             let first = after_ms / MINUTE_MS + 1;
             prop_assert!(!(first..at / MINUTE_MS).any(|minute| is_due(minute * MINUTE_MS)));
         }

@@ -72,15 +72,15 @@ impl Agent {
         let due = self.slots.iter().filter(|(_, slot)| is_due(slot.machine.record()));
         let due: Vec<MachineId> = due.map(|(id, _)| id.clone()).collect();
         for id in due {
-            let Some(slot) = self.slots.get(&id).filter(|slot| slot.machine.starts_by_clock(now)) else {
-                self.dispatch(&id, Event::Due { room: Ok(()) });
-                continue;
-            };
-            let guest = slot.machine.record().spec().guest.clone();
-            if self.room_to_start(&id).is_err() && self.make_room(&guest, &id) {
+            let starts = self.slots.get(&id).filter(|slot| slot.machine.starts_by_clock(now));
+            let guest = starts.map(|slot| slot.machine.record().spec().guest.clone());
+            if let Some(guest) = guest
+                && self.room_to_start(&id).is_err()
+                && self.make_room(&guest, &id)
+            {
                 continue; // those that sleep end; there is room when they have
             }
-            self.dispatch(&id, Event::Due { room: Ok(()) }); // the agent looks
+            self.dispatch(&id, Event::Due { room: Ok(()) }); // there is looked for room
         }
     }
 
