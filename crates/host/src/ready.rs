@@ -78,7 +78,7 @@ impl Agent {
 
 /// A volume is attached to what runs.
 fn may_stand_ready(record: &Record) -> bool {
-    let is_whole = record.state == MachineState::Stopped && record.is_current();
+    let is_whole = record.state == MachineState::Stopped && record.is_current() && !record.is_over();
     is_whole && record.wakes() && !record.cordoned && record.spec().mounts.is_empty()
 }
 
