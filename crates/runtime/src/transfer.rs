@@ -17,6 +17,8 @@ const BUFFER_BYTES: usize = 64 * 1024;
 const MAX_UNSIZED_BYTES: u64 = 4 << 20;
 /// Directories below directories; more is a loop of somebody's making.
 const MAX_DEPTH: usize = 256;
+/// Of a file that is not whole yet.
+const PRIVATE: Mode = Mode::from_bits_truncate(0o600);
 
 /// Copies between the machine's files and descriptors 0 and 1; what went wrong goes to descriptor 2.
 /// Returns the exit code.
@@ -172,32 +174,48 @@ fn write_file(entry: &Entry, target: &Path, from: &mut impl Read) -> io::Result<
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
     };
-    let flags = OFlag::O_TMPFILE | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
-    let file = open(dir, flags, Mode::from_bits_truncate(0o600)).map_err(|e| match e {
-        nix::errno::Errno::EOPNOTSUPP => io::Error::other("its file system has no files without a name; copy to another one"),
-        e => e.into(),
-    })?;
-    let mut file = File::from(file);
-    if io::copy(&mut from.by_ref().take(entry.size), &mut file)? < entry.size {
+    let beside = dir.join(format!(".{}.dunlin-{}", target.file_name().unwrap_or_default().to_string_lossy(), std::process::id()));
+    let (mut file, has_name) = match open(dir, OFlag::O_TMPFILE | OFlag::O_WRONLY | OFlag::O_CLOEXEC, PRIVATE) {
+        Ok(file) => (File::from(file), false),
+        // overlayfs of older kernels: a kill leaves the file there, what else goes wrong does not.
+        Err(nix::errno::Errno::EOPNOTSUPP) => {
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+            (File::from(open(&beside, flags, PRIVATE)?), true)
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let written = fill(entry, &mut file, before.as_ref(), from);
+    let named = written.and_then(|()| match has_name {
+        true => file.sync_all().and_then(|()| fs::rename(&beside, target)),
+        false => give_name(&file, &beside, target, before.is_some()),
+    });
+    named.inspect_err(|_| {
+        let _ = fs::remove_file(&beside); // the first error is the one to tell
+    })
+}
+
+/// Content, owner and mode.
+fn fill(entry: &Entry, file: &mut File, before: Option<&Metadata>, from: &mut impl Read) -> io::Result<()> {
+    if io::copy(&mut from.by_ref().take(entry.size), file)? < entry.size {
         return Err(cut_off(io::ErrorKind::UnexpectedEof.into()));
     }
-    let mode = before.as_ref().map_or(entry.mode, Metadata::mode);
-    if let Some(before) = &before {
+    if let Some(before) = before {
         fchown(file.as_fd(), Some(Uid::from_raw(before.uid())), Some(Gid::from_raw(before.gid())))?;
     }
-    fchmod(file.as_fd(), Mode::from_bits_truncate(mode & 0o777))?;
+    let mode = before.map_or(entry.mode, Metadata::mode);
+    Ok(fchmod(file.as_fd(), Mode::from_bits_truncate(mode & 0o777))?)
+}
+
+fn give_name(file: &File, beside: &Path, target: &Path, replaces: bool) -> io::Result<()> {
     let nameless = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let name = |target: &Path| linkat(AT_FDCWD, &nameless, AT_FDCWD, target, AtFlags::AT_SYMLINK_FOLLOW);
-    if before.is_none() {
+    if !replaces {
         match name(target) {
             Err(nix::errno::Errno::EEXIST) => {} // made meanwhile: replaced, as one that was there
             named => return Ok(named?),
         }
     }
     file.sync_all()?; // or a crash could leave neither the old content nor the new
-    let beside = dir.join(format!(".{}.dunlin-{}", target.file_name().unwrap_or_default().to_string_lossy(), std::process::id()));
-    name(&beside)?;
-    fs::rename(&beside, target).inspect_err(|_| {
-        let _ = fs::remove_file(&beside); // the first error is the one to tell
-    })
+    name(beside)?;
+    fs::rename(beside, target)
 }
