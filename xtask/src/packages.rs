@@ -51,15 +51,25 @@ pub enum For {
     Vm,
 }
 
-/// Installs what is missing.
-pub fn ensure(purpose: For) -> anyhow::Result<()> {
+type Package = (&'static str, &'static str, &'static str);
+
+fn missing(purpose: For) -> Vec<Package> {
     let wanted = match purpose {
         For::Demo => RUN.to_vec(),
         For::Test => [RUN, TEST].concat(),
         For::Bench => [RUN, TEST, BENCH].concat(),
         For::Vm => [RUN, VM].concat(),
     };
-    let missing: Vec<_> = wanted.into_iter().filter(|(file, ..)| !exists(file)).collect();
+    wanted.into_iter().filter(|(file, ..)| !exists(file)).collect()
+}
+
+pub fn are_there(purpose: For) -> bool {
+    missing(purpose).is_empty()
+}
+
+/// Installs what is missing.
+pub fn ensure(purpose: For) -> anyhow::Result<()> {
+    let missing = missing(purpose);
     if missing.is_empty() {
         return Ok(());
     }
