@@ -1,8 +1,9 @@
-//! One entry for all house work: `cargo xtask demo|test|sim|bench|tidy`.
+//! One entry for all house work: `cargo xtask demo|test|sim|endure|bench|tidy`.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod demo;
+mod endure;
 mod packages;
 mod sh;
 mod sim;
@@ -19,11 +20,12 @@ usage: cargo xtask <command>
   demo            set everything up, start a server, launch the bundled sample, print its URL
   demo --stop     stop that server and remove all it left in the kernel
   test            set everything up and pass all tests
-  test --fast     without the end-to-end tests
+  test --fast     without the end-to-end tests and those in QEMU
   test --vm       only the tests of the Linux side, on pure control groups v2 in QEMU
   sim --seed N    tell the story of one seed of the simulator (tests/sim)
   sim --minutes N look through as many seeds as that allows
-  bench [NAME]    print figures beside their peers': deploy, create, machines, neighbours, proxy, idle
+  endure          start and stop machines 2,000 times (--cycles N) under kills of the agent, and count what is left
+  bench [NAME]    print figures beside their peers': deploy, create, machines, neighbours, proxy, idle, scale
   tidy            check the house rules";
 
 fn main() -> ExitCode {
@@ -49,6 +51,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["test", "--fast"] => test::run(test::Scope::Fast),
         ["test", "--vm"] => vm::run(),
         ["sim", rest @ ..] => sim::command(rest),
+        ["endure", rest @ ..] => endure::command(rest),
         ["bench", names @ ..] => bench::run(names),
         ["tidy"] => tidy::run(),
         _ => bail!("{USAGE}"),

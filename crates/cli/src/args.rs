@@ -55,7 +55,7 @@ pub enum Command {
     /// Open a shell in a machine of its own with the app's image, or run a command there
     ///
     /// The machine has the app's environment and secrets and none of its volumes. It is destroyed at the end.
-    Console(ConsoleArgs),
+    Console(Box<ConsoleArgs>),
     /// Open a shell in a running machine, or copy files
     #[command(subcommand)]
     Ssh(SshCommand),

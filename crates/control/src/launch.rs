@@ -107,7 +107,7 @@ async fn attempt(ctx: &Ctx, machine: &Row<MachineRow>, launch: &LaunchRow) -> bo
     true
 }
 
-/// The host has not seen the newest projection, or is still at work.
+/// The host has not seen the newest projection, is still at work, or cannot write down what it is told.
 fn passes(refusal: &Refusal) -> bool {
     use MachineState as S;
     match refusal {
@@ -116,6 +116,8 @@ fn passes(refusal: &Refusal) -> bool {
         | Refusal::VersionMismatch { .. }
         | Refusal::OldGeneration { .. }
         | Refusal::TooLate
+        | Refusal::DiskFull(_)
+        | Refusal::Failed(_)
         | Refusal::Leased { .. } => true,
         _ => false,
     }

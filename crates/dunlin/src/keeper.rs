@@ -31,6 +31,8 @@ pub const SERVE: &str = "__serve";
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+/// Of a server that did all that it is there for: the sooner it is back, the shorter is what its death costs.
+const LONGEST_AFTER_READY: Duration = Duration::from_secs(1);
 /// A predecessor's server may need this long to end after its keeper was killed.
 const TAKEOVER: Duration = Duration::from_secs(15);
 const BACKLOG: i32 = 4096;
@@ -97,7 +99,7 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
         watch(child, inputs.clone());
         // A kill point is for one life: the next is the one that a test looks at.
         take_kill_point(&mut args);
-        let (status, asked) = live(&input, id, &mut program)?;
+        let (status, asked, was_ready) = live(&input, id, &mut program)?;
         match asked {
             Some(SIGHUP) => {
                 tracing::info!("restarting the server");
@@ -108,6 +110,7 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
             None if status.code() == Some(EXIT_DO_NOT_RESTART) => bail!("the server cannot run; its reason is above"),
             None => {
                 backoff = if started.elapsed() > HEALTHY_AFTER { FIRST_BACKOFF } else { backoff };
+                backoff = if was_ready { backoff.min(LONGEST_AFTER_READY) } else { backoff };
                 tracing::error!(%status, backoff_ms = backoff.as_millis() as u64, "the server died; restarting it");
                 if stopped_meanwhile(&input, backoff) {
                     return Ok(());
@@ -118,17 +121,17 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     }
 }
 
-/// Until the server ends: how it did, and the signal that asked for it.
+/// Until the server ends: how it did, the signal that asked for it, and whether it was ever ready.
 fn live(
     input: &mpsc::Receiver<Input>,
     id: u32,
     program: &mut Program,
-) -> anyhow::Result<(std::process::ExitStatus, Option<i32>)> {
+) -> anyhow::Result<(std::process::ExitStatus, Option<i32>, bool)> {
     let pid = rustix::process::Pid::from_raw(id as i32).context("a process has an id")?;
     let tell = |signal| {
         let _ = rustix::process::kill_process(pid, signal); // gone already: its exit is the next input
     };
-    let mut asked = None;
+    let (mut asked, mut was_ready) = (None, false);
     let mut trial = program.is_on_trial().then(|| Trial { is_ready: false, until: Instant::now() + READY_WITHIN });
     loop {
         let heard = match &trial {
@@ -136,8 +139,9 @@ fn live(
             None => input.recv().map_err(mpsc::RecvTimeoutError::from),
         };
         match heard {
-            Ok(Input::Exited(status)) => return Ok((status?, asked)),
+            Ok(Input::Exited(status)) => return Ok((status?, asked, was_ready)),
             Ok(Input::Ready(which)) => {
+                was_ready |= which == id;
                 if let Some(trial) = trial.as_mut().filter(|trial| which == id && !trial.is_ready) {
                     *trial = Trial { is_ready: true, until: Instant::now() + PROVEN_AFTER };
                 }

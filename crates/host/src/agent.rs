@@ -29,7 +29,17 @@ const CHECK_FACTS_PAUSE: Duration = Duration::from_secs(1);
 /// How often the host says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-pub type Reply = oneshot::Sender<Result<Asked, Deny>>;
+pub type Reply = oneshot::Sender<Result<Asked, No>>;
+
+/// Why a command is not obeyed.
+#[derive(Debug)]
+pub enum No {
+    Denied(Deny),
+    /// There is no such machine yet, or no more.
+    NotKnown,
+    /// It could not be written down.
+    DiskFull,
+}
 
 /// All that the agent ever hears.
 pub enum Input {
@@ -292,7 +302,8 @@ impl Agent {
         }
         let Some((order, reply)) = self.park(&id, order, reply) else { return };
         let Some(slot) = self.slots.get_mut(&id) else {
-            return; // the caller sees a closed channel: no such machine
+            let _ = reply.send(Err(No::NotKnown)); // the caller did not wait
+            return;
         };
         slot.replies.insert(order.id.clone(), reply);
         self.dispatch(&id, Event::Ordered(order));
@@ -347,7 +358,8 @@ impl Agent {
         let recovers = matches!(event, Event::Recovered(_));
         if !slot.recovered && !recovers {
             if let Event::Ordered(order) = &event {
-                slot.replies.remove(&order.id); // its caller sees a closed channel
+                let reply = slot.replies.remove(&order.id);
+                let _ = reply.map(|reply| reply.send(Err(No::DiskFull))); // as below
             }
             if let Some(input) = again {
                 self.hear_again(input);
@@ -404,7 +416,7 @@ impl Agent {
                     point("host.before-answer");
                     let reply = self.slots.get_mut(id).and_then(|slot| slot.replies.remove(&command));
                     if let Some(reply) = reply {
-                        let _ = reply.send(answer); // the caller did not wait
+                        let _ = reply.send(answer.map_err(No::Denied)); // the caller did not wait
                     }
                 }
                 Effect::Publish => {
@@ -435,7 +447,9 @@ impl Agent {
             Ok(()) => true,
             Err(error @ JournalError::Full(_)) => {
                 tracing::error!(machine = %id, %error, "nothing was done; free some space");
-                slot.replies.clear(); // callers see a closed channel
+                for (_, reply) in slot.replies.drain() {
+                    let _ = reply.send(Err(No::DiskFull)); // the caller did not wait
+                }
                 false
             }
             Err(error) => {

@@ -1,6 +1,6 @@
 //! The host's side of [`HostApi`].
 
-use crate::agent::Input;
+use crate::agent::{Input, No};
 use crate::{Host, builder, convert, exec, logs, ps, snapshots, volumes};
 use async_trait::async_trait;
 use dunlin_api::{
@@ -68,13 +68,11 @@ impl HostApi for Host {
             .send(Input::Command { machine: machine.clone(), order, reply })
             .await
             .map_err(|_| stopping())?;
-        match answer.await {
-            Ok(answer) => convert::answer(answer, &machine, &self.shared.config.id, name),
-            // The agent dropped it: it does not know the machine, or could not journal.
-            Err(_) => match self.machine(&machine).await {
-                Ok(_) => Err(Refusal::DiskFull("the host's journal cannot grow".into())),
-                Err(refusal) => Err(refusal),
-            },
+        match answer.await.map_err(|_| stopping())? {
+            Ok(asked) => convert::answer(Ok(asked), &machine, &self.shared.config.id, name),
+            Err(No::Denied(deny)) => convert::answer(Err(deny), &machine, &self.shared.config.id, name),
+            Err(No::NotKnown) => Err(Refusal::NoSuchMachine(machine)),
+            Err(No::DiskFull) => Err(Refusal::DiskFull("the host's journal cannot grow".into())),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The last hop: admits or refuses a request before any byte is forwarded, from the agent's own table.
 
 use crate::Host;
-use crate::agent::Input;
+use crate::agent::{Input, No};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use dunlin_api::{Admission, AdmitRefusal, AdmitRequest, LastHop};
@@ -201,11 +201,13 @@ async fn start(inputs: &mpsc::Sender<Input>, machine: MachineId) -> Started {
     inputs.send(Input::Command { machine, order, reply }).await.map_err(|_| stopping())?;
     match answer.await.map_err(|_| stopping())? {
         Ok(asked) => Ok(asked.sequence),
-        Err(Deny::NoRoom { why }) => Err(AdmitRefusal::InsufficientCapacity(why)),
-        Err(Deny::Cordoned) => Err(AdmitRefusal::Cordoned),
-        Err(Deny::Leased { owner, .. }) => Err(AdmitRefusal::DidNotWake(format!("it is leased by {owner}"))),
-        Err(Deny::IllegalMove { .. } | Deny::Over) => Err(AdmitRefusal::NotRunning),
-        Err(deny) => Err(AdmitRefusal::DidNotWake(format!("{deny:?}"))),
+        Err(No::Denied(Deny::NoRoom { why })) => Err(AdmitRefusal::InsufficientCapacity(why)),
+        Err(No::Denied(Deny::Cordoned)) => Err(AdmitRefusal::Cordoned),
+        Err(No::Denied(Deny::Leased { owner, .. })) => Err(AdmitRefusal::DidNotWake(format!("it is leased by {owner}"))),
+        Err(No::Denied(Deny::IllegalMove { .. } | Deny::Over)) => Err(AdmitRefusal::NotRunning),
+        Err(No::Denied(deny)) => Err(AdmitRefusal::DidNotWake(format!("{deny:?}"))),
+        Err(No::NotKnown) => Err(AdmitRefusal::DidNotWake("it is gone".into())),
+        Err(No::DiskFull) => Err(AdmitRefusal::DidNotWake("the disk of its host is full".into())),
     }
 }
 

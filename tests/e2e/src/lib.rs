@@ -4,14 +4,22 @@
 //! The binary must have been built: `cargo xtask test` does that first.
 #![forbid(unsafe_code)]
 
+mod api;
 mod app;
+mod census;
 mod docker;
+mod endure;
 mod probe;
+mod random;
 mod websocket;
 
-pub use docker::Docker;
+pub use api::Api;
 pub use app::{APP_PY, DOCKERFILE, PYTHON};
+pub use census::{Census, Place, interface};
+pub use docker::Docker;
+pub use endure::{Endurance, Endured, endure, image_of, sleepers};
 pub use probe::{Probe, Seen};
+pub use random::Random;
 pub use websocket::websocket_echo;
 
 use serde_json::Value;
@@ -88,6 +96,8 @@ pub struct Server {
     number: usize,
     /// Further flags of `dunlin server`.
     pub flags: Vec<String>,
+    /// For more machines than one of the usual blocks has addresses.
+    pub machine_prefix: Option<String>,
     expected: Mutex<Vec<String>>,
     /// What the server is started from, where it is not what cargo built.
     binary: Option<PathBuf>,
@@ -114,7 +124,7 @@ impl Server {
         let copied = Command::new("cp").args(copy).arg(template().join("registry")).arg(&data).status().unwrap();
         assert!(copied.success());
         let (http, https) = (free_port(), free_port());
-        Self { dir, data, keeper: None, http, https, number: next_number(), flags: vec![], expected: Mutex::default(), binary: None }
+        Self { dir, data, keeper: None, http, https, number: next_number(), flags: vec![], machine_prefix: None, expected: Mutex::default(), binary: None }
     }
 
     /// The server runs from a binary of its own, which a test may exchange.
@@ -131,6 +141,11 @@ impl Server {
 
     pub fn data(&self) -> PathBuf {
         self.data.clone()
+    }
+
+    /// What the addresses of its machines begin with.
+    pub fn address_prefix(&self) -> String {
+        format!("10.{}.{}.", 210 + self.number / 250, self.number % 250)
     }
 
     pub fn log(&self) -> String {
@@ -150,7 +165,7 @@ impl Server {
             .arg(self.data())
             .args(["--http", &format!("127.0.0.1:{}", self.http)])
             .args(["--https", &format!("127.0.0.1:{}", self.https)])
-            .args(["--machine-prefix", &format!("10.{}.{}.0/24", 210 + self.number / 250, self.number % 250)])
+            .args(["--machine-prefix", &self.machine_prefix.clone().unwrap_or_else(|| format!("{}0/24", self.address_prefix()))])
             .args(&self.flags)
             .stdin(Stdio::null());
         command

@@ -33,7 +33,7 @@ fn check_traffic(point: &str, seen: &Seen, kills: usize) {
 }
 
 /// Restarts the server with a kill point, runs `act` against it, and waits for it to have been visited.
-fn visit(server: &mut Server, point: &str, act: impl FnOnce(&Server)) {
+pub fn visit(server: &mut Server, point: &str, act: impl FnOnce(&Server)) {
     server.stop();
     server.flags = vec!["--kill-at".into(), point.into()];
     for text in ["the server died; restarting it", "plan failed", "failed", "its supervisor was killed"] {
@@ -357,22 +357,4 @@ fn random_kills_under_deploys_lose_nothing() {
 fn deploy_or_return(server: &Server, dir: &Path, image: &str) {
     let output = server.dunlin_in(dir, &["deploy", "--image", image]);
     assert!(matches!(output.status.code(), Some(0 | 1 | 3 | 6)), "{:?}: {}", output.status, text(&output));
-}
-
-/// xorshift, seeded by the clock and printed, so that a failure can be run again.
-struct Random(u64);
-
-impl Random {
-    fn seeded() -> Self {
-        let seed = std::env::var("DUNLIN_TEST_SEED").ok().and_then(|text| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok());
-        let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
-        Self(seed.unwrap_or(clock) | 1)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
 }

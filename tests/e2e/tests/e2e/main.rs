@@ -5,6 +5,7 @@ mod clients;
 mod console;
 mod deploys;
 mod disk;
+mod endure;
 mod errors;
 mod exec;
 mod hostile;
