@@ -52,7 +52,7 @@ async fn dispatch(command: Command, globals: Globals) -> Result<Exit, CliError> 
         Command::Logs(args) => logs::logs(&session, args).await,
         Command::Machine(command) => machines::machine(&session, command).await,
         Command::Volume(command) => volumes::volume(&session, command).await,
-        Command::Console(args) => console::console(&session, args).await,
+        Command::Console(args) => console::console(&session, *args).await,
         Command::Ssh(command) => ssh::ssh(&session, command).await,
         Command::Scale(command) => apps::scale(&session, command).await,
         Command::Secrets(command) => secrets::secrets(&session, command).await,

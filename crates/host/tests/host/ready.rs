@@ -1,7 +1,7 @@
 //! Stopped machines whose program only is to be started.
 
 use crate::setup::World;
-use dunlin_api::{CommandKind, HostApi, LastHop};
+use dunlin_api::{CommandKind, LastHop};
 use dunlin_model::{MachineId, MachineState};
 use dunlin_runtime::{Client, Phase};
 use serde_json::{Value, json};
