@@ -3,6 +3,7 @@
 //! after it became healthy), `withers` (the same, a while after), `ends` (with exit code 0).
 #![allow(dead_code)] // each test binary uses a part
 
+mod machine;
 mod session;
 
 use async_trait::async_trait;
@@ -21,10 +22,11 @@ use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{
-    CommandId, ExitInfo, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId,
+    CommandId, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId,
 };
 use dunlin_registry::ContentStore;
-use dunlin_view::{CheckState, CheckStatus, HostFact, MachineAssignment, MachineFact};
+use dunlin_view::{HostFact, MachineFact};
+use machine::{created, exit, live};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -37,9 +39,6 @@ use tower_service::Service;
 
 /// Nothing here takes longer, unless it hangs.
 pub const DEADLINE: Duration = Duration::from_secs(60);
-
-/// Longer than a deploy here wants to see a machine healthy, shorter than it takes to replace three.
-const WITHERS_MS: u64 = 2_500;
 
 const SPEAKS_EVERY_MS: u64 = 200;
 
@@ -198,101 +197,6 @@ impl SmallHost {
             let _ = self.view.publish_machine(fact);
         }
         self.lowest_healthy.fetch_min(self.healthy(), Ordering::SeqCst);
-    }
-}
-
-fn created(assignment: &MachineAssignment) -> MachineFact {
-    MachineFact {
-        id: assignment.id.clone(),
-        host: assignment.host.clone(),
-        app: assignment.spec.app.clone(),
-        sequence: 1,
-        placement: assignment.placement,
-        state: MachineState::Creating,
-        version: assignment.spec.version.clone(),
-        release: assignment.spec.release,
-        process_group: assignment.spec.process_group.clone(),
-        attempt: 0,
-        address: assignment.address,
-        cordoned: false,
-        checks: vec![],
-        exit: None,
-        restarts: 0,
-        problem: None,
-        over: false,
-        due_ms: None,
-        updated_at_ms: 0,
-    }
-}
-
-fn live(fact: &mut MachineFact, assignment: &MachineAssignment) {
-    let spec = &assignment.spec;
-    let behave = spec.env.get("BEHAVE").map_or("good", String::as_str);
-    if fact.version != spec.version {
-        if behave == "missing" {
-            fact.problem = Some("image not found".into());
-            return;
-        }
-        let ran = !fact.state.is_asleep();
-        fact.version = spec.version.clone();
-        fact.release = spec.release;
-        (fact.restarts, fact.exit, fact.checks, fact.problem) = (0, None, vec![], None);
-        fact.state = if ran { MachineState::Starting } else { fact.state };
-        fact.attempt += u64::from(ran);
-        return;
-    }
-    let lives_ms = match behave {
-        "crashes" => Some(0),
-        "fades" => Some(300),
-        "withers" => Some(WITHERS_MS),
-        _ => None,
-    };
-    match fact.state {
-        MachineState::Creating if behave == "missing" => {
-            fact.state = MachineState::Failed;
-            fact.problem = Some("image not found".into());
-        }
-        MachineState::Creating => fact.state = MachineState::Created,
-        MachineState::Starting => fact.state = MachineState::Started,
-        MachineState::Stopping => fact.state = MachineState::Stopped,
-        MachineState::Restarting => {
-            fact.state = MachineState::Starting;
-            fact.attempt += 1;
-        }
-        MachineState::Started if behave == "ends" => {
-            fact.state = MachineState::Stopped;
-            fact.exit = Some(exit(fact.attempt, 0));
-            fact.over = spec.auto_destroy;
-        }
-        MachineState::Started if lives_ms.is_some_and(|ms| now_ms() >= fact.updated_at_ms + ms) => {
-            fact.restarts += 1;
-            (fact.state, fact.checks) = (MachineState::Restarting, vec![]);
-            fact.exit = Some(exit(fact.attempt, 3));
-        }
-        MachineState::Started if fact.checks.is_empty() => {
-            let good = ["good", "fades", "withers"].contains(&behave);
-            let checks = spec.checks.iter().map(|check| CheckStatus {
-                name: check.name.clone(),
-                status: if good { CheckState::Passing } else { CheckState::Critical },
-                gates_routing: check.gates_routing,
-                output: "HTTP 500, 12 bytes".into(),
-                updated_at_ms: 0,
-            });
-            fact.checks = checks.collect();
-        }
-        _ => {}
-    }
-}
-
-fn exit(attempt: u64, code: i32) -> ExitInfo {
-    ExitInfo {
-        attempt,
-        exit_code: Some(code),
-        signal: None,
-        oom_killed: false,
-        requested_stop: false,
-        at_ms: 0,
-        error: None,
     }
 }
 

@@ -1,0 +1,103 @@
+//! What becomes of a machine of the small host, turn by turn.
+
+use super::now_ms;
+use dunlin_model::{ExitInfo, MachineState};
+use dunlin_view::{CheckState, CheckStatus, MachineAssignment, MachineFact};
+
+/// Longer than a deploy here wants to see a machine healthy, shorter than it takes to replace three.
+const WITHERS_MS: u64 = 2_500;
+
+pub fn created(assignment: &MachineAssignment) -> MachineFact {
+    MachineFact {
+        id: assignment.id.clone(),
+        host: assignment.host.clone(),
+        app: assignment.spec.app.clone(),
+        sequence: 1,
+        placement: assignment.placement,
+        state: MachineState::Creating,
+        version: assignment.spec.version.clone(),
+        release: assignment.spec.release,
+        process_group: assignment.spec.process_group.clone(),
+        attempt: 0,
+        address: assignment.address,
+        cordoned: false,
+        checks: vec![],
+        exit: None,
+        restarts: 0,
+        problem: None,
+        over: false,
+        due_ms: None,
+        updated_at_ms: 0,
+    }
+}
+
+pub fn live(fact: &mut MachineFact, assignment: &MachineAssignment) {
+    let spec = &assignment.spec;
+    let behave = spec.env.get("BEHAVE").map_or("good", String::as_str);
+    if fact.version != spec.version {
+        if behave == "missing" {
+            fact.problem = Some("image not found".into());
+            return;
+        }
+        let ran = !fact.state.is_asleep();
+        fact.version = spec.version.clone();
+        fact.release = spec.release;
+        (fact.restarts, fact.exit, fact.checks, fact.problem) = (0, None, vec![], None);
+        fact.state = if ran { MachineState::Starting } else { fact.state };
+        fact.attempt += u64::from(ran);
+        return;
+    }
+    let lives_ms = match behave {
+        "crashes" => Some(0),
+        "fades" => Some(300),
+        "withers" => Some(WITHERS_MS),
+        _ => None,
+    };
+    match fact.state {
+        MachineState::Creating if behave == "missing" => {
+            fact.state = MachineState::Failed;
+            fact.problem = Some("image not found".into());
+        }
+        MachineState::Creating => fact.state = MachineState::Created,
+        MachineState::Starting => fact.state = MachineState::Started,
+        MachineState::Stopping => fact.state = MachineState::Stopped,
+        MachineState::Restarting => {
+            fact.state = MachineState::Starting;
+            fact.attempt += 1;
+        }
+        MachineState::Started if behave == "ends" => {
+            fact.state = MachineState::Stopped;
+            fact.exit = Some(exit(fact.attempt, 0));
+            fact.over = spec.auto_destroy;
+        }
+        MachineState::Started if lives_ms.is_some_and(|ms| now_ms() >= fact.updated_at_ms + ms) => {
+            fact.restarts += 1;
+            (fact.state, fact.checks) = (MachineState::Restarting, vec![]);
+            fact.exit = Some(exit(fact.attempt, 3));
+        }
+        MachineState::Started if fact.checks.is_empty() => {
+            let good = ["good", "fades", "withers"].contains(&behave);
+            let checks = spec.checks.iter().map(|check| CheckStatus {
+                name: check.name.clone(),
+                status: if good { CheckState::Passing } else { CheckState::Critical },
+                gates_routing: check.gates_routing,
+                output: "HTTP 500, 12 bytes".into(),
+                updated_at_ms: 0,
+            });
+            fact.checks = checks.collect();
+        }
+        _ => {}
+    }
+}
+
+pub fn exit(attempt: u64, code: i32) -> ExitInfo {
+    ExitInfo {
+        attempt,
+        exit_code: Some(code),
+        signal: None,
+        oom_killed: false,
+        requested_stop: false,
+        at_ms: 0,
+        error: None,
+    }
+}
