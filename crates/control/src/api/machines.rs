@@ -344,9 +344,12 @@ impl Restart {
             return Err(Failure::invalid("signal cannot be used: a restart sends the machine's own signal")
                 .hint("set stop_config.signal, or stop the machine with the signal and start it"));
         }
-        let is_forced = matches!(self.force_stop, Some(Value::Bool(true))) || self.force_stop == Some(json!("true"));
-        if is_forced {
-            return Ok(Some(0));
+        match self.force_stop {
+            None | Some(Value::Null | Value::Bool(false)) => {}
+            Some(Value::Bool(true)) => return Ok(Some(0)),
+            Some(Value::String(text)) if text == "true" => return Ok(Some(0)),
+            Some(Value::String(text)) if text == "false" || text.is_empty() => {}
+            Some(other) => return Err(Failure::invalid(format!("force_stop is true or false, not {other}"))),
         }
         self.timeout.as_ref().map(duration_ms).transpose()
     }
