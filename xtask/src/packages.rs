@@ -26,6 +26,7 @@ const TEST: &[(&str, &str, &str)] = &[
     ("/usr/bin/setfattr", "attr", "extended attributes in tests"),
     ("/usr/bin/zstd", "zstd", "layers in tests"),
     ("/usr/bin/python3", "python3", "servers, and attempts to break out, in tests"),
+    ("/usr/share/doc/python3-venv", "python3-venv", "a tool that tries the API, in tests"),
     ("/sbin/setcap", "libcap2-bin", "capabilities of files in tests"),
     ("/usr/bin/npm", "npm", "another client of the API in tests"),
 ];

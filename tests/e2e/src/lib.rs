@@ -50,7 +50,8 @@ pub fn binary() -> PathBuf {
     path
 }
 
-fn target() -> PathBuf {
+/// Where cargo puts what it makes, and tests what is expensive to make.
+pub fn target() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from)
 }
