@@ -2,6 +2,7 @@
 
 use crate::failure::Failure;
 use axum::Json;
+use axum::extract::rejection::JsonRejection;
 use axum::extract::{FromRequest, Request};
 use axum::response::{IntoResponse, Response};
 use dunlin_model::CommandId;
@@ -13,11 +14,26 @@ use serde_json::Value;
 pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
-    type Rejection = Response;
+    type Rejection = NoBody;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
-        let Json(value) = Json::from_request(request, state).await.map_err(IntoResponse::into_response)?;
-        object(value).map(Self).map_err(IntoResponse::into_response)
+    async fn from_request(request: Request, state: &S) -> Result<Self, NoBody> {
+        let Json(value) = Json::from_request(request, state).await.map_err(NoBody::Unread)?;
+        object(value).map(Self).map_err(NoBody::Refused)
+    }
+}
+
+/// Why there is none.
+pub enum NoBody {
+    Unread(JsonRejection),
+    Refused(Failure),
+}
+
+impl IntoResponse for NoBody {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Unread(rejection) => rejection.into_response(),
+            Self::Refused(failure) => failure.into_response(),
+        }
     }
 }
 
