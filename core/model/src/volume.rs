@@ -32,6 +32,9 @@ pub struct VolumeRow {
     pub created_at_ms: u64,
     #[serde(default = "default_retention")]
     pub snapshot_retention: u32,
+    /// A snapshot a day. Volumes of before there were such have none.
+    #[serde(default)]
+    pub auto_backup: bool,
     /// What it begins with; without one it begins empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<VolumeSource>,
@@ -67,6 +70,55 @@ pub struct Mount {
     pub name: String,
     /// Where it is in the machine; see [`mount_path`].
     pub path: String,
+    #[serde(default, flatten, skip_serializing_if = "Option::is_none")]
+    pub extend: Option<AutoExtend>,
+}
+
+/// When a volume grows by itself: as long as a machine has it that says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoExtend {
+    /// Of what can be written to it; see [`EXTEND_PERCENT`].
+    #[serde(rename = "extend_threshold_percent")]
+    pub percent: u32,
+    #[serde(rename = "add_size_gb")]
+    pub add_gb: u32,
+    /// It never grows beyond it.
+    #[serde(rename = "size_gb_limit")]
+    pub limit_gb: u32,
+}
+
+/// Below it a volume would grow for nothing, at 100 too late.
+pub const EXTEND_PERCENT: std::ops::RangeInclusive<u32> = 50..=99;
+
+impl AutoExtend {
+    /// As a machine's mount has it: all three or none. An error says what is wrong with which.
+    pub fn read(percent: Option<u32>, add_gb: Option<u32>, limit_gb: Option<u32>) -> Result<Option<Self>, (&'static str, String)> {
+        // Fly's clients send zeroes for what was not asked for.
+        let given = |value: Option<u32>| value.filter(|value| *value != 0);
+        let (percent, add_gb, limit_gb) = match (given(percent), given(add_gb), given(limit_gb)) {
+            (None, None, None) => return Ok(None),
+            (Some(percent), Some(add_gb), Some(limit_gb)) => (percent, add_gb, limit_gb),
+            (None, ..) => return Err(("extend_threshold_percent", "it belongs to add_size_gb and size_gb_limit".into())),
+            (_, None, _) => return Err(("add_size_gb", "it belongs to extend_threshold_percent".into())),
+            (_, _, None) => return Err(("size_gb_limit", "without a limit a program that fills its volume would take the whole disk".into())),
+        };
+        if !EXTEND_PERCENT.contains(&percent) {
+            return Err(("extend_threshold_percent", format!("it must be from {} to {}", EXTEND_PERCENT.start(), EXTEND_PERCENT.end())));
+        }
+        for (name, gb) in [("add_size_gb", add_gb), ("size_gb_limit", limit_gb)] {
+            if !(SIZE_MIN_GB..=SIZE_MAX_GB).contains(&gb) {
+                return Err((name, format!("it must be from {SIZE_MIN_GB} to {SIZE_MAX_GB}")));
+            }
+        }
+        Ok(Some(Self { percent, add_gb, limit_gb }))
+    }
+
+    /// The size that a volume should have which is so full; `None`: that which it has.
+    pub fn wants(&self, size_gb: u32, used: u64, of: u64) -> Option<u32> {
+        let is_full = of > 0 && used.saturating_mul(100) >= of.saturating_mul(u64::from(self.percent));
+        let larger = size_gb.saturating_add(self.add_gb).min(self.limit_gb);
+        (is_full && larger > size_gb).then_some(larger)
+    }
 }
 
 /// Why a path is not one that a volume can be mounted at.
@@ -121,6 +173,38 @@ mod tests {
     fn rows_of_earlier_versions_are_understood() {
         let row = r#"{"id":"vol_abababababababab","name":"data","org":"personal","app":"web","host":"h1",
             "region":"local","size_gb":1,"created_at_ms":0}"#;
-        assert_eq!(serde_json::from_str::<VolumeRow>(row).unwrap().snapshot_retention, 5);
+        let row = serde_json::from_str::<VolumeRow>(row).unwrap();
+        assert_eq!((row.snapshot_retention, row.auto_backup), (5, false));
+        let mount = r#"{"volume":"vol_abababababababab","name":"data","path":"/data"}"#;
+        let mount = serde_json::from_str::<Mount>(mount).unwrap();
+        assert_eq!(mount.extend, None);
+        let extend = Some(AutoExtend { percent: 80, add_gb: 1, limit_gb: 5 });
+        let text = serde_json::to_string(&Mount { extend, ..mount.clone() }).unwrap();
+        assert_eq!(serde_json::from_str::<Mount>(&text).unwrap().extend, extend);
+    }
+
+    #[test]
+    fn a_volume_grows_when_it_is_full_and_up_to_its_limit() {
+        let extend = AutoExtend::read(Some(80), Some(3), Some(10)).unwrap().unwrap();
+        for (size_gb, used, of, expected) in [
+            (1, 79, 100, None),
+            (1, 80, 100, Some(4)),
+            (8, 100, 100, Some(10)),
+            (10, 100, 100, None),
+            (12, 100, 100, None),
+            (1, 0, 0, None),
+        ] {
+            assert_eq!(extend.wants(size_gb, used, of), expected, "{size_gb} GB, {used} of {of}");
+        }
+        assert_eq!(AutoExtend::read(None, Some(0), None), Ok(None));
+        for (percent, add, limit, named) in [
+            (Some(80), Some(1), None, "size_gb_limit"),
+            (Some(80), None, Some(9), "add_size_gb"),
+            (None, Some(1), Some(9), "extend_threshold_percent"),
+            (Some(30), Some(1), Some(9), "extend_threshold_percent"),
+            (Some(80), Some(1), Some(100_000), "size_gb_limit"),
+        ] {
+            assert_eq!(AutoExtend::read(percent, add, limit).unwrap_err().0, named);
+        }
     }
 }

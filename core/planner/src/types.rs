@@ -2,7 +2,7 @@
 
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::config::Strategy;
-use dunlin_model::volume::VolumeRow;
+use dunlin_model::volume::{AutoExtend, VolumeRow};
 use dunlin_model::{
     AppName, CommandId, Guest, HostId, MachineId, MachineSpec, MachineVersion, Mount, Region, VolumeId,
 };
@@ -68,6 +68,11 @@ pub struct MountTarget {
     /// Of one that is made.
     pub size_gb: u32,
     pub snapshot_retention: u32,
+    /// A snapshot a day. Plans of before there were such made volumes without.
+    #[serde(default)]
+    pub auto_backup: bool,
+    #[serde(default)]
+    pub extend: Option<AutoExtend>,
 }
 
 impl MountTarget {
@@ -77,7 +82,7 @@ impl MountTarget {
     }
 
     pub fn of(&self, volume: VolumeId) -> Mount {
-        Mount { volume, name: self.name.clone(), path: self.path.clone() }
+        Mount { volume, name: self.name.clone(), path: self.path.clone(), extend: self.extend }
     }
 }
 

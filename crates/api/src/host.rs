@@ -182,6 +182,12 @@ pub struct VolumeSnapshot {
     pub size: u64,
     /// Bytes of the volume that it is of.
     pub volume_size: u64,
+    /// `sha256:` and hexadecimal, of what the volume had; empty for one of before there were such.
+    #[serde(default)]
+    pub digest: String,
+    /// Made by its host, as one a day.
+    #[serde(default)]
+    pub scheduled: bool,
     pub retention_days: u32,
 }
 

@@ -32,7 +32,7 @@ pub struct CreateVolume {
     pub source_volume_id: Option<VolumeId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_retention: Option<u32>,
-    /// `true` is refused: snapshots are made when they are asked for.
+    /// A snapshot a day; `None`: yes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_backup_enabled: Option<bool>,
     /// A wish about placement: one zone is a host, and a server that has one host has one zone.
@@ -115,7 +115,7 @@ impl Volume {
             blocks_avail: known.blocks_avail,
             fstype: "ext4".into(),
             snapshot_retention: row.snapshot_retention,
-            auto_backup_enabled: false,
+            auto_backup_enabled: row.auto_backup,
             host_status: if status.is_some() { "ok" } else { "unreachable" }.into(),
             created_at: rfc3339(row.created_at_ms),
         }
@@ -129,6 +129,8 @@ pub struct Snapshot {
     pub size: u64,
     /// Bytes of the volume.
     pub volume_size: u64,
+    /// Of what the volume had, `sha256:` and hexadecimal. Snapshots of before there were such have none.
+    pub digest: String,
     pub status: String,
     pub retention_days: u32,
     pub created_at: String,
@@ -139,6 +141,7 @@ impl From<VolumeSnapshot> for Snapshot {
         Self {
             size: snapshot.size,
             volume_size: snapshot.volume_size,
+            digest: snapshot.digest,
             status: "created".into(),
             retention_days: snapshot.retention_days,
             created_at: rfc3339(snapshot.created_at_ms),

@@ -281,6 +281,9 @@ pub enum VolumeCommand {
         /// Days that its snapshots are kept [default: 5]
         #[arg(long)]
         snapshot_retention: Option<u32>,
+        /// A snapshot a day [default: true]
+        #[arg(long, value_name = "BOOL")]
+        scheduled_snapshots: Option<bool>,
     },
     /// List an app's volumes, how full they are and which machines have them
     List(AppArgs),
@@ -293,13 +296,17 @@ pub enum VolumeCommand {
         #[arg(short, long)]
         size: u32,
     },
-    /// Change how long snapshots are kept that are made from now on
+    /// Change whether snapshots are made by themselves, and how long those are kept that are made from now on
+    #[command(group(clap::ArgGroup::new("change").required(true).multiple(true)))]
     Update {
         #[command(flatten)]
         target: VolumeArgs,
         /// Days
-        #[arg(long)]
-        snapshot_retention: u32,
+        #[arg(long, group = "change")]
+        snapshot_retention: Option<u32>,
+        /// A snapshot a day
+        #[arg(long, value_name = "BOOL", group = "change")]
+        scheduled_snapshots: Option<bool>,
     },
     /// Make a volume that begins as a copy of another one as it is now
     Fork {

@@ -10,11 +10,12 @@ use serde_json::{Value, json};
 
 pub async fn volume(session: &Session, command: VolumeCommand) -> Result<Exit, CliError> {
     match command {
-        VolumeCommand::Create { name, target, size, region, snapshot_id, snapshot_retention } => {
+        VolumeCommand::Create { name, target, size, region, snapshot_id, snapshot_retention, scheduled_snapshots } => {
             let app = app_name(&target)?;
             // A copy is as large as what it is of.
             let size_gb = size.or(snapshot_id.is_none().then_some(dunlin_model::volume::SIZE_DEFAULT_GB));
-            let body = CreateVolume { name, region, size_gb, snapshot_id, snapshot_retention, ..CreateVolume::default() };
+            let auto_backup_enabled = scheduled_snapshots;
+            let body = CreateVolume { name, region, size_gb, snapshot_id, snapshot_retention, auto_backup_enabled, ..CreateVolume::default() };
             create(session, &app, &body).await
         }
         VolumeCommand::List(args) => {
@@ -33,9 +34,9 @@ pub async fn volume(session: &Session, command: VolumeCommand) -> Result<Exit, C
             show(session, &session.client.get(&format!("/v1/apps/{app}/volumes/{id}")).await?)
         }
         VolumeCommand::Extend { target, size } => extend(session, &target, size).await,
-        VolumeCommand::Update { target, snapshot_retention } => {
+        VolumeCommand::Update { target, snapshot_retention, scheduled_snapshots } => {
             let (app, id) = find(session, &target).await?;
-            let body = UpdateVolume { snapshot_retention: Some(snapshot_retention), auto_backup_enabled: None };
+            let body = UpdateVolume { snapshot_retention, auto_backup_enabled: scheduled_snapshots };
             show(session, &session.client.put(&format!("/v1/apps/{app}/volumes/{id}"), &body).await?)
         }
         VolumeCommand::Fork { target, name, size } => {
@@ -133,7 +134,8 @@ fn show(session: &Session, volume: &Volume) -> Result<Exit, CliError> {
     line("host", &volume.zone);
     line("machine", &machine(volume));
     line("encrypted", if volume.encrypted { "yes" } else { "no" });
-    line("snapshots", &format!("kept {} days", volume.snapshot_retention));
+    let made = if volume.auto_backup_enabled { "one a day" } else { "when asked for" };
+    line("snapshots", &format!("{made}, kept {} days", volume.snapshot_retention));
     line("created", &volume.created_at);
     Ok(Exit::Ok)
 }

@@ -18,6 +18,7 @@ mod events;
 mod failure;
 mod fly;
 mod forget;
+mod grow;
 mod images;
 pub mod issue;
 mod keys;

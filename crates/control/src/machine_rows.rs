@@ -223,12 +223,14 @@ pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, wish: Wish) -> Resul
             row.value.spec.release, row.value.spec.process_group
         )));
     }
-    let mounts = row.value.spec.mounts.clone();
+    let had = row.value.spec.mounts.clone();
     let same = |(a, b): (&Mount, &Mount)| a.volume == b.volume && a.path == b.path;
-    if asked.mounts.len() != mounts.len() || !asked.mounts.iter().zip(&mounts).all(same) {
+    if asked.mounts.len() != had.len() || !asked.mounts.iter().zip(&had).all(same) {
         return Err(Failure::invalid("config.mounts cannot be changed: a machine keeps the volume that it was made with")
             .hint("repeat config.mounts as GET shows it, or make another machine"));
     }
+    // When it grows may change.
+    let mounts = asked.mounts.iter().zip(had).map(|(asked, had)| Mount { extend: asked.extend, ..had }).collect();
     let image = ctx.images.resolve(&name, &asked.image).await?;
     let _one_at_a_time = ctx.machines_writer.lock().await;
     let progress = ctx.state.get::<Progress>(&key::progress(&name)).await?;

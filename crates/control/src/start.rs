@@ -7,7 +7,7 @@ use crate::keys::{KeyError, Keys, private_dir};
 use crate::kill::KillPoints;
 use crate::rows::{Change, SecretsVersionRow, State, key};
 use crate::tokens::Tokens;
-use crate::{Ctx, api, ended, forget, launch, now_ms, project, reconcile, registry};
+use crate::{Ctx, api, ended, forget, grow, launch, now_ms, project, reconcile, registry};
 use axum::Router;
 use dunlin_api::HostApi;
 use dunlin_cluster::View;
@@ -145,6 +145,7 @@ impl Control {
         tasks.spawn(launch::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(ended::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(forget::run(Arc::clone(&ctx), ctx.stop.clone()));
+        tasks.spawn(grow::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(certificates::run(Arc::clone(&ctx), ctx.stop.clone()));
         Ok(Self { ctx, tasks })
     }

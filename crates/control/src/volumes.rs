@@ -52,6 +52,7 @@ pub(crate) fn make(spec: &MachineSpec, mount: &MountTarget, id: VolumeId, host: 
         size_gb: mount.size_gb,
         created_at_ms: now_ms(),
         snapshot_retention: mount.snapshot_retention,
+        auto_backup: mount.auto_backup,
         source: None,
     };
     create(&row)

@@ -47,7 +47,6 @@ async fn volumes_are_made_shown_extended_and_destroyed() {
     for (body, status, says) in [
         (json!({ "name": "Data" }), 422, "lower-case"),
         (json!({ "name": "data", "encrypted": true }), 422, "cannot be encrypted"),
-        (json!({ "name": "data", "auto_backup_enabled": true }), 422, "when they are asked for"),
         (json!({ "name": "data", "fstype": "xfs" }), 422, "ext4"),
         (json!({ "name": "data", "iops": 9 }), 422, "iops"),
         (json!({ "name": "data", "region": "fra" }), 422, "no host in region fra"),
@@ -69,9 +68,13 @@ async fn volumes_are_made_shown_extended_and_destroyed() {
     check_error(&put(&format!("{path}/extend"), json!({ "size_gb": 400 })).await, 503, "100 GiB are free");
     assert_eq!(put(&path, json!({ "snapshot_retention": 9 })).await.json()["snapshot_retention"], 9);
     check_error(&put(&path, json!({ "snapshot_retention": 90 })).await, 422, "60 days");
+    assert_eq!(made["auto_backup_enabled"], true, "as on Fly");
+    assert_eq!(put(&path, json!({ "auto_backup_enabled": false })).await.json()["auto_backup_enabled"], false);
+    assert_eq!(put(&path, json!({ "snapshot_retention": 9 })).await.json()["auto_backup_enabled"], false, "what is not said stays");
 
     let snapshot = world.post(&format!("{path}/snapshots"), json!({})).await.json();
     assert_eq!(world.get(&format!("{path}/snapshots")).await.json(), json!([snapshot]));
+    assert!(snapshot["digest"].as_str().unwrap().starts_with("sha256:"), "{snapshot}");
     let restored = world.post("/v1/apps/web/volumes", json!({ "name": "old", "snapshot_id": snapshot["id"] })).await;
     assert_eq!(restored.json()["size_gb"], 2, "as large as what it is of: {}", restored.text);
     let config = world.view.current().config.clone();
@@ -125,5 +128,29 @@ async fn a_releases_machines_have_a_volume_each_and_keep_it() {
     deploy(&world, 4, 'b', json!([])).await;
     let free = volumes(&world).await;
     assert!(free.len() == 2 && free.iter().all(|volume| volume["attached_machine_id"].is_null()), "{free:?}");
+    world.control.shutdown().await;
+}
+
+/// The volume "full" of the test's host always is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_volume_grows_by_itself_up_to_its_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path()).await;
+    world.create_app("web").await;
+    let extend = json!({ "extend_threshold_percent": 90, "add_size_gb": 2, "size_gb_limit": 5 });
+    let mounts = |extend: Value| json!([{ "source": "full", "destination": "/data", "initial_size_gb": 2, "extend": extend }]);
+    deploy(&world, 1, 'a', mounts(extend.clone())).await;
+    world.eventually("it has the size of its limit", async || volumes(&world).await[0]["size_gb"] == 5).await;
+    let machine = volumes(&world).await[0]["attached_machine_id"].as_str().unwrap().to_owned();
+    let shown = world.get(&format!("/v1/apps/web/machines/{machine}")).await.json();
+    for (name, value) in extend.as_object().unwrap() {
+        assert_eq!(&shown["config"]["mounts"][0][name], value, "{shown}");
+    }
+    // Without a word on it none grows.
+    let row = world.view.current().config.volumes.values().next().unwrap().clone();
+    assert_eq!((row.size_gb, row.auto_backup), (5, true));
+    deploy(&world, 2, 'b', mounts(Value::Null)).await;
+    let spec = world.view.current().config.machines.values().next().unwrap().spec.clone();
+    assert_eq!(spec.mounts[0].extend, None);
     world.control.shutdown().await;
 }

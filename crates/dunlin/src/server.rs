@@ -167,7 +167,8 @@ struct KillAt {
 impl KillAt {
     fn parse(point: Option<&str>) -> Result<Self, DoNotRestart> {
         let Some(point) = point else { return Ok(Self::default()) };
-        if dunlin_host::KILL_POINTS.contains(&point) || dunlin_host::SUPERVISOR_KILL_POINTS.contains(&point) {
+        let of_host = [dunlin_host::KILL_POINTS, dunlin_host::VOLUME_KILL_POINTS, dunlin_host::SUPERVISOR_KILL_POINTS];
+        if of_host.iter().any(|points| points.contains(&point)) {
             return Ok(Self { host: Some(point.to_owned()), control: None });
         }
         if dunlin_control::kill_points().contains(&point) {

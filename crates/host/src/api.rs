@@ -197,7 +197,7 @@ impl HostApi for Host {
         let (row, snapshot) = (self.volume_row(id, 0).await?, snapshot.clone());
         self.of_volumes(move |shared| {
             volumes::ensure(shared, &row)?;
-            snapshots::make(shared, &row, &snapshot)
+            snapshots::make(shared, &row, &snapshot, snapshots::For::Somebody)
         })
         .await
     }

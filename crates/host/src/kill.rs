@@ -22,9 +22,27 @@ pub const KILL_POINTS: &[&str] = &[
     "host.before-forget",
 ];
 
+/// Those of volumes: between what is on disk and what is done, or said, next.
+pub const VOLUME_KILL_POINTS: &[&str] = &[
+    "volume.before-make",
+    "volume.after-source-copy",
+    "volume.after-make",
+    "volume.before-grow",
+    "volume.after-grow",
+    "volume.before-mount",
+    "volume.after-mount",
+    "volume.before-unmount",
+    "volume.after-unmount",
+    "volume.before-snapshot",
+    "volume.after-snapshot-copy",
+    "volume.after-snapshot",
+    "volume.before-remove",
+    "volume.after-remove",
+];
+
 /// Ends the process here if a test asked for it.
 pub fn kill_point(kill_at: Option<&str>, point: &str) {
-    debug_assert!(KILL_POINTS.contains(&point), "{point} is not listed");
+    debug_assert!(KILL_POINTS.contains(&point) || VOLUME_KILL_POINTS.contains(&point), "{point} is not listed");
     if kill_at == Some(point) {
         let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     }

@@ -17,6 +17,7 @@ mod builder;
 mod checks;
 mod clock;
 mod convert;
+mod digest;
 mod exec;
 mod firewall;
 mod journal;
@@ -34,7 +35,7 @@ mod volumes;
 
 pub use journal::JournalError;
 pub use dunlin_runtime::KILL_POINTS as SUPERVISOR_KILL_POINTS;
-pub use kill::KILL_POINTS;
+pub use kill::{KILL_POINTS, VOLUME_KILL_POINTS};
 
 use crate::agent::Input;
 use crate::firewall::KeptFirewall;
@@ -73,7 +74,7 @@ pub struct HostConfig {
     pub ready_machines: usize,
     /// Opens the secrets that control sealed to this host.
     pub key: OpeningKey,
-    /// See [`KILL_POINTS`].
+    /// See [`KILL_POINTS`] and [`VOLUME_KILL_POINTS`].
     pub kill_at: Option<String>,
 }
 
@@ -179,6 +180,8 @@ impl Host {
         tokio::spawn(firewall::keep(shared.clone(), move || !agent.is_closed()));
         let agent = inputs.clone();
         tokio::spawn(volumes::follow(shared.clone(), move || !agent.is_closed()));
+        let agent = inputs.clone();
+        tokio::spawn(snapshots::follow(shared.clone(), move || !agent.is_closed()));
         Ok(Arc::new(Self { shared, inputs, agent: Mutex::new(Some(thread)) }))
     }
 

@@ -7,6 +7,7 @@
 //! Files are made and grown as config facts say, and removed on a tombstone only.
 
 use crate::agent::chain;
+use crate::kill::kill_point;
 use crate::{Shared, snapshots};
 use dunlin_machine::Record;
 use dunlin_model::volume::VolumeRow;
@@ -39,14 +40,13 @@ const AGAIN: Duration = Duration::from_secs(5);
 pub struct Volumes {
     turns: Mutex<BTreeMap<VolumeId, Arc<Mutex<()>>>>,
     holders: Mutex<BTreeMap<VolumeId, MachineId>>,
-    /// Grown while mounted where the kernel does not let us: larger from the next start of the machine on.
-    grow_later: Mutex<BTreeSet<VolumeId>>,
 }
 
 /// How a volume is.
 #[derive(Debug, Clone, Copy)]
 pub struct State {
     pub usage: Usage,
+    /// Grown while mounted where the kernel does not let us: larger from the next start of the machine on.
     pub needs_restart: bool,
 }
 
@@ -110,6 +110,10 @@ impl Place {
     }
 }
 
+pub(crate) fn point(shared: &Shared, name: &str) {
+    kill_point(shared.config.kill_at.as_deref(), name);
+}
+
 /// Runs `act` as the only one on a volume.
 pub(crate) fn alone<T>(shared: &Shared, id: &VolumeId, act: impl FnOnce(&Place) -> T) -> T {
     let turn = shared.volumes.turn(id);
@@ -137,7 +141,9 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
         for dir in [place.0.clone(), place.mnt(), place.snapshots()] {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
         }
+        point(shared, "volume.before-make");
         make(shared, row, place, size_bytes)?;
+        point(shared, "volume.after-make");
         tracing::info!(volume = %row.id, app = %row.app, size_gb = row.size_gb, "volume made");
     }
     if !place.made().exists() {
@@ -148,10 +154,9 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
     if has < size_bytes {
         room(&shared.config.data_dir, size_bytes - has)?;
         let mounted = place.mounted()?;
+        point(shared, "volume.before-grow");
         let grown = volume.grow(mounted.as_ref(), size_bytes).map_err(|e| chain(&e))?;
-        if mounted.is_some() && grown == Grown::WhenMounted {
-            lock(&shared.volumes.grow_later).insert(row.id.clone());
-        }
+        point(shared, "volume.after-grow");
         tracing::info!(volume = %row.id, app = %row.app, size_gb = row.size_gb, now = grown == Grown::Now, "volume grown");
     }
     Ok(())
@@ -168,11 +173,13 @@ fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Res
                     if !file.exists() {
                         return Err(format!("volume {} has no snapshot {snapshot} any more", source.volume));
                     }
+                    snapshots::check(&of, snapshot)?;
                     LoopVolume::create_copy(&place.data(), &file, size_bytes).map(drop)
                 }
                 None => {
                     let now = place.0.join("source.ext4");
                     alone(shared, &source.volume, |of| copy(of, &now))?;
+                    point(shared, "volume.after-source-copy");
                     let copied = LoopVolume::create_copy(&place.data(), &now, size_bytes).map(drop);
                     let _ = fs::remove_file(&now); // in nobody's way, and removed with the volume
                     copied
@@ -187,6 +194,11 @@ fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Res
 pub(crate) fn copy(of: &Place, to: &Path) -> Result<u64, String> {
     let volume = LoopVolume::open(&of.data()).map_err(|e| chain(&e))?;
     volume.snapshot(of.mounted()?.as_ref(), to).map_err(|e| chain(&e))
+}
+
+/// Whether its files are there.
+pub(crate) fn is_made(shared: &Shared, id: &VolumeId) -> bool {
+    Place::of(&shared.config.data_dir, id).made().exists()
 }
 
 /// Whether the disk has as much for a volume.
@@ -204,12 +216,14 @@ pub fn room(data_dir: &Path, size_bytes: u64) -> Result<(), String> {
 pub fn state(shared: &Shared, row: &VolumeRow) -> Result<State, String> {
     alone(shared, &row.id, |place| {
         ensure_alone(shared, row, place)?;
-        let usage = match place.mounted()? {
-            Some(mounted) => mounted.usage(),
-            None => LoopVolume::open(&place.data()).and_then(|volume| volume.usage()),
+        let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
+        let state = match place.mounted()? {
+            Some(mounted) => mounted.usage().and_then(|usage| {
+                Ok(State { usage, needs_restart: !mounted.fills(volume.size_bytes()?)? })
+            }),
+            None => volume.usage().map(|usage| State { usage, needs_restart: false }),
         };
-        let needs_restart = lock(&shared.volumes.grow_later).contains(&row.id);
-        Ok(State { usage: usage.map_err(|e| chain(&e))?, needs_restart })
+        state.map_err(|e| chain(&e))
     })
 }
 
@@ -253,6 +267,7 @@ fn attach_alone(shared: &Shared, row: &VolumeRow, machine: &MachineId, place: &P
     // Written before it is mounted: whatever happens from here, the machine's clean-up lets go of it.
     write_synced(&place.holder(), machine.as_str()).map_err(|e| format!("volume {}: {e}", row.id))?;
     lock(&shared.volumes.holders).insert(row.id.clone(), machine.clone());
+    point(shared, "volume.before-mount");
     let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
     let deadline = Instant::now() + LET_GO;
     loop {
@@ -262,7 +277,7 @@ fn attach_alone(shared: &Shared, row: &VolumeRow, machine: &MachineId, place: &P
             Ok(_) => break,
         }
     }
-    lock(&shared.volumes.grow_later).remove(&row.id);
+    point(shared, "volume.after-mount");
     Ok(Attached::At(place.mnt()))
 }
 
@@ -272,13 +287,14 @@ pub fn release(shared: &Shared, machine: &MachineId) -> Result<(), String> {
         lock(&shared.volumes.holders).iter().filter(|(_, holder)| *holder == machine).map(|(id, _)| id.clone()).collect();
     held.iter().try_for_each(|id| {
         alone(shared, id, |place| {
+            point(shared, "volume.before-unmount");
             unmount(place)?;
+            point(shared, "volume.after-unmount");
             match fs::remove_file(place.holder()) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(format!("volume {id}: {e}")),
                 _ => {}
             }
             lock(&shared.volumes.holders).remove(id);
-            lock(&shared.volumes.grow_later).remove(id);
             Ok(())
         })
     })
@@ -381,7 +397,9 @@ fn remove(shared: &Shared, id: &VolumeId) -> Result<Removed, String> {
             return Ok(Removed::NotYet);
         }
         unmount(place)?;
+        point(shared, "volume.before-remove");
         dunlin_runtime::remove_tree(&place.0).map_err(|e| e.to_string())?;
+        point(shared, "volume.after-remove");
         tracing::info!(volume = %id, "volume destroyed");
         Ok(Removed::Yes)
     })

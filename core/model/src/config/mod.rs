@@ -38,6 +38,7 @@ pub use units::{GUEST_SIZES, GuestSize};
 pub use validate::InvalidConfig;
 
 use crate::machine::{AutoStop, CheckKind, Concurrency, CpuKind, RestartWhen};
+use crate::volume::AutoExtend;
 use crate::{AppName, Region};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -244,6 +245,11 @@ pub struct MountConfig {
     pub initial_size_gb: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_retention: Option<u32>,
+    /// A snapshot a day; `None`: yes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scheduled_snapshots: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extend: Option<AutoExtend>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub processes: Vec<String>,
 }

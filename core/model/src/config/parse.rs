@@ -8,6 +8,7 @@ use super::{
 };
 use crate::machine::{CpuKind, RestartWhen};
 use crate::volume::{
+    AutoExtend, EXTEND_PERCENT,
     SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, VOLUME_NAME_RULE, is_volume_name, mount_path,
 };
 use std::collections::BTreeMap;
@@ -55,9 +56,6 @@ const LATER_VM: &[(&str, &str)] = &[
     ("persist_rootfs", "a machine's root file system is new at every version"),
 ];
 const LATER_MOUNTS: &[(&str, &str)] = &[
-    ("auto_extend_size_threshold", "volumes do not grow by themselves; use `dunlin volume extend`"),
-    ("auto_extend_size_increment", "volumes do not grow by themselves; use `dunlin volume extend`"),
-    ("auto_extend_size_limit", "volumes do not grow by themselves; use `dunlin volume extend`"),
     ("encrypted", "volumes are not encrypted; put the server's data directory on an encrypted disk"),
     ("type", "only volumes can be mounted"),
 ];
@@ -290,28 +288,37 @@ fn read_mount<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> Option<Moun
         mount_path(path).map(|()| path.to_owned()).map_err(|why| Refused::Because(why.into()))
     });
     let size = format!("a size like \"10gb\", or a number of GB, from {SIZE_MIN_GB} to {SIZE_MAX_GB}");
-    let initial_size_gb = section.read(f, "initial_size", &size, |value| {
-        let gb = match value {
-            Value::Integer(gb) => u32::try_from(*gb.value()).ok(),
-            Value::String(text) => match text.value().trim().parse() {
-                Ok(gb) => Some(gb),
-                Err(_) => units::parse_size_mb(text.value()).map(|mb| mb.div_ceil(1024)),
-            },
-            _ => None,
-        };
-        gb.filter(|gb| (SIZE_MIN_GB..=SIZE_MAX_GB).contains(gb)).ok_or(Refused::Type)
-    });
+    let initial_size_gb = section.read(f, "initial_size", &size, read_gb);
     let snapshot_retention = section.read(f, "snapshot_retention", "days from 1 to 60", value::number(SNAPSHOT_RETENTION));
-    if section.read(f, "scheduled_snapshots", "true or false", value::truth) == Some(true) {
-        let why = "snapshots are made when they are asked for: `dunlin volume snapshots create`";
-        f.not_honoured(section.span_of("scheduled_snapshots"), section.key("scheduled_snapshots"), why);
-    }
+    let scheduled_snapshots = section.read(f, "scheduled_snapshots", "true or false", value::truth);
+    let percents = format!("a percentage from {} to {}", EXTEND_PERCENT.start(), EXTEND_PERCENT.end());
+    let percent = section.read(f, "auto_extend_size_threshold", &percents, value::number(EXTEND_PERCENT));
+    let add_gb = section.read(f, "auto_extend_size_increment", &size, read_gb);
+    let limit_gb = section.read(f, "auto_extend_size_limit", &size, read_gb);
+    let extend = AutoExtend::read(percent, add_gb, limit_gb).unwrap_or_else(|_| {
+        // Those that are there are right, each for itself.
+        f.mistake(span.clone(), format!("{key}auto_extend_size_threshold, _increment and _limit are needed together"));
+        None
+    });
     let processes = read_groups(f, &mut section);
     section.finish(f, LATER_MOUNTS);
     if (source.is_none() || destination.is_none()) && f.mistakes.is_empty() {
         f.mistake(span, format!("{key}source and {key}destination are needed"));
     }
-    Some(MountConfig { source: source?, destination: destination?, initial_size_gb, snapshot_retention, processes })
+    let (source, destination) = (source?, destination?);
+    Some(MountConfig { source, destination, initial_size_gb, snapshot_retention, scheduled_snapshots, extend, processes })
+}
+
+fn read_gb(value: &Value) -> Result<u32, Refused> {
+    let gb = match value {
+        Value::Integer(gb) => u32::try_from(*gb.value()).ok(),
+        Value::String(text) => match text.value().trim().parse() {
+            Ok(gb) => Some(gb),
+            Err(_) => units::parse_size_mb(text.value()).map(|mb| mb.div_ceil(1024)),
+        },
+        _ => None,
+    };
+    gb.filter(|gb| (SIZE_MIN_GB..=SIZE_MAX_GB).contains(gb)).ok_or(Refused::Type)
 }
 
 /// The machines of a group can have one volume each, as on Fly.

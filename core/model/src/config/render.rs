@@ -96,6 +96,14 @@ pub fn render(config: &AppConfig) -> String {
         if let Some(days) = mount.snapshot_retention {
             out.raw("snapshot_retention", days);
         }
+        if let Some(daily) = mount.scheduled_snapshots {
+            out.raw("scheduled_snapshots", daily);
+        }
+        if let Some(extend) = mount.extend {
+            out.raw("auto_extend_size_threshold", extend.percent);
+            out.text("auto_extend_size_increment", &format!("{}gb", extend.add_gb));
+            out.text("auto_extend_size_limit", &format!("{}gb", extend.limit_gb));
+        }
         out.list("processes", &mount.processes);
     }
     for file in &config.files {

@@ -13,6 +13,7 @@ use super::units::{CPUS, MAX_DURATION_MS, MAX_SWAP_MB, MEMORY_MB};
 use super::{AppConfig, GuestSize, HttpService, KILL_SIGNALS, MAX_ENTRIES, MAX_KILL_TIMEOUT_MS, ServiceCheck, words};
 use crate::machine::{CheckKind, MAX_SCRIPT_CHECKS, is_script, is_server_name};
 use crate::volume::{
+    AutoExtend,
     SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, VOLUME_NAME_RULE, is_volume_name, mount_path,
 };
 
@@ -185,6 +186,12 @@ impl Findings<'_> {
             self.need(mount.snapshot_retention.is_none_or(|days| SNAPSHOT_RETENTION.contains(&days)), || {
                 format!("mounts[{nth}].snapshot_retention must be between 1 and 60 days")
             });
+            if let Some(extend) = mount.extend {
+                let read = AutoExtend::read(Some(extend.percent), Some(extend.add_gb), Some(extend.limit_gb));
+                self.need(read == Ok(Some(extend)), || {
+                    format!("mounts[{nth}].extend must have a percentage from 50 to 99, and sizes from {SIZE_MIN_GB} to {SIZE_MAX_GB} GB")
+                });
+            }
             self.groups(&format!("mounts[{nth}].processes"), &mount.processes);
         }
         for group in config.process_groups() {

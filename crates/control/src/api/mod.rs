@@ -12,7 +12,7 @@ mod machines;
 mod openapi;
 mod releases;
 mod status;
-mod volumes;
+pub(crate) mod volumes;
 
 pub(crate) use authorize::{Caller, Entrance};
 pub(crate) use builds::remove_leftovers;

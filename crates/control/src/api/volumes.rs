@@ -93,6 +93,7 @@ pub async fn create(
         size_gb,
         created_at_ms: now_ms(),
         snapshot_retention: body.snapshot_retention.unwrap_or(SNAPSHOT_RETENTION_DEFAULT),
+        auto_backup: body.auto_backup_enabled.unwrap_or(true),
         source,
     };
     ctx.host.volume_room(size_gb).await.map_err(no_room)?;
@@ -125,16 +126,12 @@ fn can_be_honoured(body: &CreateVolume) -> Result<(), Failure> {
     if body.fstype.as_deref().is_some_and(|fstype| fstype != "ext4") {
         return Err(Failure::invalid("fstype: volumes are ext4").hint("leave it out"));
     }
-    check_settings(body.snapshot_retention, body.auto_backup_enabled)
+    check_retention(body.snapshot_retention)
 }
 
-fn check_settings(snapshot_retention: Option<u32>, auto_backup_enabled: Option<bool>) -> Result<(), Failure> {
+fn check_retention(snapshot_retention: Option<u32>) -> Result<(), Failure> {
     if snapshot_retention.is_some_and(|days| !SNAPSHOT_RETENTION.contains(&days)) {
         return Err(Failure::invalid("snapshot_retention must be from 1 to 60 days"));
-    }
-    if auto_backup_enabled == Some(true) {
-        return Err(Failure::invalid("auto_backup_enabled: snapshots are made when they are asked for")
-            .hint("leave it out, and call POST .../snapshots as often as you need"));
     }
     Ok(())
 }
@@ -195,14 +192,15 @@ pub async fn update(
     Path((app, id)): Path<(AppName, VolumeId)>,
     Body(body): Body<UpdateVolume>,
 ) -> Result<Json<Volume>, Failure> {
-    check_settings(body.snapshot_retention, body.auto_backup_enabled)?;
+    check_retention(body.snapshot_retention)?;
     let row = load(&ctx, &app, &id).await?;
     let snapshot_retention = body.snapshot_retention.unwrap_or(row.value.snapshot_retention);
-    let next = write(&ctx, &row, VolumeRow { snapshot_retention, ..row.value.clone() }).await?;
+    let auto_backup = body.auto_backup_enabled.unwrap_or(row.value.auto_backup);
+    let next = write(&ctx, &row, VolumeRow { snapshot_retention, auto_backup, ..row.value.clone() }).await?;
     Ok(Json(shown(&ctx, &next).await?))
 }
 
-async fn write(ctx: &Ctx, row: &Row<VolumeRow>, next: VolumeRow) -> Result<VolumeRow, Failure> {
+pub(crate) async fn write(ctx: &Ctx, row: &Row<VolumeRow>, next: VolumeRow) -> Result<VolumeRow, Failure> {
     let key = key::volume(&next.id);
     let change = Change::default().unchanged(key.clone(), row.modified).put(key, &next);
     match ctx.state.commit(change).await? {

@@ -6,7 +6,7 @@ use dunlin_model::config::words;
 use dunlin_model::config::units::{CPUS, GuestSize, MAX_SWAP_MB, MEMORY_MB};
 use dunlin_model::files::{MAX_FILES, check_files};
 use dunlin_model::machine::{MAX_SCRIPT_CHECKS, is_script, is_server_name};
-use dunlin_model::volume;
+use dunlin_model::volume::{self, AutoExtend};
 use dunlin_model::{
     AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineSpec, MachineVersion, Mount, OrgName,
     RestartPolicy, RestartWhen, Schedule, Service, StopConfig, VolumeId,
@@ -158,11 +158,13 @@ fn mounts(fields: &mut Fields) -> Result<Vec<Mount>, Failure> {
         let path = given.text("path")?.unwrap_or_default();
         volume::mount_path(&path).map_err(|why| given.wrong("path", why))?;
         let name = given.text("name")?.unwrap_or_default();
-        for name in ["encrypted", "size_gb", "extend_threshold_percent", "add_size_gb", "size_gb_limit"] {
+        for name in ["encrypted", "size_gb"] {
             given.not_honoured(name, "that is the volume's own, and nothing that a machine changes")?;
         }
+        let (percent, add, limit) = (given.take("extend_threshold_percent")?, given.take("add_size_gb")?, given.take("size_gb_limit")?);
+        let extend = AutoExtend::read(percent, add, limit).map_err(|(name, why)| given.wrong(name, &why))?;
         given.finish()?;
-        mounts.push(Mount { volume, name, path });
+        mounts.push(Mount { volume, name, path, extend });
     }
     Ok(mounts)
 }

@@ -98,6 +98,15 @@ fn nothing_is_dropped() {
     refused(mount("vol_1", "/data"), "config.mounts[0].volume");
     refused(mount("vol_abababababababab", "/proc"), "config.mounts[0].path");
     assert_eq!(spec(mount("vol_abababababababab", "/data")).mounts[0].path, "/data");
+    let grows = |limit: u32| {
+        let mut given = mount("vol_abababababababab", "/data");
+        for (name, value) in [("extend_threshold_percent", 80), ("add_size_gb", 1), ("size_gb_limit", limit)] {
+            given["mounts"][0][name] = json!(value);
+        }
+        given
+    };
+    assert_eq!(spec(grows(9)).mounts[0].extend.unwrap().limit_gb, 9);
+    refused(grows(0), "config.mounts[0].size_gb_limit");
     refused(json!({ "image": "web", "guest": { "gpus": 1 } }), "config.guest.gpus");
     refused(json!({ "image": "web", "init": { "exec": ["a"], "cmd": ["b"] } }), "config.init.exec");
     refused(json!({ "image": "web", "env": { "FLY_REGION": "x" } }), "config.env.FLY_REGION");

@@ -337,8 +337,10 @@ impl HostApi for SmallHost {
         while view.config.volumes.get(id).is_none_or(|row| row.size_gb < size_gb) {
             view = changes.changed().await;
         }
-        let blocks = u64::from(view.config.volumes[id].size_gb) << 18;
-        Ok(VolumeStatus { block_size: 4096, blocks, blocks_free: blocks, blocks_avail: blocks, needs_restart: false })
+        let row = &view.config.volumes[id];
+        let blocks = u64::from(row.size_gb) << 18;
+        let free = if row.name == "full" { blocks / 20 } else { blocks };
+        Ok(VolumeStatus { block_size: 4096, blocks, blocks_free: free, blocks_avail: free, needs_restart: false })
     }
 
     async fn volume_room(&self, size_gb: u32) -> Result<(), Refusal> {
@@ -354,7 +356,7 @@ impl HostApi for SmallHost {
 
     async fn snapshot(&self, id: &VolumeId, snapshot: &SnapshotId) -> Result<VolumeSnapshot, Refusal> {
         let made =
-            VolumeSnapshot { id: snapshot.clone(), created_at_ms: 0, size: 1, volume_size: 2 << 30, retention_days: 5 };
+            VolumeSnapshot { id: snapshot.clone(), created_at_ms: 0, size: 1, volume_size: 2 << 30, digest: "sha256:0".into(), scheduled: false, retention_days: 5 };
         self.snapshots.lock().unwrap().entry(id.clone()).or_default().push(made.clone());
         Ok(made)
     }

@@ -19,6 +19,7 @@ fn volume(world: &mut World, n: u8, size_gb: u32, source: Option<VolumeSource>) 
         size_gb,
         created_at_ms: 0,
         snapshot_retention: 5,
+        auto_backup: false,
         source,
     };
     world.config.volumes.insert(id.clone(), row);
@@ -152,4 +153,36 @@ pub fn lost_files_are_said_to_be_lost() {
     let fact = world.wait_for(&machine, MachineState::Failed);
     assert!(fact.problem.is_some_and(|problem| problem.contains("are gone")), "within {PATIENCE:?}");
     assert!(!dir(&world, &id).join("data.ext4").exists());
+}
+
+/// One a day, by the host itself; what is damaged is not restored.
+pub fn a_snapshot_is_made_each_day_and_is_what_it_was() {
+    let mut world = World::new();
+    let id = volume(&mut world, 1, 1, None);
+    let machine = world.ended(1, "echo kept > /data/file", with(&id));
+    assert_eq!(world.block_on(world.host().snapshots(&id)).unwrap(), []);
+    // It was made in 1970, so that one is due.
+    world.config.volumes.get_mut(&id).unwrap().auto_backup = true;
+    world.publish();
+    world.stop_host();
+    world.start_host();
+    let made = world.until("the snapshot of the day", || {
+        world.block_on(world.host().snapshots(&id)).unwrap().pop()
+    });
+    assert!(made.scheduled && made.digest.starts_with("sha256:") && made.retention_days == 5, "{made:?}");
+    world.stop_host();
+    world.start_host();
+    let asked = world.block_on(world.host().snapshot(&id, &SnapshotId::from_random([8; 8]))).unwrap();
+    assert_eq!(world.block_on(world.host().snapshots(&id)).unwrap().len(), 2, "one a day, and the one that was asked for");
+    assert_eq!(asked.digest, made.digest, "nothing was written in between");
+    let restored = volume(&mut world, 2, 1, Some(VolumeSource { volume: id.clone(), snapshot: Some(made.id.clone()) }));
+    let other = world.ended(2, "cat /data/file", with(&restored));
+    assert_eq!(world.printed(&other), ["kept"]);
+    let file = dir(&world, &id).join(format!("snapshots/{}.ext4", made.id));
+    let damaged = std::fs::File::options().write(true).open(&file).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&damaged, b"rot", 1 << 20).unwrap();
+    let refused = volume(&mut world, 3, 1, Some(VolumeSource { volume: id.clone(), snapshot: Some(made.id) }));
+    let why = world.block_on(world.host().volume(&refused, 1)).unwrap_err();
+    assert!(format!("{why}").contains("damaged"), "{why}");
+    world.destroy(&machine);
 }

@@ -170,6 +170,13 @@ impl MountedVolume {
         Ok(Usage { block_size: stat.fragment_size(), blocks: stat.blocks(), blocks_free: stat.blocks_free(), blocks_avail: stat.blocks_available() })
     }
 
+    /// Whether the file system has grown to a file of this size.
+    pub fn fills(&self, size_bytes: u64) -> Result<bool> {
+        let device = File::open(&self.device).map_err(failed("open", &self.device))?;
+        let Superblock { block_size, blocks, .. } = Superblock::read(&device, &self.device)?;
+        Ok(blocks * block_size + block_size > size_bytes)
+    }
+
     fn grow_to(&self, size_bytes: u64) -> Result<Grown> {
         let device = OpenOptions::new().read(true).write(true).open(&self.device).map_err(failed("open", &self.device))?;
         // SAFETY: the request takes no argument.
