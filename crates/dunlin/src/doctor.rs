@@ -2,7 +2,7 @@
 
 use crate::settings::Settings;
 use anyhow::bail;
-use dunlin_runtime::features::{FeatureCheck, check_all};
+use dunlin_runtime::features::{FeatureCheck, check_all, of_an_ordinary_user};
 use std::path::Path;
 
 pub fn run(data_dir: &Path, json: bool) -> anyhow::Result<()> {
@@ -31,7 +31,15 @@ fn print_check(check: &FeatureCheck) {
 /// What the server cannot run without; the rest is a warning.
 pub fn require_for_server(settings: &Settings) -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {
-        bail!("`dunlin server` needs root: it makes namespaces, networks and control groups for machines; run it with sudo");
+        let found: String = of_an_ordinary_user().iter().map(|check| match check.ok {
+            true => format!("\n  {}: there ({})", check.name, check.found),
+            false => format!("\n  {}: {}; without it: {}; to mend it: {}", check.name, check.found, check.cost_if_missing, check.fix),
+        }).collect();
+        bail!(
+            "`dunlin server` needs root; this is what machines need, and what user {} has of it{found}\nhint: run it with sudo; \
+             every other command of `dunlin` works for ordinary users, with a token of the server",
+            rustix::process::geteuid().as_raw()
+        );
     }
     let missing: Vec<FeatureCheck> = check_all(&settings.data_dir).into_iter().filter(|check| !check.ok).collect();
     for check in missing.iter().filter(|check| !check.required) {

@@ -6,6 +6,9 @@
 //! They change nothing on the host, besides a directory in the data directory that is gone afterwards.
 
 mod mounts;
+mod ordinary;
+
+pub use ordinary::of_an_ordinary_user;
 
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
