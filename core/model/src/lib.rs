@@ -13,6 +13,7 @@
 
 pub mod calendar;
 pub mod config;
+pub mod containers;
 pub mod desired;
 pub mod events;
 pub mod files;
@@ -24,6 +25,9 @@ pub mod token;
 pub mod transfer;
 pub mod volume;
 
+pub use containers::{
+    Condition, Container, ContainerMount, ContainerState, ContainerStatus, Dependency, Healthcheck, MachineField, Probe, Program,
+};
 pub use events::{EventKind, Lease, MachineEvent, Source};
 pub use files::MachineFile;
 pub use ids::{

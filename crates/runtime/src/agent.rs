@@ -5,6 +5,7 @@ use crate::cgroup::{CgroupError, Cgroups};
 use crate::container::FAILED;
 use crate::files::lock_holder;
 use crate::net;
+use crate::remove::remove_tree;
 use crate::rootfs;
 use crate::spec::{SupervisorSpec, USUAL_SPEC_BYTES};
 use crate::supervisor::UP;
@@ -334,7 +335,11 @@ pub fn cleanup(machine_dir: &Path, machine_id: &str, cgroups: &Cgroups, ifname: 
     if let Some(ifname) = ifname {
         net::detach(ifname)?;
     }
-    rootfs::remove_written(machine_dir).map_err(io_error("what the machine wrote cannot be removed"))?;
+    let written = || {
+        rootfs::remove_written(machine_dir)?;
+        remove_tree(&machine_dir.join(SupervisorSpec::CONTAINERS))
+    };
+    written().map_err(io_error("what the machine wrote cannot be removed"))?;
     match fs::remove_file(machine_dir.join("sock")) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("the machine's socket cannot be removed")(e)),
         _ => Ok(()),

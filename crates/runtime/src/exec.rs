@@ -5,6 +5,7 @@
 //! up what it has and runs the command. The session's control group takes with it whatever B left.
 
 use crate::cgroup::MachineCgroup;
+use crate::health;
 use crate::process;
 use crate::seccomp::Filters;
 use crate::spec::{ProcessSpec, SupervisorSpec};
@@ -188,6 +189,11 @@ fn run(target: &Target<'_>, exec: &ExecSpec, stdio: &[OwnedFd], socket: &OwnedFd
         Ok((_, identity, _)) if exec.transfer.is_some() => match become_copier(&identity) {
             // SAFETY: ends the child at once; destructors and buffers are the supervisor's.
             Ok(()) => unsafe { libc::_exit(exec.transfer.as_ref().map_or(1, transfer::serve)) },
+            Err(e) => e,
+        },
+        Ok((_, identity, _)) if exec.probe.is_some() => match become_copier(&identity) {
+            // SAFETY: ends the child at once; destructors and buffers are the supervisor's.
+            Ok(()) => unsafe { libc::_exit(exec.probe.as_ref().map_or(1, |probe| health::ask(probe, target.spec.address))) },
             Err(e) => e,
         },
         Ok((process, identity, env)) => process::run_program(&process, &identity, &env),

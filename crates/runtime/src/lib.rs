@@ -11,7 +11,9 @@ mod exec;
 pub mod features;
 mod files;
 mod guest_files;
+mod health;
 pub mod logs;
+mod member;
 pub mod net;
 mod process;
 pub mod ps;
@@ -32,7 +34,7 @@ pub use agent::{
 pub use files::{ExitRecord, list_exits, lock_holder, read_exit, remove_exit};
 pub use remove::remove_tree;
 pub use spec::{
-    Bind, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, UID_RANGE, WIRE_VERSION,
+    Bind, ContainerRules, ContainerSpec, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, UID_RANGE, WIRE_VERSION,
 };
 pub use supervisor::{KILL_POINTS, supervisor_main};
 pub use wire::{ExecSpec, Phase, Status, WindowSize};

@@ -27,6 +27,9 @@ pub struct LogRecord {
     pub t: u64,
     /// `stdout`, `stderr` or `system`.
     pub stream: String,
+    /// Of several containers or processes, whose it is; empty where there is no choice.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub program: String,
     pub line: String,
     pub attempt: u64,
     /// Counts the lines of an attempt, those that were lost too.
@@ -59,13 +62,18 @@ impl LogWriter {
 
     /// What the platform says is few, and never lost for being too much.
     pub fn line(&mut self, stream: &str, line: &str) {
+        self.line_of("", stream, line);
+    }
+
+    /// The same, of one of several programs.
+    pub fn line_of(&mut self, program: &str, stream: &str, line: &str) {
         let is_platforms = stream == PLATFORM;
         if !is_platforms && !self.rate.takes(line.len(), Instant::now()) {
             self.over_rate += 1;
             self.written += 1;
             return;
         }
-        if self.say_losses().and_then(|()| self.try_write(stream, line)).is_err() {
+        if self.say_losses().and_then(|()| self.try_write(program, stream, line)).is_err() {
             self.lost += 1;
         }
     }
@@ -79,20 +87,26 @@ impl LogWriter {
 
     fn say_losses(&mut self) -> io::Result<()> {
         if self.lost > 0 {
-            self.try_write(PLATFORM, &format!("{} lost: the log could not be written", lines(self.lost)))?;
+            self.try_write("", PLATFORM, &format!("{} lost: the log could not be written", lines(self.lost)))?;
             self.lost = 0;
         }
         if self.over_rate > 0 {
             let rate = self.limits.bytes_per_second >> 10;
-            self.try_write(PLATFORM, &format!("{} lost: over the rate of {rate} KiB a second", lines(self.over_rate)))?;
+            self.try_write("", PLATFORM, &format!("{} lost: over the rate of {rate} KiB a second", lines(self.over_rate)))?;
             self.over_rate = 0;
         }
         Ok(())
     }
 
-    fn try_write(&mut self, stream: &str, line: &str) -> io::Result<()> {
-        let record =
-            LogRecord { t: now_ms(), stream: stream.to_owned(), line: line.to_owned(), attempt: self.attempt, n: self.written };
+    fn try_write(&mut self, program: &str, stream: &str, line: &str) -> io::Result<()> {
+        let record = LogRecord {
+            t: now_ms(),
+            stream: stream.to_owned(),
+            program: program.to_owned(),
+            line: line.to_owned(),
+            attempt: self.attempt,
+            n: self.written,
+        };
         self.written += 1;
         let mut bytes = serde_json::to_vec(&record)?;
         bytes.push(b'\n');

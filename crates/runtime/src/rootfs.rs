@@ -55,6 +55,7 @@ impl HostMounts {
 
 /// In the supervisor: mounts the root under `<machine dir>/mnt/root` and returns its path.
 pub(crate) fn assemble(spec: &SupervisorSpec, user_namespace: BorrowedFd<'_>) -> io::Result<PathBuf> {
+    DirBuilder::new().recursive(true).mode(0o700).create(&spec.machine_dir)?; // a further container's is new
     let mnt = make_dir(&spec.machine_dir, "mnt", 0)?;
     mount(Some("tmpfs"), &mnt, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=711,size=1m"))?;
     // The machine's root passes through here before it pivots.

@@ -3,7 +3,9 @@
 
 use crate::cgroup::{Cgroups, Limits};
 use crate::net::NetSpec;
+use dunlin_model::{Dependency, Healthcheck, RestartPolicy, RestartWhen};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
@@ -19,11 +21,23 @@ pub struct SupervisorSpec {
     pub v: u32,
     pub machine_id: String,
     pub attempt: u64,
-    /// Holds `lock`, `sock`, `exit/`, `log/`, `upper/`, `work/`, `mnt/`; 0700, root's.
+    /// Holds `lock`, `sock`, `exit/`, `log/`, `upper/`, `work/`, `mnt/`, `containers/`; 0700, root's.
     pub machine_dir: PathBuf,
     pub rootfs: Rootfs,
     pub profile: Profile,
     pub process: ProcessSpec,
+    /// Programs beside it in the same root file system: when one of them ends, all end.
+    #[serde(default)]
+    pub beside: Vec<ProcessSpec>,
+    /// What holds for the machine's own root as one container of several.
+    #[serde(default)]
+    pub own: ContainerRules,
+    /// Containers beside it: they share its user, network, ipc and uts namespaces and its control group.
+    #[serde(default)]
+    pub containers: Vec<ContainerSpec>,
+    /// How long what still runs may take to end, once a program has ended for good.
+    #[serde(default = "usual_stop_timeout_ms")]
+    pub stop_timeout_ms: u64,
     pub hostname: String,
     /// First of the 65,536 host user ids that the machine owns.
     pub uid_base: u32,
@@ -46,6 +60,50 @@ pub struct SupervisorSpec {
     /// One of [`KILL_POINTS`](crate::KILL_POINTS): a test's supervisor ends itself there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kill_at: Option<String>,
+}
+
+/// A root file system of its own, with one program.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    pub rules: ContainerRules,
+    pub rootfs: Rootfs,
+    pub process: ProcessSpec,
+    #[serde(default)]
+    pub volumes: Vec<Bind>,
+    #[serde(default)]
+    pub files: Vec<GuestFile>,
+}
+
+/// When a container starts, starts again and counts as healthy, and how it is stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerRules {
+    /// Empty where there is but one.
+    pub name: String,
+    #[serde(default)]
+    pub depends_on: Vec<Dependency>,
+    #[serde(default)]
+    pub healthchecks: Vec<Healthcheck>,
+    pub restart: RestartPolicy,
+    /// `None`: the machine's.
+    #[serde(default)]
+    pub stop_signal: Option<i32>,
+    /// `None`: as long as the machine's stop takes.
+    #[serde(default)]
+    pub stop_timeout_ms: Option<u64>,
+}
+
+impl Default for ContainerRules {
+    /// The one container of a machine ends with its machine, whose host starts it again.
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            depends_on: vec![],
+            healthchecks: vec![],
+            restart: RestartPolicy { policy: RestartWhen::No, max_retries: 0 },
+            stop_signal: None,
+            stop_timeout_ms: None,
+        }
+    }
 }
 
 /// The machine's root file system.
@@ -117,6 +175,10 @@ pub struct LogLimits {
     pub bytes_per_second: u64,
 }
 
+fn usual_stop_timeout_ms() -> u64 {
+    5_000
+}
+
 /// Some 10,000 lines. The disk and the page cache are everybody's.
 fn usual_rate() -> u64 {
     1 << 20
@@ -129,6 +191,33 @@ impl Default for LogLimits {
 }
 
 impl SupervisorSpec {
+    /// Below the machine's directory: one for each container beside its own root, with what that one writes.
+    pub(crate) const CONTAINERS: &str = "containers";
+
+    /// Each container as if it were the machine's only one, with its rules; the machine's own root is the first.
+    pub(crate) fn members(&self) -> impl Iterator<Item = (Cow<'_, Self>, &ContainerRules)> {
+        let further = self.containers.iter().enumerate().map(|(nth, container)| {
+            let spec = Self {
+                machine_dir: self.machine_dir.join(Self::CONTAINERS).join(nth.to_string()),
+                rootfs: container.rootfs.clone(),
+                process: container.process.clone(),
+                beside: vec![],
+                volumes: container.volumes.clone(),
+                files: container.files.clone(),
+                binds: vec![],
+                containers: vec![],
+                ..self.clone()
+            };
+            (Cow::Owned(spec), &container.rules)
+        });
+        std::iter::once((Cow::Borrowed(self), &self.own)).chain(further)
+    }
+
+    /// All programs of its root file system.
+    pub(crate) fn programs(&self) -> impl Iterator<Item = &ProcessSpec> {
+        std::iter::once(&self.process).chain(&self.beside)
+    }
+
     /// Name of the machine's control group.
     pub fn machine_cgroup(machine_id: &str) -> String {
         format!("m-{machine_id}")

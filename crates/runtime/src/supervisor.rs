@@ -2,24 +2,27 @@
 //! runtime. It outlives the agent, so that an upgrade or a crash of the agent stops no machine.
 //!
 //! It takes the machine's lock, makes the machine, keeps its log, answers the agent, and when the
-//! program ends writes the exit record (fsynced) and ends itself.
+//! program ends writes the exit record (fsynced) and ends itself. What becomes of several containers is `life`'s.
+
+mod life;
 
 use crate::cgroup::{CgroupError, Limits, MachineCgroup};
-use crate::container::{self, Container, EXITED, FAILED, READY, STARTED};
+use crate::container::{self, FAILED, Namespaces};
 use crate::exec::{self, Session, Target};
 use crate::files::{self, ExitFile, ExitRecord, now_ms};
-use crate::logs::{LineSplitter, LogWriter};
+use crate::logs::LogWriter;
+use crate::member::{Ended, Member, Stage};
 use crate::rootfs::HostMounts;
 use crate::seccomp::Filters;
 use crate::spec::{SupervisorSpec, USUAL_SPEC_BYTES, WIRE_VERSION};
 use crate::wire::{self, Ask, Phase, Request, Say, Status};
 use crate::sys;
-use nix::errno::Errno;
+use dunlin_model::containers::default_container;
+use dunlin_model::ContainerStatus;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -31,11 +34,7 @@ const MAX_CONNECTIONS: usize = 64;
 /// Commands beside the program at once: fewer than connections, so that a stop is always heard.
 const MAX_SESSIONS: usize = 32;
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
-/// How long output that is still in the pipes is read after the end.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 const READ_BYTES: usize = 16 * 1024;
-/// Output is read this long before everything else gets its turn.
-const READ_WITHIN: Duration = Duration::from_millis(10);
 /// What a supervisor may use once its machine is made. A program that prints without end costs the host no
 /// more than this: the pipe is full then, and slows it down.
 const OWN_CPU_MILLIS: u32 = 250;
@@ -205,57 +204,49 @@ struct Machine<'a> {
     spec: &'a SupervisorSpec,
     cgroup: &'a MachineCgroup,
     filters: Filters,
-    container: Container,
+    namespaces: Option<Namespaces>,
+    /// Its containers; the first has the machine's own root.
+    members: Vec<Member<'a>>,
     listener: OwnedFd,
     signals: SignalFd,
     connections: Vec<Connection>,
     log: LogWriter,
-    lines: [LineSplitter; 2],
     phase: Phase,
     started_at_ms: Option<u64>,
     kill_at: Option<Instant>,
+    /// All containers are being ended, with the signal that was asked for.
+    ending: Option<Option<i32>>,
+    /// The one whose end is the machine's.
+    cause: Option<usize>,
     sessions: u64,
     oom_kills_before: u64,
     /// Those that the log tells of, and when to look again.
     oom_kills_said: u64,
     memory_look_at: Instant,
-    /// Set by the first process's report.
-    ended: Option<Ended>,
-    /// Of standard output, standard error, report: nobody can write to it any more. A program may close
-    /// its output and live on.
-    over: [bool; 3],
     buffer: Vec<u8>,
-}
-
-enum Ended {
-    Code(i32),
-    Signal(i32),
-    Error(String),
 }
 
 impl<'a> Machine<'a> {
     fn create(spec: &'a SupervisorSpec, own: &MachineCgroup, cgroup: &'a MachineCgroup) -> io::Result<Self> {
         let filters = Filters::compile(spec.profile).map_err(io::Error::other)?;
         let host_mounts = HostMounts::leave()?;
-        let join = |init| {
-            kill_point(spec, "supervisor.before-join");
-            own.add(0).and_then(|()| cgroup.add(init)).map_err(io::Error::other)
-        };
-        let container = container::create(spec, &filters, join)?;
-        let mut report = &container.report;
-        let mut text = String::new();
-        let mut byte = [0];
-        while report.read(&mut byte)? == 1 && byte[0] != b'\n' {
-            text.push(char::from(byte[0]));
-        }
-        if text != READY {
-            let why = text.strip_prefix(FAILED).unwrap_or("its first process ended").to_owned();
-            return Err(io::Error::other(why));
+        let mut namespaces = None;
+        let mut members: Vec<Member<'a>> = spec.members().map(|(spec, rules)| Member::new(spec, rules)).collect();
+        for member in &mut members {
+            let is_first = namespaces.is_none();
+            let join = |init| {
+                if is_first {
+                    kill_point(spec, "supervisor.before-join");
+                    own.add(0).map_err(io::Error::other)?;
+                }
+                cgroup.add(init).map_err(io::Error::other)
+            };
+            let container = container::create(&member.spec, &filters, &mut namespaces, join)?;
+            container.wait_until_ready()?;
+            member.take(container)?;
+            member.stage = Stage::Waiting;
         }
         host_mounts.come_back()?;
-        for pipe in [container.stdout.as_fd(), container.stderr.as_fd(), container.report.as_fd()] {
-            set_nonblocking(pipe)?;
-        }
         let signals = SignalFd::with_flags(
             &SigSet::from_iter([Signal::SIGCHLD]),
             SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
@@ -265,77 +256,74 @@ impl<'a> Machine<'a> {
             spec,
             cgroup,
             filters,
-            container,
+            namespaces,
+            members,
             listener: listen(spec)?,
             signals,
             connections: Vec::new(),
             log: LogWriter::open(&spec.machine_dir, spec.attempt, spec.log_limits),
-            lines: Default::default(),
             phase: Phase::Created,
             started_at_ms: None,
             kill_at: None,
+            ending: None,
+            cause: None,
             sessions: 0,
             oom_kills_before: oom_kills,
             oom_kills_said: oom_kills,
             memory_look_at: Instant::now() + MEMORY_LOOK,
-            ended: None,
-            over: [false; 3],
             buffer: vec![0; READ_BYTES],
         };
         if spec.limits.swap_bytes > 0 && !has_swap() {
             machine.log.line("system", "swap_size_mb has no effect: this host has no swap; `swapon` gives it some");
         }
         if spec.start {
-            machine.start_program()?;
+            machine.start_programs()?;
         }
         Ok(machine)
     }
 
-    fn start_program(&mut self) -> io::Result<()> {
-        self.container.start.write_all(b"s")?;
+    fn start_programs(&mut self) -> io::Result<()> {
         self.phase = Phase::Started;
         self.started_at_ms = Some(now_ms());
-        Ok(())
+        self.start_waiting()
     }
 
     /// The loop; returns how the machine ended.
     fn supervise(&mut self) -> ExitRecord {
-        let init_status = loop {
+        loop {
             self.wait_for_something();
             self.read_output();
-            self.read_report();
+            self.read_reports();
             self.serve_connections();
             self.start_one_exec();
             self.accept();
-            if let Some(status) = self.reap() {
-                break status;
+            self.reap();
+            self.advance();
+            if self.members.iter().all(|member| member.stage == Stage::Over) {
+                return self.finish();
             }
             self.look_at_memory();
             if self.kill_at.is_some_and(|at| Instant::now() >= at) {
                 self.kill_at = None;
                 self.kill();
             }
-        };
-        self.finish(init_status)
+        }
     }
 
     fn wait_for_something(&self) {
-        let pipes =
-            [self.container.stdout.as_fd(), self.container.stderr.as_fd(), self.container.report.as_fd()];
-        // A pipe that is over is always ready: asking for it would keep a processor busy.
-        let pipes = pipes.into_iter().zip(self.over).filter(|(_, over)| !over).map(|(pipe, _)| pipe);
         let listener = (self.connections.len() < MAX_CONNECTIONS).then(|| self.listener.as_fd());
         let mut fds: Vec<PollFd<'_>> = [self.signals.as_fd()]
             .into_iter()
             .chain(listener)
-            .chain(pipes)
+            .chain(self.members.iter().flat_map(Member::pipes))
             .chain(self.connections.iter().map(|connection| connection.socket.as_fd()))
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
             .collect();
         let timeout = if self.connections.iter().any(|connection| connection.asked.is_some()) {
             PollTimeout::ZERO
         } else {
-            let next = self.kill_at.map_or(self.memory_look_at, |at| at.min(self.memory_look_at));
+            let timers = self.members.iter().filter_map(Member::wakes_at).chain(self.kill_at);
+            let next = timers.fold(self.memory_look_at, Instant::min);
             // Rounded up, or its last millisecond would be spent asking.
             let left = next.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)
@@ -362,56 +350,18 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn read_output(&mut self) -> bool {
-        let mut read_any = false;
-        for i in 0..2 {
-            let stream = if i == 0 { "stdout" } else { "stderr" };
-            let until = Instant::now() + READ_WITHIN;
-            while Instant::now() < until {
-                let read = if i == 0 {
-                    (&self.container.stdout).read(&mut self.buffer)
-                } else {
-                    (&self.container.stderr).read(&mut self.buffer)
-                };
-                match read {
-                    Ok(n) if n > 0 => {
-                        read_any = true;
-                        self.lines[i].push(&self.buffer[..n], |line| self.log.line(stream, line));
-                    }
-                    Ok(_) => {
-                        self.over[i] = true;
-                        break;
-                    }
-                    Err(_) => break,
-                }
-            }
+    fn read_output(&mut self) {
+        for member in &mut self.members {
+            member.read_output(&mut self.buffer, &mut self.log);
         }
-        read_any
     }
 
-    fn read_report(&mut self) {
-        let mut bytes = vec![0; 4096];
-        while let Ok(n) = (&self.container.report).read(&mut bytes) {
-            if n == 0 {
-                self.over[2] = true;
-                break;
-            }
-            for line in String::from_utf8_lossy(&bytes[..n]).lines() {
-                if line == STARTED {
-                    continue;
-                }
-                self.ended = if let Some(why) = line.strip_prefix(FAILED) {
-                    Some(Ended::Error(why.to_owned()))
-                } else if let Some(how) = line.strip_prefix(EXITED) {
-                    match how.split_once(' ').map(|(kind, number)| (kind, number.parse())) {
-                        Some(("code", Ok(code))) => Some(Ended::Code(code)),
-                        Some(("signal", Ok(signal))) => Some(Ended::Signal(signal)),
-                        _ => None,
-                    }
-                } else {
-                    None
-                };
-            }
+    fn read_reports(&mut self) {
+        self.members.iter_mut().for_each(Member::read_report);
+        let broken = self.members.iter().position(Member::is_broken);
+        if let (Some(_), None) = (broken, self.ending) {
+            self.cause = broken;
+            self.begin_ending(None, Duration::from_millis(self.spec.stop_timeout_ms));
         }
     }
 
@@ -486,22 +436,22 @@ impl<'a> Machine<'a> {
             Ask::Status => Say::Status(Status {
                 attempt: self.spec.attempt,
                 phase: self.phase,
-                init_pid: self.container.init,
+                init_pid: self.init_pid(),
                 started_at_ms: self.started_at_ms,
+                containers: self.statuses(),
             }),
-            Ask::Start if self.phase == Phase::Created => done(self.start_program()),
+            Ask::Start if self.phase == Phase::Created => done(self.start_programs()),
             Ask::Start => Say::Done,
             Ask::Signal { signal } => done(self.signal(signal)),
             Ask::Stop { signal, timeout_ms } => {
-                let at = Instant::now() + Duration::from_millis(timeout_ms.min(MAX_STOP_MS));
-                self.kill_at = Some(self.kill_at.map_or(at, |earlier| earlier.min(at)));
                 let _ = self.cgroup.thaw(); // suspended or not: a frozen process hears no signal
-                let created = self.phase == Phase::Created;
                 self.phase = Phase::Stopping;
-                done(if created { self.signal(libc::SIGKILL) } else { self.signal(signal) })
+                self.begin_ending(Some(signal), Duration::from_millis(timeout_ms.min(MAX_STOP_MS)));
+                Say::Done
             }
             Ask::Kill => {
                 self.phase = Phase::Stopping;
+                self.begin_ending(Some(libc::SIGKILL), Duration::ZERO);
                 self.kill();
                 Say::Done
             }
@@ -524,30 +474,67 @@ impl<'a> Machine<'a> {
     }
 
     fn exec(&mut self, exec: &wire::ExecSpec, fds: Vec<OwnedFd>) -> io::Result<(Session, Option<OwnedFd>)> {
-        if self.phase != Phase::Started {
-            return Err(io::Error::other("the machine's program is not running"));
-        }
+        let nth = self.member_of(&exec.container)?;
         let stdio: Vec<OwnedFd> = fds.into_iter().map(exec::above_stdio).collect::<io::Result<_>>()?;
         if stdio.len() != if exec.terminal.is_some() { 0 } else { 3 } {
             return Err(io::Error::other("an exec comes with three descriptors, on a terminal with none"));
         }
+        self.begin_session(nth, exec, &stdio)
+    }
+
+    fn begin_session(
+        &mut self,
+        nth: usize,
+        exec: &wire::ExecSpec,
+        stdio: &[OwnedFd],
+    ) -> io::Result<(Session, Option<OwnedFd>)> {
+        let member = &self.members[nth];
+        let (Phase::Started, Some(container), true) = (self.phase, &member.container, member.is_up()) else {
+            let name = &member.rules.name;
+            let which = if name.is_empty() { "the machine's program".into() } else { format!("container {name}") };
+            return Err(io::Error::other(format!("{which} is not running")));
+        };
         self.sessions += 1;
         let target = Target {
-            spec: self.spec,
-            init: self.container.init_fd.as_fd(),
+            spec: &member.spec,
+            init: container.init_fd.as_fd(),
             cgroup: self.cgroup,
             filters: &self.filters,
         };
-        exec::start(&target, exec, &stdio, &format!("x{}", self.sessions))
+        exec::start(&target, exec, stdio, &format!("x{}", self.sessions))
     }
 
-    /// To the program, through its parent; SIGKILL cannot be passed on and ends the machine.
-    fn signal(&self, signal: i32) -> io::Result<()> {
-        let signal = Signal::try_from(signal)?;
-        match nix::sys::signal::kill(Pid::from_raw(self.container.init), signal) {
-            Ok(()) | Err(Errno::ESRCH) => Ok(()),
-            Err(e) => Err(e.into()),
+    /// The container of this name; of none, the default one.
+    fn member_of(&self, name: &str) -> io::Result<usize> {
+        let names = || self.members.iter().map(|member| member.rules.name.as_str());
+        if name.is_empty() {
+            return Ok(default_container(names()));
         }
+        names().position(|other| other == name).ok_or_else(|| {
+            let those: Vec<&str> = names().filter(|name| !name.is_empty()).collect();
+            let those = if those.is_empty() { "no names for its one program".into() } else { those.join(", ") };
+            io::Error::other(format!("there is no container {name:?}; the machine has {those}"))
+        })
+    }
+
+    fn init_pid(&self) -> i32 {
+        let default = default_container(self.members.iter().map(|member| member.rules.name.as_str()));
+        let alive = |member: &Member<'_>| member.container.as_ref().map(|container| container.init);
+        self.members.get(default).and_then(alive).or_else(|| self.members.iter().find_map(alive)).unwrap_or(0)
+    }
+
+    fn statuses(&self) -> Vec<ContainerStatus> {
+        let named = self.members.iter().filter(|member| !member.rules.name.is_empty());
+        named.map(|member| ContainerStatus { name: member.rules.name.clone(), state: member.state() }).collect()
+    }
+
+    /// To all programs. SIGKILL ends the machine: no policy starts a container again that a person killed.
+    fn signal(&mut self, signal: i32) -> io::Result<()> {
+        let signal = Signal::try_from(signal)?;
+        if signal == Signal::SIGKILL && self.ending.is_none() {
+            self.begin_ending(Some(libc::SIGKILL), Duration::ZERO);
+        }
+        self.members.iter().try_for_each(|member| member.signal(signal))
     }
 
     fn kill(&mut self) {
@@ -556,17 +543,23 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Reaps children: exec sessions, and the first process, whose end is the machine's.
-    fn reap(&mut self) -> Option<WaitStatus> {
+    /// Reaps children: exec sessions, and the first processes of containers.
+    fn reap(&mut self) {
         while let Ok(Some(_)) = self.signals.read_signal() {}
         loop {
             let status = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) | Err(_) => return None,
+                Ok(WaitStatus::StillAlive) | Err(_) => return,
                 Ok(status) => status,
             };
             let Some(pid) = status.pid() else { continue };
-            if pid.as_raw() == self.container.init {
-                return Some(status);
+            let is_init = |member: &Member<'_>| member.container.as_ref().is_some_and(|c| c.init == pid.as_raw());
+            if let Some(nth) = self.members.iter().position(is_init) {
+                self.members[nth].end(status, &mut self.buffer, &mut self.log);
+                self.has_ended(nth);
+                continue;
+            }
+            if self.check_has_ended(pid.as_raw(), status) {
+                continue;
             }
             let session_of = |c: &Connection| c.session.as_ref().is_some_and(|s| s.pid == pid.as_raw());
             if let Some(i) = self.connections.iter().position(session_of) {
@@ -580,18 +573,11 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn finish(&mut self, init_status: WaitStatus) -> ExitRecord {
-        self.read_report();
+    fn finish(&mut self) -> ExitRecord {
         for connection in std::mem::take(&mut self.connections) {
             if let Some(session) = connection.session {
                 session.clear();
             }
-        }
-        let deadline = Instant::now() + DRAIN_DEADLINE;
-        while self.read_output() && Instant::now() < deadline {}
-        for i in 0..2 {
-            let stream = if i == 0 { "stdout" } else { "stderr" };
-            self.lines[i].finish(|line| self.log.line(stream, line));
         }
         let requested_stop = self.phase == Phase::Stopping;
         let oom_killed = self.cgroup.oom_kills().is_ok_and(|kills| kills > self.oom_kills_before);
@@ -604,11 +590,12 @@ impl<'a> Machine<'a> {
             at_ms: now_ms(),
             error: None,
         };
-        match self.ended.take() {
-            Some(Ended::Code(code)) => record.exit_code = Some(code),
-            Some(Ended::Signal(signal)) => record.signal = Some(signal),
-            Some(Ended::Error(error)) => record.error = Some(error),
-            None => (record.exit_code, record.signal) = code_and_signal(init_status),
+        let default = default_container(self.members.iter().map(|member| member.rules.name.as_str()));
+        match &self.members[self.cause.unwrap_or(default)].last {
+            Some(Ended::Code(code)) => record.exit_code = Some(*code),
+            Some(Ended::Signal(signal)) => record.signal = Some(*signal),
+            Some(Ended::Error(error)) => record.error = Some(error.clone()),
+            None => {} // it was not made again
         }
         // Out of memory often shows as another exit: only the kernel's own kill counts.
         record.oom_killed &= record.signal == Some(libc::SIGKILL) || record.exit_code == Some(137);
@@ -624,13 +611,10 @@ fn has_swap() -> bool {
 
 fn said(record: &ExitRecord) -> String {
     match record {
-        ExitRecord { error: Some(error), .. } => format!("could not be started: {error}"),
+        ExitRecord { error: Some(error), .. } => Ended::Error(error.clone()).said(),
         ExitRecord { oom_killed: true, .. } => "ended: out of memory".into(),
-        ExitRecord { exit_code: Some(code), .. } => format!("ended with exit code {code}"),
-        ExitRecord { signal: Some(signal), .. } => {
-            let name = Signal::try_from(*signal).map_or("unknown", Signal::as_str);
-            format!("ended by signal {name}")
-        }
+        ExitRecord { exit_code: Some(code), .. } => Ended::Code(*code).said(),
+        ExitRecord { signal: Some(signal), .. } => Ended::Signal(*signal).said(),
         _ => "ended".into(),
     }
 }
@@ -658,7 +642,7 @@ fn listen(spec: &SupervisorSpec) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;

@@ -1,6 +1,7 @@
 //! The wire between agent and supervisor: SEQPACKET messages of JSON, file descriptors beside them.
 //! Frozen per version: today's agent must drive every released supervisor.
 
+use dunlin_model::{ContainerStatus, Probe};
 use dunlin_model::transfer::Transfer;
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -51,12 +52,18 @@ pub struct ExecSpec {
     pub user: String,
     /// Empty = the machine's working directory.
     pub working_dir: String,
+    /// Empty = the default one. A supervisor that does not know it has but one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub container: String,
     /// Set by [`Client::exec_tty`](crate::Client::exec_tty), ignored without it.
     #[serde(default)]
     pub terminal: Option<WindowSize>,
     /// Instead of a command, which then is empty: copies files between the machine and the descriptors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transfer: Option<Transfer>,
+    /// Instead of a command too: the supervisor's own question, which nobody else can put.
+    #[serde(skip)]
+    pub probe: Option<Probe>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,9 +92,13 @@ pub(crate) enum Say {
 pub struct Status {
     pub attempt: u64,
     pub phase: Phase,
-    /// The machine's first process, as the host numbers it.
+    /// The machine's first process, as the host numbers it; of several containers that of the default one, or of
+    /// another that runs.
     pub init_pid: i32,
     pub started_at_ms: Option<u64>,
+    /// Empty where there is but one, which has no name.
+    #[serde(default)]
+    pub containers: Vec<ContainerStatus>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! Real machines on the running kernel: life, isolation, exec, death. Needs root and busybox.
 
+mod containers;
 mod exec;
 mod hostile;
 mod isolation;

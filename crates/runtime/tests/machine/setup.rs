@@ -60,6 +60,10 @@ impl World {
                 user: String::new(),
                 working_dir: "/".into(),
             },
+            beside: vec![],
+            own: ContainerRules::default(),
+            containers: vec![],
+            stop_timeout_ms: 5_000,
             hostname: id.into(),
             uid_base: UID_BASE,
             cgroups: self.cgroups.clone(),
@@ -114,15 +118,22 @@ impl Running<'_> {
 
     /// Output and exit code of a command beside the machine's program.
     pub fn exec(&self, script: &str) -> (String, i32) {
+        self.exec_as(ExecSpec { command: vec!["sh".into(), "-c".into(), script.into()], ..Default::default() })
+    }
+
+    pub fn exec_as(&self, exec: ExecSpec) -> (String, i32) {
         let (mut reader, writer) = std::io::pipe().unwrap();
-        let null = || -> OwnedFd { fs::File::options().read(true).write(true).open("/dev/null").unwrap().into() };
-        let exec = ExecSpec { command: vec!["sh".into(), "-c".into(), script.into()], ..Default::default() };
         let both: OwnedFd = writer.try_clone().unwrap().into();
-        let session = self.client().exec(exec, [null(), writer.into(), both]).unwrap();
+        let [null, ..] = null_streams();
+        let session = self.client().exec(exec, [null, writer.into(), both]).unwrap();
         let mut output = String::new();
         reader.read_to_string(&mut output).unwrap();
         (output.trim().to_owned(), session.wait(PATIENCE).unwrap().expect("ended"))
     }
+}
+
+pub fn null_streams() -> [OwnedFd; 3] {
+    std::array::from_fn(|_| fs::File::options().read(true).write(true).open("/dev/null").unwrap().into())
 }
 
 impl Drop for Running<'_> {
