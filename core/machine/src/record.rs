@@ -234,6 +234,7 @@ impl Record {
             problem: self.problem.clone(),
             over: self.is_over(),
             due_ms: self.due_ms,
+            containers: vec![],
             updated_at_ms: self.updated_at_ms,
         }
     }

@@ -1,5 +1,6 @@
 //! What a machine is asked to be (its spec) and what it may be found in (its state).
 
+use crate::containers::{Container, Program, default_container};
 use crate::{AppName, MachineFile, MachineVersion, OrgName, Schedule};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -55,6 +56,12 @@ pub struct MachineSpec {
     /// When the clock starts it, whoever has stopped it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedule: Option<Schedule>,
+    /// Programs in its one root file system; none = the image's one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub processes: Vec<Program>,
+    /// Instead of the one root file system; `image` then is that of the default one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<Container>,
 }
 
 /// An image by content.
@@ -172,6 +179,16 @@ impl MachineSpec {
             () if of(AutoStop::Stop) => AutoStop::Stop,
             () => AutoStop::Suspend,
         }
+    }
+
+    /// Of all of its containers.
+    pub fn images(&self) -> impl Iterator<Item = &ImageRef> {
+        std::iter::once(&self.image).chain(self.containers.iter().map(|container| &container.image))
+    }
+
+    /// Which container is meant where none is named.
+    pub fn default_container(&self) -> Option<&Container> {
+        self.containers.get(default_container(self.containers.iter().map(|container| container.name.as_str())))
     }
 
     pub fn min_machines_running(&self) -> u32 {

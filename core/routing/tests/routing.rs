@@ -81,6 +81,8 @@ fn snapshot(machines: &[M]) -> Snapshot {
             mounts: vec![],
             auto_destroy: false,
             schedule: None,
+            processes: vec![],
+            containers: vec![],
         };
         let address = std::net::Ipv4Addr::new(10, 201, 0, n as u8 + 1);
         config.machines.insert(
@@ -122,6 +124,7 @@ fn snapshot(machines: &[M]) -> Snapshot {
             problem: None,
             over: false,
             due_ms: None,
+            containers: vec![],
             updated_at_ms: 0,
         };
         view = view.with_machine(Arc::new(fact)).unwrap();

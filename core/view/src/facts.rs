@@ -2,6 +2,7 @@
 
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{
+    ContainerStatus,
     AppName, ExitInfo, Generation, HostId, MachineId, MachineSpec, MachineState, MachineVersion, OrgName, Region, VolumeId,
 };
 use serde::{Deserialize, Serialize};
@@ -101,6 +102,9 @@ pub struct MachineFact {
     /// When the clock starts it next.
     #[serde(default)]
     pub due_ms: Option<u64>,
+    /// Of a machine with several, while it runs; only in the answer of its own host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<ContainerStatus>,
     pub updated_at_ms: u64,
 }
 

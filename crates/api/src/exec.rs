@@ -50,6 +50,9 @@ pub struct ExecStart {
     /// Of the image; empty: the machine's own.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub user: String,
+    /// Of a machine with several; empty: `app`, or else the first.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub container: String,
     /// On a terminal of this size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tty: Option<WindowSize>,

@@ -208,6 +208,8 @@ pub struct ExecRequest {
     pub env: Vec<(String, String)>,
     /// Of the image; empty: the machine's own user.
     pub user: String,
+    /// Of a machine with several; empty: `app`, or else the first.
+    pub container: String,
     /// On a terminal of the machine's own. Standard error then comes as standard output.
     pub tty: Option<WindowSize>,
     pub stdin: ExecStdin,
@@ -224,6 +226,7 @@ impl ExecRequest {
             program: ExecProgram::Command(command),
             env: vec![],
             user: String::new(),
+            container: String::new(),
             tty: None,
             stdin: ExecStdin::Whole(bytes::Bytes::new()),
             timeout_ms,
@@ -300,6 +303,9 @@ pub struct LogLine {
     pub machine: MachineId,
     /// `stdout`, `stderr`, or `system` for what the platform says.
     pub stream: String,
+    /// Of several containers or processes, whose line it is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub program: String,
     pub line: String,
 }
 

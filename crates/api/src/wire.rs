@@ -18,7 +18,7 @@
 use dunlin_model::config::AppConfig;
 use dunlin_model::desired::ReleaseStatus;
 use dunlin_model::token::Verb;
-use dunlin_model::{AppName, ExitInfo, Guest, MachineId, MachineState, OrgName, Region};
+use dunlin_model::{AppName, ContainerStatus, ExitInfo, Guest, MachineId, MachineState, OrgName, Region};
 use dunlin_view::CheckState;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -152,6 +152,9 @@ pub struct Machine {
     pub config: serde_json::Value,
     pub guest: Guest,
     pub checks: Vec<CheckShown>,
+    /// Of a machine with several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<ContainerStatus>,
     /// The newest first; only where one machine is shown.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub events: serde_json::Value,
@@ -215,7 +218,7 @@ pub struct ExecBody {
     pub cmd: Option<String>,
     #[serde(default)]
     pub stdin: Option<String>,
-    /// Only machines of several containers would have a choice.
+    /// Of a machine with several; none: `app`, or else the first.
     #[serde(default)]
     pub container: Option<String>,
     /// Seconds.

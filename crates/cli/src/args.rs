@@ -344,6 +344,9 @@ pub struct RunArgs {
     /// Run as this user of the image [default: the machine's own]
     #[arg(short, long, default_value = "", hide_default_value = true)]
     pub user: String,
+    /// In this container of a machine with several [default: `app`, or else the first]
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pub container: String,
     /// Give it a terminal, also when nobody sits at one here
     #[arg(short, long, visible_alias = "pty", conflicts_with = "no_tty")]
     pub tty: bool,

@@ -45,11 +45,12 @@ pub async fn attach(session: &Session, app: &AppName, id: &MachineId, program: P
 
 /// The same, for whoever has something to do afterwards. Returns the exit code.
 pub async fn run(session: &Session, app: &AppName, id: &MachineId, program: Program) -> Result<i32, CliError> {
-    let RunArgs { user, tty, no_tty, term } = program.args;
+    let RunArgs { user, container, tty, no_tty, term } = program.args;
     let has_tty = tty || !no_tty && terminal::is_interactive();
     let start = ExecStart {
         command: program.command,
         user,
+        container,
         tty: has_tty.then(terminal::size),
         env: if has_tty { vec![("TERM".into(), term)] } else { vec![] },
         timeout: program.timeout,

@@ -24,7 +24,8 @@ pub async fn logs(session: &Session, args: LogsArgs) -> Result<Exit, CliError> {
         if session.json {
             ui::print_line(&serde_json::to_string(&line).unwrap_or_default());
         } else {
-            ui::print_line(&format!("{} {} {:6} {}", utc(line.at_ms), line.machine, line.stream, line.line));
+            let program = if line.program.is_empty() { String::new() } else { format!("{}: ", line.program) };
+            ui::print_line(&format!("{} {} {:6} {program}{}", utc(line.at_ms), line.machine, line.stream, line.line));
         }
     }
     Ok(Exit::Ok)

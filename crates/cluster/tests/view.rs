@@ -40,6 +40,7 @@ fn machine(number: u8, sequence: u64, updated_at_ms: u64) -> MachineFact {
         problem: None,
         over: false,
         due_ms: None,
+        containers: vec![],
         updated_at_ms,
     }
 }

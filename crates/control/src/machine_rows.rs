@@ -1,14 +1,14 @@
 //! Machines made and changed by hand: each change is one transaction, and a host starts nothing before it is written.
 
 use crate::failure::Failure;
-use crate::fly::{self, Named};
+use crate::fly::{self, Asked, Named};
 use crate::launch::{LAUNCH_MS, LaunchRow};
 use crate::releases::{busy, load_app};
 use crate::rows::{AddressRow, Change, Outcome, Row, SecretsVersionRow, key};
 use crate::{Ctx, now_ms, reconcile, volumes};
 use dunlin_api::{ErrorCode, Refusal, Reserve};
 use dunlin_model::desired::{MachineRow, TombstoneRow};
-use dunlin_model::{AppName, CommandId, Generation, MachineId, MachineSpec, MachineVersion, Mount};
+use dunlin_model::{AppName, CommandId, Generation, ImageRef, MachineId, MachineSpec, MachineVersion, Mount};
 use dunlin_planner::{MAX_MACHINES_PER_APP, Progress};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -137,6 +137,20 @@ pub(crate) fn machine_id(app: &AppName, launch_id: Option<&CommandId>) -> Machin
     }
 }
 
+/// The machine's, and those of its containers. A tag means the same everywhere in one machine.
+async fn images(ctx: &Ctx, app: &AppName, asked: &Asked) -> Result<(ImageRef, Vec<ImageRef>), Failure> {
+    let image = ctx.images.resolve(app, &asked.image).await?;
+    let mut resolved = BTreeMap::from([(asked.image.as_str(), image.clone())]);
+    let mut of_containers = Vec::new();
+    for reference in asked.container_images() {
+        if !resolved.contains_key(reference) {
+            resolved.insert(reference, ctx.images.resolve(app, reference).await?);
+        }
+        of_containers.extend(resolved.get(reference).cloned());
+    }
+    Ok((image, of_containers))
+}
+
 /// Makes a machine that no release knows. The same id gives the same machine.
 pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish) -> Result<Row<MachineRow>, Failure> {
     let config = wish.config.clone().ok_or_else(|| Failure::invalid("config is missing"))?;
@@ -147,7 +161,7 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
         return Err(Failure::invalid("current_version cannot be used: a new machine has none"));
     }
     load_app(ctx, name).await?;
-    let image = ctx.images.resolve(name, &asked.image).await?;
+    let images = images(ctx, name, &asked).await?;
     let guest = asked.guest.clone();
     let _one_at_a_time = ctx.machines_writer.lock().await;
     if let Some(found) = ctx.state.machine(&id).await?.filter(|row| row.value.spec.app == *name) {
@@ -162,7 +176,7 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
     let (mounts, claimed) = claim(ctx, name, &asked.mounts).await?;
     let app = load_app(ctx, name).await?;
     let named = Named { org: &app.value.org, app: name, release: 0, secrets_version };
-    let spec = MachineSpec { mounts, ..asked.spec(version.clone(), image, &named) };
+    let spec = MachineSpec { mounts, ..asked.spec(version.clone(), images, &named) };
     let given = GivenConfig { version: version.clone(), at_ms: now_ms(), config };
     for _ in 0..MAX_TRIES {
         let app = load_app(ctx, name).await?;
@@ -224,14 +238,15 @@ pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, wish: Wish) -> Resul
         )));
     }
     let had = row.value.spec.mounts.clone();
-    let same = |(a, b): (&Mount, &Mount)| a.volume == b.volume && a.path == b.path;
+    let is_name = |asked: &str, name: &str| asked.is_empty() || asked == name;
+    let same = |(a, b): (&Mount, &Mount)| a.volume == b.volume && a.path == b.path && is_name(&a.name, &b.name);
     if asked.mounts.len() != had.len() || !asked.mounts.iter().zip(&had).all(same) {
         return Err(Failure::invalid("config.mounts cannot be changed: a machine keeps the volume that it was made with")
             .hint("repeat config.mounts as GET shows it, or make another machine"));
     }
     // When it grows may change.
     let mounts = asked.mounts.iter().zip(had).map(|(asked, had)| Mount { extend: asked.extend, ..had }).collect();
-    let image = ctx.images.resolve(&name, &asked.image).await?;
+    let images = images(ctx, &name, &asked).await?;
     let _one_at_a_time = ctx.machines_writer.lock().await;
     let progress = ctx.state.get::<Progress>(&key::progress(&name)).await?;
     if row.value.spec.release != 0 && progress.as_ref().is_some_and(|progress| progress.value.ended.is_none()) {
@@ -242,7 +257,7 @@ pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, wish: Wish) -> Resul
     let (secrets, secrets_version) = secrets(ctx, &name, &wish).await?;
     let version = MachineVersion::new(now_ms(), crate::keys::random());
     let named = Named { org: &row.value.spec.org, app: &name, release: row.value.spec.release, secrets_version };
-    let spec = MachineSpec { mounts, ..asked.spec(version.clone(), image, &named) };
+    let spec = MachineSpec { mounts, ..asked.spec(version.clone(), images, &named) };
     let configs = ctx.state.get::<ConfigsRow>(&key::configs(&id)).await?;
     let before = configs.as_ref().map(|row| row.value.clone()).unwrap_or_default();
     let before = if before.versions.is_empty() {

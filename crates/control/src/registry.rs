@@ -145,7 +145,7 @@ pub(crate) async fn images_in_use(ctx: &Ctx) -> Result<Vec<String>, Failure> {
     let used: BTreeSet<String> = releases
         .into_iter()
         .map(|row| row.value.image.digest)
-        .chain(machines.into_iter().map(|row| row.value.spec.image.digest))
+        .chain(machines.iter().flat_map(|row| row.value.spec.images().map(|image| image.digest.clone())))
         .collect();
     Ok(used.into_iter().collect())
 }

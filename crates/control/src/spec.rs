@@ -57,6 +57,8 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
         mounts: vec![],
         auto_destroy: false,
         schedule: None,
+        processes: vec![],
+        containers: vec![],
     }
 }
 

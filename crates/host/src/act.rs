@@ -120,8 +120,7 @@ pub fn perform(shared: &Arc<Shared>, inputs: &Inputs, acts: &mut Acts, record: &
 async fn prepare(shared: Arc<Shared>, inputs: Inputs, rule: MachineRule, id: MachineId, spec: MachineSpec) {
     let firewall = shared.clone();
     let pinned = tokio::task::spawn_blocking(move || firewall.firewall.add(&rule));
-    let image = spec::image(&shared, &spec).await.map(drop);
-    let result = match image {
+    let result = match spec::prepare_images(&shared, &spec).await {
         Ok(()) => volumes_of(&shared, &spec).await,
         failed => failed,
     };
@@ -177,7 +176,8 @@ fn spawn_alone(shared: &Shared, record: &Record, spec: &mut SupervisorSpec) -> R
     let held = || dunlin_runtime::lock_holder(&dir).ok().flatten().is_some();
     // The end of a stranger takes the machine's volumes from it.
     let mut with_volumes = || {
-        spec.volumes = volumes::attach(shared, record).map_err(RuntimeError::Machine)?;
+        let volumes = volumes::attach(shared, record).map_err(RuntimeError::Machine)?;
+        spec::with_volumes(spec, record.spec(), volumes).map_err(RuntimeError::Machine)?;
         dunlin_runtime::spawn(&shared.exe, spec)
     };
     if held() {
@@ -295,7 +295,7 @@ fn without_record(attempt: u64, why: &str) -> ExitInfo {
 
 async fn stop(shared: Arc<Shared>, record: Record, signal: Option<i32>, timeout_ms: u64) {
     let (spec, id) = (record.spec().clone(), record.assignment.id.clone());
-    let image_signal = spec::image(&shared, &spec).await.ok().and_then(|image| image.config.stop_signal);
+    let image_signal = spec::image(&shared, &spec.image).await.ok().and_then(|image| image.config.stop_signal);
     let signal = convert::stop_signal(signal, spec.stop.signal.as_deref(), image_signal.as_deref());
     let told = tokio::task::spawn_blocking(move || {
         match tell(&shared, &id, |client| client.stop(signal, Duration::from_millis(timeout_ms))) {

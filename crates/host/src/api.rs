@@ -79,7 +79,15 @@ impl HostApi for Host {
     async fn machine(&self, id: &MachineId) -> Result<MachineFact, Refusal> {
         let (reply, answer) = oneshot::channel();
         self.inputs.send(Input::Fact(id.clone(), reply)).await.map_err(|_| stopping())?;
-        answer.await.map_err(|_| stopping())?.ok_or_else(|| Refusal::NoSuchMachine(id.clone()))
+        let fact = answer.await.map_err(|_| stopping())?.ok_or_else(|| Refusal::NoSuchMachine(id.clone()))?;
+        if !fact.state.is_running() || self.record(id).await?.spec().containers.is_empty() {
+            return Ok(fact);
+        }
+        let dir = self.shared.machine_dir(id.as_str());
+        let asked = tokio::task::spawn_blocking(move || Client::connect(&dir)?.status()).await;
+        // A supervisor that does not answer is on its way, or gone: its containers are shown as not running.
+        let containers = asked.ok().and_then(Result::ok).map(|status| status.containers);
+        Ok(MachineFact { containers: containers.unwrap_or_default(), ..fact })
     }
 
     async fn wait(&self, id: &MachineId, wait: WaitFor) -> Result<MachineFact, Refusal> {

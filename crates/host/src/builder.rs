@@ -12,7 +12,7 @@ use dunlin_runtime::net::NetSpec;
 use dunlin_runtime::net::firewall::MachineRule;
 use dunlin_runtime::volume::{LoopVolume, MountedVolume, VolumeError};
 use dunlin_runtime::{
-    Bind, Client, LogLimits, GuestFile, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION,
+    ContainerRules, Bind, Client, LogLimits, GuestFile, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION,
 };
 use std::collections::BTreeMap;
 use std::fs;
@@ -141,6 +141,10 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
             user: String::new(),
             working_dir: "/".into(),
         },
+        beside: vec![],
+        own: ContainerRules::default(),
+        containers: vec![],
+        stop_timeout_ms: 0,
         hostname: "builder".into(),
         uid_base,
         cgroups: shared.cgroups.clone(),

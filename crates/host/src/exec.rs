@@ -98,7 +98,14 @@ fn ask(machine_dir: &Path, request: ExecRequest) -> Result<Begun, RuntimeError> 
         ExecProgram::Transfer(transfer) => (vec![], Some(transfer)),
     };
     let copies = transfer.is_some();
-    let spec = ExecSpec { command, env: request.env, user: request.user, transfer, ..ExecSpec::default() };
+    let spec = ExecSpec {
+        command,
+        env: request.env,
+        user: request.user,
+        container: request.container,
+        transfer,
+        ..ExecSpec::default()
+    };
     if let Some(size) = request.tty.filter(|_| !copies) {
         let size = dunlin_runtime::WindowSize { rows: size.rows, columns: size.columns };
         let (handle, master) = client.exec_tty(spec, size)?;

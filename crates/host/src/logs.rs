@@ -134,6 +134,7 @@ fn read_batch(
         app: app.clone(),
         machine: id.clone(),
         stream: record.stream,
+        program: record.program,
         line: record.line,
     });
     Some(wanted.collect())

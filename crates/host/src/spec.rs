@@ -1,14 +1,17 @@
 //! From a machine's record to what its supervisor runs: image, command, environment, limits, network.
 
-use crate::Shared;
 use crate::agent::chain;
+use crate::{Shared, convert};
 use dunlin_machine::Record;
 use dunlin_model::files::check_files;
-use dunlin_model::{CpuKind, HostId, MachineFile, MachineSpec};
+use dunlin_model::containers::{Container, MachineField, Program};
+use dunlin_model::{CpuKind, HostId, ImageRef, MachineFile, MachineSpec};
 use dunlin_registry::{Digest, ImageRecord};
 use dunlin_runtime::cgroup::Limits;
 use dunlin_runtime::net::NetSpec;
-use dunlin_runtime::{Bind, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION};
+use dunlin_runtime::{
+    Bind, ContainerRules, ContainerSpec, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, WIRE_VERSION,
+};
 use dunlin_view::SecretsFact;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -27,20 +30,43 @@ const FILE_MODE: u32 = 0o644;
 /// Secrets of a new version may still be on their way from control.
 const SECRETS_WAIT: Duration = Duration::from_secs(10);
 
+/// Unpacks all images that the machine runs.
+pub async fn prepare_images(shared: &Shared, spec: &MachineSpec) -> Result<(), String> {
+    for reference in spec.images() {
+        image(shared, reference).await?;
+    }
+    Ok(())
+}
+
 /// The unpacked image; unpacks it if it is not.
-pub async fn image(shared: &Shared, spec: &MachineSpec) -> Result<ImageRecord, String> {
-    let digest: Digest = spec.image.digest.parse().map_err(|_| format!("{:?} is not a digest", spec.image.digest))?;
-    shared.images.ensure(&digest).await.map_err(|e| format!("image {}@{digest}: {}", spec.image.repository, chain(&e)))
+pub async fn image(shared: &Shared, image: &ImageRef) -> Result<ImageRecord, String> {
+    let digest: Digest = image.digest.parse().map_err(|_| format!("{:?} is not a digest", image.digest))?;
+    shared.images.ensure(&digest).await.map_err(|e| format!("image {}@{digest}: {}", image.repository, chain(&e)))
 }
 
 /// Everything that the supervisor needs; secrets are in it, so it stays in memory.
 pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> Result<SupervisorSpec, String> {
     let spec = record.spec();
     let id = &record.assignment.id;
-    let image = image(shared, spec).await?;
     let secrets = secrets(shared, spec).await?;
-    let command = command(spec, &image)?;
-    let files = files(spec, &secrets)?;
+    let mut containers = Vec::new();
+    for container in &spec.containers {
+        let image = image(shared, &container.image).await?;
+        containers.push(container_spec(shared, record, container, &image, &secrets)?);
+    }
+    let (own, rootfs, mut programs, files) = if containers.is_empty() {
+        let image = image(shared, &spec.image).await?;
+        let programs = programs(spec);
+        let programs = programs.iter().map(|program| process(shared, record, program, &spec.image, &image, &secrets));
+        let stop_signal = convert::stop_signal(None, spec.stop.signal.as_deref(), image.config.stop_signal.as_deref());
+        let own = ContainerRules { stop_signal: Some(stop_signal), ..ContainerRules::default() };
+        let programs = programs.collect::<Result<Vec<_>, _>>()?;
+        (own, Rootfs::Layers(image.layers.clone()), programs, files(&spec.files, &secrets)?)
+    } else {
+        let ContainerSpec { rules, rootfs, process, files, .. } = containers.remove(0);
+        (rules, rootfs, vec![process], files)
+    };
+    let process = programs.remove(0);
     let mut net = NetSpec::new(id.interface_name(), record.assignment.address, shared.firewall.group());
     net.mtu = shared.mtu;
     Ok(SupervisorSpec {
@@ -48,14 +74,13 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         machine_id: id.to_string(),
         attempt,
         machine_dir: shared.machine_dir(id.as_str()),
-        rootfs: Rootfs::Layers(image.layers.clone()),
+        rootfs,
         profile: Profile::Tenant,
-        process: ProcessSpec {
-            command,
-            env: environment(shared, record, &image, secrets),
-            user: image.config.user.clone(),
-            working_dir: image.config.working_dir.clone(),
-        },
+        process,
+        beside: programs,
+        own,
+        containers,
+        stop_timeout_ms: spec.stop.timeout_ms,
         hostname: id.to_string(),
         uid_base: record.uid_base,
         cgroups: shared.cgroups.clone(),
@@ -72,9 +97,83 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
     })
 }
 
-fn command(spec: &MachineSpec, image: &ImageRecord) -> Result<Vec<String>, String> {
-    let entrypoint = spec.entrypoint.as_ref().unwrap_or(&image.config.entrypoint);
-    let arguments = match (&spec.command, &spec.entrypoint) {
+/// Gives the machine's volumes, in the order of its mounts, to the containers that name them.
+pub fn with_volumes(to: &mut SupervisorSpec, spec: &MachineSpec, volumes: Vec<Bind>) -> Result<(), String> {
+    let Some((first, further)) = spec.containers.split_first() else {
+        to.volumes = volumes;
+        return Ok(());
+    };
+    let of = |container: &Container| -> Result<Vec<Bind>, String> {
+        let mounts = container.mounts.iter().map(|wanted| {
+            let named = spec.mounts.iter().zip(&volumes).find(|(mount, _)| mount.name == wanted.name);
+            let (_, volume) = named.ok_or_else(|| {
+                format!("container {}: the machine has no volume with the name {}", container.name, wanted.name)
+            })?;
+            Ok(Bind { target: wanted.path.clone().into(), ..volume.clone() })
+        });
+        mounts.collect()
+    };
+    to.volumes = of(first)?;
+    for (container, to) in further.iter().zip(&mut to.containers) {
+        to.volumes = of(container)?;
+    }
+    Ok(())
+}
+
+/// Those of its one root file system.
+fn programs(spec: &MachineSpec) -> Vec<Program> {
+    let own = Program { entrypoint: spec.entrypoint.clone(), command: spec.command.clone(), ..Program::default() };
+    if spec.processes.is_empty() { vec![own] } else { spec.processes.clone() }
+}
+
+fn container_spec(
+    shared: &Shared,
+    record: &Record,
+    container: &Container,
+    image: &ImageRecord,
+    secrets: &BTreeMap<String, String>,
+) -> Result<ContainerSpec, String> {
+    let explain = |why: String| format!("container {}: {why}", container.name);
+    let signal = container.stop_signal.as_deref().or(record.spec().stop.signal.as_deref());
+    let image_signal = image.config.stop_signal.as_deref();
+    Ok(ContainerSpec {
+        rules: ContainerRules {
+            name: container.name.clone(),
+            depends_on: container.depends_on.clone(),
+            healthchecks: container.healthchecks.clone(),
+            restart: container.restart.clone(),
+            // A person's word goes before all but the container's own.
+            stop_signal: (container.stop_signal.is_some() || signal.is_none() && image_signal.is_some())
+                .then(|| convert::stop_signal(None, signal, image_signal)),
+            stop_timeout_ms: container.stop_timeout_ms,
+        },
+        rootfs: Rootfs::Layers(image.layers.clone()),
+        process: process(shared, record, &container.program, &container.image, image, secrets).map_err(explain)?,
+        volumes: vec![],
+        files: files(&container.files, secrets).map_err(explain)?,
+    })
+}
+
+fn process(
+    shared: &Shared,
+    record: &Record,
+    program: &Program,
+    reference: &ImageRef,
+    image: &ImageRecord,
+    secrets: &BTreeMap<String, String>,
+) -> Result<ProcessSpec, String> {
+    let user = if program.user.is_empty() { &image.config.user } else { &program.user };
+    Ok(ProcessSpec {
+        command: command(program, image)?,
+        env: environment(shared, record, program, reference, image, secrets)?,
+        user: user.clone(),
+        working_dir: image.config.working_dir.clone(),
+    })
+}
+
+fn command(program: &Program, image: &ImageRecord) -> Result<Vec<String>, String> {
+    let entrypoint = program.entrypoint.as_ref().unwrap_or(&image.config.entrypoint);
+    let arguments = match (&program.command, &program.entrypoint) {
         (Some(command), _) => command.clone(),
         // As docker has it: another ENTRYPOINT leaves the image's CMD out.
         (None, Some(_)) => vec![],
@@ -103,8 +202,8 @@ fn limits(spec: &MachineSpec) -> Limits {
 }
 
 /// What stands in the spec is no secret and the machine's own from then on; the content of secrets stays in memory.
-fn files(spec: &MachineSpec, secrets: &BTreeMap<String, String>) -> Result<Vec<GuestFile>, String> {
-    check_files(&spec.files)?;
+fn files(files: &[MachineFile], secrets: &BTreeMap<String, String>) -> Result<Vec<GuestFile>, String> {
+    check_files(files)?;
     let guest_file = |file: &MachineFile| {
         let path = PathBuf::from(&file.guest_path);
         let mode = file.mode.unwrap_or(FILE_MODE);
@@ -124,17 +223,19 @@ fn files(spec: &MachineSpec, secrets: &BTreeMap<String, String>) -> Result<Vec<G
         let content = content.ok_or_else(|| format!("file {}: it has no content", file.guest_path))?;
         Ok(GuestFile { path, content, mode, on_disk })
     };
-    spec.files.iter().map(guest_file).collect()
+    files.iter().map(guest_file).collect()
 }
 
-/// The image's, then the configuration's, then secrets; what the platform says of the machine is last,
+/// The image's, then the configuration's, then the program's own, then secrets; what the platform says of the machine is last,
 /// because an app must be able to trust it.
 fn environment(
     shared: &Shared,
     record: &Record,
+    program: &Program,
+    reference: &ImageRef,
     image: &ImageRecord,
-    secrets: BTreeMap<String, String>,
-) -> Vec<(String, String)> {
+    secrets: &BTreeMap<String, String>,
+) -> Result<Vec<(String, String)>, String> {
     let spec = record.spec();
     let mut env: BTreeMap<String, String> = BTreeMap::new();
     for pair in &image.config.env {
@@ -146,8 +247,27 @@ fn environment(
         env.insert("PORT".into(), service.internal_port.to_string());
     }
     env.extend(spec.env.clone());
-    env.extend(secrets);
-    let image_ref = format!("{}@{}", spec.image.repository, spec.image.digest);
+    env.extend(program.env.clone());
+    if !program.only_named_secrets {
+        env.extend(secrets.clone());
+    }
+    for (variable, name) in &program.secrets {
+        let value = secrets.get(name);
+        let value = value.ok_or_else(|| format!("the app has no secret {name}; set it with `dunlin secrets set`"))?;
+        env.insert(variable.clone(), value.clone());
+    }
+    let image_ref = format!("{}@{}", reference.repository, reference.digest);
+    for (variable, field) in &program.env_from {
+        let value = match field {
+            MachineField::Id => record.assignment.id.to_string(),
+            MachineField::Version => spec.version.to_string(),
+            MachineField::AppName => spec.app.to_string(),
+            MachineField::PrivateIp => record.assignment.address.to_string(),
+            MachineField::Region => shared.config.region.to_string(),
+            MachineField::Image => image_ref.clone(),
+        };
+        env.insert(variable.clone(), value);
+    }
     let facts = [
         ("APP_NAME", spec.app.to_string()),
         ("MACHINE_ID", record.assignment.id.to_string()),
@@ -164,7 +284,7 @@ fn environment(
         env.insert(format!("DUNLIN_{name}"), value);
     }
     env.entry("PRIMARY_REGION".into()).or_insert_with(|| shared.config.region.to_string());
-    env.into_iter().collect()
+    Ok(env.into_iter().collect())
 }
 
 /// Opens the secrets of exactly the version that the spec names: a machine that returns to an earlier release returns

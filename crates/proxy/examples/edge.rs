@@ -142,6 +142,8 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         mounts: vec![],
         auto_destroy: false,
         schedule: None,
+        processes: vec![],
+        containers: vec![],
     };
     let assignment = MachineAssignment {
         id: id.clone(),
@@ -172,6 +174,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         problem: None,
         over: false,
         due_ms: None,
+        containers: vec![],
         updated_at_ms: 0,
     };
     let mut config = ConfigState::default();

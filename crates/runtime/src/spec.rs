@@ -204,7 +204,6 @@ impl SupervisorSpec {
                 beside: vec![],
                 volumes: container.volumes.clone(),
                 files: container.files.clone(),
-                binds: vec![],
                 containers: vec![],
                 ..self.clone()
             };

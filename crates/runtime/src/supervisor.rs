@@ -443,6 +443,9 @@ impl<'a> Machine<'a> {
             Ask::Start if self.phase == Phase::Created => done(self.start_programs()),
             Ask::Start => Say::Done,
             Ask::Signal { signal } => done(self.signal(signal)),
+            Ask::Stop { signal, .. } if Signal::try_from(signal).is_err() => {
+                Say::Refused { error: format!("{signal} is no signal") }
+            }
             Ask::Stop { signal, timeout_ms } => {
                 let _ = self.cgroup.thaw(); // suspended or not: a frozen process hears no signal
                 self.phase = Phase::Stopping;

@@ -106,6 +106,8 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         mounts: vec![],
         auto_destroy: false,
         schedule: None,
+        processes: vec![],
+        containers: vec![],
     }
 }
 

@@ -121,6 +121,7 @@ fn request(id: &MachineId, start: ExecStart) -> Result<(ExecRequest, String), Fa
         program,
         env: start.env,
         user: start.user,
+        container: start.container,
         tty: start.tty.map(bounded),
         stdin: ExecStdin::Open,
         timeout_ms: start.timeout.unwrap_or(MAX_TIMEOUT_S).clamp(1, MAX_TIMEOUT_S) * 1000,

@@ -16,8 +16,10 @@ use dunlin_api::wire::{self, ExecAnswer, ExecBody, ImageRefWire, StopMachine};
 use dunlin_api::{Command, CommandAnswer, CommandKind, ErrorCode, ExecOutput, ExecRequest, ExecStdin, Refusal, Source, WaitFor};
 use dunlin_model::config::{units, words};
 use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
-use dunlin_model::{AppName, CommandId, MachineId, MachineState, MachineVersion};
-use dunlin_view::{CheckStatus, Snapshot};
+use dunlin_model::{
+    AppName, CommandId, ContainerState, ContainerStatus, MachineId, MachineSpec, MachineState, MachineVersion,
+};
+use dunlin_view::{CheckStatus, MachineFact, Snapshot};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -58,6 +60,7 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Val
         config,
         guest: spec.guest.clone(),
         checks: fact.map(|fact| fact.checks.iter().map(check).collect()).unwrap_or_default(),
+        containers: containers(spec, fact.map(|fact| &**fact)),
         events: Value::Null,
         nonce: None,
         host_status: host_status(fact.is_some(), host_seen_at).into(),
@@ -71,6 +74,17 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Val
         next_run_at: fact.and_then(|fact| fact.due_ms).map(rfc3339),
         created_at: rfc3339(machine.created_at_ms),
         updated_at: rfc3339(fact.map_or(machine.created_at_ms, |fact| fact.updated_at_ms)),
+    }
+}
+
+/// As its host says, which is asked where one machine is shown. Of one that does not run, none does.
+fn containers(spec: &MachineSpec, fact: Option<&MachineFact>) -> Vec<ContainerStatus> {
+    match fact {
+        Some(fact) if fact.state.is_running() => fact.containers.clone(),
+        _ => {
+            let stopped = |name: &String| ContainerStatus { name: name.clone(), state: ContainerState::Stopped };
+            spec.containers.iter().map(|container| stopped(&container.name)).collect()
+        }
     }
 }
 
@@ -528,9 +542,6 @@ pub async fn exec(
 }
 
 async fn run(ctx: &Ctx, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Failure> {
-    if body.container.is_some_and(|container| !container.is_empty()) {
-        return Err(Failure::invalid("container cannot be used: a machine runs one program").hint("leave it out"));
-    }
     let command = match (body.command.is_empty(), body.cmd) {
         (false, _) => body.command,
         (true, Some(text)) => words::split(&text).map_err(|error| Failure::invalid(format!("the command cannot be split into words: {error}")))?,
@@ -538,7 +549,8 @@ async fn run(ctx: &Ctx, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Fa
     };
     let timeout_s = body.timeout.unwrap_or(EXEC_TIMEOUT_S).clamp(1, MAX_EXEC_TIMEOUT_S);
     let stdin = ExecStdin::Whole(body.stdin.unwrap_or_default().into());
-    let request = ExecRequest { stdin, ..ExecRequest::new(id.clone(), command, timeout_s * 1000) };
+    let container = body.container.unwrap_or_default();
+    let request = ExecRequest { stdin, container, ..ExecRequest::new(id.clone(), command, timeout_s * 1000) };
     let mut session = ctx.host.exec(request).await?;
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     while let Some(output) = session.output.recv().await {

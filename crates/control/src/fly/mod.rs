@@ -4,6 +4,7 @@
 //! that says nothing (`null`, `false`, `0`, an empty text, list or object) is as good as none: clients send all they know.
 
 mod fields;
+mod programs;
 mod read;
 mod show;
 #[cfg(test)]
@@ -13,6 +14,6 @@ mod time;
 pub(crate) use fields::Fields;
 #[cfg(test)]
 pub(crate) use fields::asked::asked_for;
-pub(crate) use read::{Named, metadata, read};
+pub(crate) use read::{Asked, Named, metadata, read};
 pub(crate) use show::{events, show};
 pub(crate) use time::rfc3339;

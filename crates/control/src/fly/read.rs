@@ -1,6 +1,7 @@
 //! From a machine's configuration in Fly's JSON to what a host is asked to run.
 
 use super::Fields;
+use super::programs::{self, AskedContainer};
 use crate::failure::Failure;
 use dunlin_model::config::words;
 use dunlin_model::config::units::{CPUS, GuestSize, MAX_SWAP_MB, MEMORY_MB};
@@ -9,7 +10,7 @@ use dunlin_model::machine::{MAX_SCRIPT_CHECKS, is_script, is_server_name};
 use dunlin_model::volume::{self, AutoExtend};
 use dunlin_model::{
     AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineSpec, MachineVersion, Mount, OrgName,
-    RestartPolicy, RestartWhen, Schedule, Service, StopConfig, VolumeId,
+    Program, RestartPolicy, RestartWhen, Schedule, Service, StopConfig, VolumeId,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -28,19 +29,18 @@ const CHECK_TIMEOUT_MS: u64 = 2_000;
 const CHECK_GRACE_MS: u64 = 1_000;
 /// Whether the app listens is asked for often: it costs nothing, and until it does no request is sent to it.
 const LISTENS_INTERVAL_MS: u64 = 1_000;
-const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
+const SIGNALS: &[&str] = &["SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM"];
+pub(super) const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
 
 const LATER: &[(&str, &str)] = &[
     ("cache_drive", "there are no cache drives"),
-    ("containers", "a machine runs one program"),
     ("dns", "names in machines are not configurable"),
     ("metrics", "metrics of machines are not collected"),
-    ("processes", "a machine runs one program; make a machine for each"),
     ("rootfs", "a machine's own files last until its next start"),
     ("spot", "machines have no prices"),
     ("standbys", "on one host a standby is lost together with what it watches"),
     ("statics", "files are not served beside the machine"),
-    ("volumes", "a machine runs one program, and has its volumes as mounts"),
+    ("volumes", "a container's volumes are those of config.mounts, by their names"),
 ];
 
 /// A configuration that was understood, all but its image, which is still a reference.
@@ -63,6 +63,8 @@ pub(crate) struct Asked {
     pub mounts: Vec<Mount>,
     auto_destroy: bool,
     schedule: Option<Schedule>,
+    processes: Vec<Program>,
+    containers: Vec<AskedContainer>,
 }
 
 /// What the configuration does not say.
@@ -74,7 +76,13 @@ pub(crate) struct Named<'a> {
 }
 
 impl Asked {
-    pub fn spec(self, version: MachineVersion, image: ImageRef, named: &Named<'_>) -> MachineSpec {
+    /// Of its containers, in their order.
+    pub fn container_images(&self) -> impl Iterator<Item = &str> {
+        self.containers.iter().map(|container| container.image.as_str())
+    }
+
+    pub fn spec(self, version: MachineVersion, (image, of_containers): (ImageRef, Vec<ImageRef>), named: &Named<'_>) -> MachineSpec {
+        let containers = self.containers.into_iter().zip(of_containers).map(|(asked, image)| asked.with(image)).collect();
         MachineSpec {
             version,
             org: named.org.clone(),
@@ -97,6 +105,8 @@ impl Asked {
             mounts: self.mounts,
             auto_destroy: self.auto_destroy,
             schedule: self.schedule,
+            processes: self.processes,
+            containers,
         }
     }
 }
@@ -107,9 +117,7 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
         return Err(Failure::invalid(format!("config is longer than {} KiB", MAX_CONFIG_BYTES / 1024)));
     }
     let mut fields = Fields::of("config", config)?;
-    let image = fields.text("image")?.ok_or_else(|| {
-        Failure::invalid("config.image is missing").hint("for example registry.<domain>/<app>:<tag>, or nginx:1.27")
-    })?;
+    let image = fields.text("image")?;
     for (name, why) in LATER {
         fields.not_honoured(name, why)?;
     }
@@ -129,6 +137,15 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
     let stop = stop(&mut fields)?;
     let mounts = mounts(&mut fields)?;
     let auto_destroy = fields.take("auto_destroy")?.unwrap_or(false);
+    let processes = programs::processes(&mut fields)?;
+    let containers = programs::containers(&mut fields, image.as_deref(), &mounts)?;
+    programs::check_together(&fields, [(!processes.is_empty(), "processes"), (!containers.is_empty(), "containers")], &[
+        (entrypoint.is_some() || command.is_some(), "init"),
+        (!files.is_empty(), "files"),
+    ])?;
+    let image = programs::default_image(&containers).or(image).ok_or_else(|| {
+        Failure::invalid("config.image is missing").hint("for example registry.<domain>/<app>:<tag>, or nginx:1.27")
+    })?;
     fields.finish()?;
     Ok(Asked {
         image,
@@ -147,6 +164,8 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
         mounts,
         auto_destroy,
         schedule,
+        processes,
+        containers,
     })
 }
 
@@ -197,7 +216,7 @@ fn process_group(metadata: &BTreeMap<String, String>) -> Result<String, Failure>
         .hint("use 1 to 63 letters, digits, dashes and underscores"))
 }
 
-fn texts_of(entries: Fields, path: &str) -> Result<BTreeMap<String, String>, Failure> {
+pub(super) fn texts_of(entries: Fields, path: &str) -> Result<BTreeMap<String, String>, Failure> {
     let text = |(name, value): (String, Value)| match value {
         Value::String(text) => Ok((name, text)),
         _ => Err(Failure::invalid(format!("{path}.{name} must be a text"))),
@@ -215,22 +234,29 @@ struct Init {
 /// ENTRYPOINT, CMD and swap.
 fn init(fields: &mut Fields) -> Result<Init, Failure> {
     let Some(mut init) = fields.object("init")? else { return Ok(Init::default()) };
-    let (exec, entrypoint, command) = (init.texts("exec")?, init.texts("entrypoint")?, init.texts("cmd")?);
+    let (entrypoint, command) = command(&mut init)?;
     init.not_honoured("tty", "a machine's program has no terminal")?;
     init.not_honoured("kernel_args", "machines have no kernel of their own")?;
     let swap_mb = init.number("swap_size_mb", 0..=MAX_SWAP_MB)?.unwrap_or(0);
-    let (entrypoint, command) = match exec {
-        Some(_) if entrypoint.is_some() || command.is_some() => {
-            return Err(init.wrong("exec", "it stands alone, without entrypoint and cmd"));
-        }
-        Some(exec) => (Some(exec), Some(vec![])),
-        None => (entrypoint, command),
-    };
     init.finish()?;
     Ok(Init { entrypoint, command, swap_mb })
 }
 
-fn files(fields: &mut Fields) -> Result<Vec<MachineFile>, Failure> {
+type Words = Option<Vec<String>>;
+
+/// ENTRYPOINT and CMD; `exec` stands for both.
+pub(super) fn command(given: &mut Fields) -> Result<(Words, Words), Failure> {
+    let (exec, entrypoint, command) = (given.texts("exec")?, given.texts("entrypoint")?, given.texts("cmd")?);
+    match exec {
+        Some(_) if entrypoint.is_some() || command.is_some() => {
+            Err(given.wrong("exec", "it stands alone, without entrypoint and cmd"))
+        }
+        Some(exec) => Ok((Some(exec), Some(vec![]))),
+        None => Ok((entrypoint, command)),
+    }
+}
+
+pub(super) fn files(fields: &mut Fields) -> Result<Vec<MachineFile>, Failure> {
     let mut files = vec![];
     for mut given in fields.objects("files", MAX_FILES)? {
         given.not_honoured("image_config", "a file's content is raw_value or the value of secret_name")?;
@@ -242,21 +268,24 @@ fn files(fields: &mut Fields) -> Result<Vec<MachineFile>, Failure> {
         });
         given.finish()?;
     }
-    check_files(&files).map_err(|why| Failure::invalid(format!("config.{why}")))?;
+    check_files(&files).map_err(|why| Failure::invalid(fields.path(&why)))?;
     Ok(files)
 }
 
-fn env(fields: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
+pub(super) fn env(fields: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
     let Some(entries) = fields.object("env")? else { return Ok(BTreeMap::new()) };
-    let env = texts_of(entries, "config.env")?;
-    let is_fine = |(name, value): &(&String, &String)| {
-        !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("FLY_") && !value.contains('\0')
-    };
-    match env.iter().find(|pair| !is_fine(pair)) {
-        Some((name, _)) => Err(Failure::invalid(format!("config.env.{name} cannot be used"))
+    let path = fields.path("env");
+    let env = texts_of(entries, &path)?;
+    match env.iter().find(|(name, value)| !is_variable(name) || value.contains('\0')) {
+        Some((name, _)) => Err(Failure::invalid(format!("{path}.{name} cannot be used"))
             .hint("a name has no `=` and does not begin with FLY_, and no text has a NUL character")),
         None => Ok(env),
     }
+}
+
+/// A name that a machine's configuration may give a variable.
+pub(super) fn is_variable(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("FLY_")
 }
 
 fn guest(fields: &mut Fields) -> Result<Guest, Failure> {
@@ -486,7 +515,7 @@ fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, Check
 }
 
 /// `[{name, values: [one]}]`.
-fn headers(check: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
+pub(super) fn headers(check: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
     let mut headers = BTreeMap::new();
     for mut header in check.objects("headers", MAX_ITEMS)? {
         let name = header.text("name")?.unwrap_or_default();
@@ -502,12 +531,12 @@ fn headers(check: &mut Fields) -> Result<BTreeMap<String, String>, Failure> {
     Ok(headers)
 }
 
-fn port(fields: &mut Fields, name: &str) -> Result<Option<u16>, Failure> {
+pub(super) fn port(fields: &mut Fields, name: &str) -> Result<Option<u16>, Failure> {
     let port = fields.number(name, 0..=65_535)?.filter(|port| *port != 0);
     Ok(port.and_then(|port| u16::try_from(port).ok()))
 }
 
-fn restart(fields: &mut Fields) -> Result<RestartPolicy, Failure> {
+pub(super) fn restart(fields: &mut Fields) -> Result<RestartPolicy, Failure> {
     let default = RestartPolicy::default();
     let Some(mut given) = fields.object("restart")? else { return Ok(default) };
     let policy = match given.text("policy")?.as_deref() {
@@ -533,14 +562,17 @@ fn schedule(fields: &mut Fields, restart: &RestartPolicy) -> Result<Option<Sched
 }
 
 fn stop(fields: &mut Fields) -> Result<StopConfig, Failure> {
-    const SIGNALS: &[&str] = &["SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM"];
     let default = StopConfig::default();
     let Some(mut given) = fields.object("stop_config")? else { return Ok(default) };
+    let (signal, timeout_ms) = stop_of(&mut given)?;
+    given.finish()?;
+    Ok(StopConfig { signal, timeout_ms: timeout_ms.unwrap_or(default.timeout_ms) })
+}
+
+pub(super) fn stop_of(given: &mut Fields) -> Result<(Option<String>, Option<u64>), Failure> {
     let signal = given.text("signal")?;
     if signal.as_deref().is_some_and(|signal| !SIGNALS.contains(&signal)) {
         return Err(given.wrong("signal", &format!("use one of {}", SIGNALS.join(", "))));
     }
-    let timeout_ms = given.duration_ms("timeout", MAX_STOP_MS)?.filter(|ms| *ms != 0).unwrap_or(default.timeout_ms);
-    given.finish()?;
-    Ok(StopConfig { signal, timeout_ms })
+    Ok((signal, given.duration_ms("timeout", MAX_STOP_MS)?.filter(|ms| *ms != 0)))
 }

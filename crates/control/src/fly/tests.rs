@@ -1,13 +1,14 @@
 use super::read::Named;
 use super::{read, show};
-use dunlin_model::{AutoStop, CheckKind, CpuKind, ImageRef, MachineSpec, MachineVersion, RestartWhen};
+use dunlin_model::{AutoStop, CheckKind, Condition, CpuKind, ImageRef, MachineField, MachineSpec, MachineVersion, Probe, RestartWhen};
 use serde_json::{Value, json};
 
 fn spec(config: Value) -> MachineSpec {
     let asked = read(config).unwrap();
     let image = ImageRef { repository: "web".into(), digest: format!("sha256:{}", "a".repeat(64)), tag: Some("v1".into()) };
     let (org, app) = ("personal".parse().unwrap(), "web".parse().unwrap());
-    asked.spec(MachineVersion::new(1, [0; 10]), image, &Named { org: &org, app: &app, release: 0, secrets_version: 3 })
+    let of_containers = asked.container_images().map(|name| ImageRef { repository: name.to_owned(), ..image.clone() }).collect();
+    asked.spec(MachineVersion::new(1, [0; 10]), (image, of_containers), &Named { org: &org, app: &app, release: 0, secrets_version: 3 })
 }
 
 fn refused(config: Value, says: &str) {
@@ -128,4 +129,90 @@ fn nothing_is_dropped() {
     refused(service(json!({ "checks": [{ "type": "tcp", "x": 1 }] })), "config.services[0].checks[0].x is not known");
     let http_options = json!({ "ports": [{ "port": 80, "handlers": ["http"], "http_options": { "compress": true } }] });
     refused(service(http_options), "config.services[0].ports[0].http_options");
+}
+
+#[test]
+fn processes_have_commands_users_and_secrets_of_their_own() {
+    let spec = spec(json!({
+        "image": "web",
+        "processes": [
+            { "exec": ["/web"], "env": { "A": "1" }, "env_from": [{ "env_var": "ME", "field_ref": "id" }] },
+            { "cmd": ["work"], "user": "app", "ignore_app_secrets": true, "secrets": [{ "env_var": "KEY", "name": "WORK_KEY" }, { "name": "B" }] },
+        ],
+    }));
+    let [web, work] = &spec.processes[..] else { panic!("{:?}", spec.processes) };
+    assert_eq!((web.entrypoint.clone(), web.command.clone()), (Some(vec!["/web".to_owned()]), Some(vec![])));
+    assert_eq!((web.env["A"].as_str(), web.env_from["ME"], web.only_named_secrets), ("1", MachineField::Id, false));
+    assert_eq!((work.user.as_str(), work.only_named_secrets), ("app", true));
+    assert_eq!((work.secrets["KEY"].as_str(), work.secrets["B"].as_str()), ("WORK_KEY", "B"));
+    refused(json!({ "image": "web", "processes": [{ "what": 1 }] }), "config.processes[0].what");
+    refused(json!({ "image": "web", "processes": [{}], "init": { "cmd": ["x"] } }), "config.init");
+    let field = json!([{ "env_var": "A", "field_ref": "host" }]);
+    refused(json!({ "image": "web", "processes": [{ "env_from": field }] }), "config.processes[0].env_from[0].field_ref");
+    refused(json!({ "image": "web", "processes": [{ "env": { "FLY_A": "1" } }] }), "config.processes[0].env.FLY_A");
+    let many = vec![json!({}); 9];
+    refused(json!({ "image": "web", "processes": many }), "config.processes");
+}
+
+#[test]
+fn containers_are_read_with_all_that_they_say() {
+    let spec = spec(json!({
+        "mounts": [{ "volume": "vol_0123456789abcdef", "name": "data", "path": "/unused" }],
+        "containers": [
+            {
+                "name": "proxy", "image": "nginx", "depends_on": [{ "name": "app", "condition": "healthy" }],
+                "stop": { "signal": "SIGQUIT", "timeout": "3s" }, "restart": { "policy": "always" },
+                "secrets": [{ "env_var": "CERT" }],
+            },
+            {
+                "name": "app", "image": "web", "cmd": ["serve"], "mounts": [{ "name": "data", "path": "/data" }],
+                "files": [{ "guest_path": "/etc/app", "raw_value": "aGk=" }],
+                "healthchecks": [
+                    { "http": { "port": 8080, "path": "/up" }, "interval": 5, "failure_threshold": 2 },
+                    { "name": "db", "kind": "liveness", "unhealthy": "stop", "tcp": { "port": 5432 } },
+                    { "name": "file", "exec": { "command": ["cat", "/ok"] } },
+                ],
+            },
+        ],
+    }));
+    let [proxy, app] = &spec.containers[..] else { panic!("{:?}", spec.containers) };
+    assert_eq!((proxy.image.repository.as_str(), app.image.repository.as_str()), ("nginx", "web"));
+    assert_eq!((proxy.stop_signal.as_deref(), proxy.stop_timeout_ms), (Some("SIGQUIT"), Some(3000)));
+    assert_eq!((proxy.restart.policy, app.restart.policy), (RestartWhen::Always, RestartWhen::OnFailure));
+    assert_eq!(proxy.depends_on[0].condition, Condition::Healthy);
+    assert!(proxy.program.only_named_secrets && !app.program.only_named_secrets);
+    assert_eq!(app.mounts[0].path, "/data");
+    let [up, db, file] = &app.healthchecks[..] else { panic!("{:?}", app.healthchecks) };
+    assert_eq!((up.name.as_str(), up.interval_ms, up.timeout_ms, up.failure_threshold), ("check-0", 5000, 2000, 2));
+    assert!(db.stop_unhealthy && db.probe == Probe::Tcp { port: 5432 });
+    assert_eq!(file.probe, Probe::Exec { command: vec!["cat".into(), "/ok".into()] });
+    let text = serde_json::to_string(&spec).unwrap();
+    assert_eq!(serde_json::from_str::<MachineSpec>(&text).unwrap(), spec);
+}
+
+#[test]
+fn containers_that_cannot_be_run_are_refused_by_their_path() {
+    let with = |container: Value| json!({ "image": "web", "containers": [{ "name": "a" }, container] });
+    let wrong = |container: Value, says: &str| refused(with(container), says);
+    wrong(json!({ "name": "a" }), "config.containers[1].name is there twice");
+    wrong(json!({}), "config.containers[1].name");
+    wrong(json!({ "name": "b", "depends_on": [{ "name": "c" }] }), "config.containers[1].depends_on[0].name");
+    wrong(json!({ "name": "b", "depends_on": [{ "name": "b" }] }), "config.containers[1].depends_on: b waits for itself");
+    wrong(json!({ "name": "b", "depends_on": [{ "name": "a", "condition": "happy" }] }), "config.containers[1].depends_on[0].condition");
+    wrong(json!({ "name": "b", "depends_on": [{ "name": "a", "condition": "healthy" }] }), "has no healthchecks");
+    wrong(json!({ "name": "b", "mounts": [{ "name": "data", "path": "/d" }] }), "config.containers[1].mounts[0].name");
+    wrong(json!({ "name": "b", "healthchecks": [{}] }), "config.containers[1].healthchecks[0].http");
+    let https = json!([{ "http": { "port": 443, "scheme": "https" } }]);
+    wrong(json!({ "name": "b", "healthchecks": https }), "config.containers[1].healthchecks[0].http.scheme");
+    let stopping = json!([{ "tcp": { "port": 1 }, "unhealthy": "stop" }]);
+    wrong(json!({ "name": "b", "healthchecks": stopping }), "config.containers[1].healthchecks[0].unhealthy");
+    wrong(json!({ "name": "b", "files": [{ "guest_path": "x", "raw_value": "" }] }), "config.containers[1].files[0].guest_path");
+    wrong(json!({ "name": "b", "cpu": 1 }), "config.containers[1].cpu");
+    refused(json!({ "containers": [{ "name": "a" }] }), "config.containers[0].image");
+    let two = json!({ "image": "web", "containers": [{ "name": "a" }], "processes": [{ "cmd": ["x"] }] });
+    refused(two, "config.processes");
+    let files = json!([{ "guest_path": "/x", "raw_value": "aGk=" }]);
+    refused(json!({ "image": "web", "containers": [{ "name": "a" }], "files": files }), "config.files");
+    let many: Vec<Value> = (0..9).map(|n| json!({ "name": format!("c{n}") })).collect();
+    refused(json!({ "image": "web", "containers": many }), "config.containers");
 }

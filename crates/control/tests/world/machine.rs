@@ -27,6 +27,7 @@ pub fn created(assignment: &MachineAssignment) -> MachineFact {
         problem: None,
         over: false,
         due_ms: None,
+        containers: vec![],
         updated_at_ms: 0,
     }
 }

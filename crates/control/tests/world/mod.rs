@@ -303,7 +303,7 @@ impl HostApi for SmallHost {
         let machine = query.machine.unwrap_or_else(|| MachineId::from_random([0; 7]));
         let app = query.app.unwrap_or_else(|| "web".parse().unwrap());
         let line = "Traceback: no module named flask".into();
-        sender.send(LogLine { at_ms: 1, app, machine, stream: "stderr".into(), line }).await.unwrap();
+        sender.send(LogLine { at_ms: 1, app, machine, stream: "stderr".into(), program: String::new(), line }).await.unwrap();
         Ok(LogStream { lines })
     }
 

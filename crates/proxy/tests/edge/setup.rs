@@ -217,6 +217,8 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             mounts: vec![],
             auto_destroy: false,
             schedule: None,
+            processes: vec![],
+            containers: vec![],
         };
         let assignment = MachineAssignment {
             id: id.clone(),
@@ -248,6 +250,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             problem: None,
             over: false,
             due_ms: None,
+            containers: vec![],
             updated_at_ms: 0,
         };
         view = view.with_machine(Arc::new(fact)).unwrap();

@@ -254,8 +254,12 @@ fn who_waits_for_health_starts_once_the_checks_pass() {
     ];
     let web = ContainerRules { healthchecks: checks, ..rules("web", &[]) };
     spec.containers = vec![container(&world, web, &script.replace("mkdir", "busybox mkdir"))];
-    spec.net = None;
-    let machine = world.run(spec);
+    let machine = world.run(SupervisorSpec { start: false, ..spec });
+    // What a machine with an address has.
+    let namespace = format!("--net=/proc/{}/ns/net", machine.client().status().unwrap().init_pid);
+    let up = std::process::Command::new("nsenter").args([&namespace, "ip", "link", "set", "lo", "up"]).status().unwrap();
+    assert!(up.success());
+    machine.client().start().unwrap();
     until_said(&machine, "app: ready");
     assert_eq!(state(&machine, "web"), ContainerState::Healthy);
     exec_in(&machine, "web", "busybox rm /tmp/www/index.html");

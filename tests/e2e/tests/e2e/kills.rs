@@ -260,7 +260,7 @@ fn a_supervisor_is_killed_at_every_boundary() {
 }
 
 /// Root's own socket, as curl reaches it.
-fn api_post(server: &Server, path: &str, body: &str) -> std::process::Output {
+pub fn api_post(server: &Server, path: &str, body: &str) -> std::process::Output {
     std::process::Command::new("curl")
         .args(["-sS", "--max-time", "10", "--unix-socket"])
         .arg(server.data().join("run/api.sock"))

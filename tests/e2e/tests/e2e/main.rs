@@ -3,6 +3,7 @@
 mod apps;
 mod clients;
 mod console;
+mod containers;
 mod deploys;
 mod disk;
 mod endure;
