@@ -130,6 +130,38 @@ fn body() -> Value {
     })
 }
 
+/// Together they have every object: several programs are said in one of several ways.
+fn bodies() -> Vec<Value> {
+    let program = json!({ "env_from": [{ "env_var": "A", "field_ref": "id" }], "secrets": [{ "name": "B" }] });
+    let mut processes = json!({ "config": { "image": "web:1", "processes": [program] } });
+    processes["config"]["guest"] = json!({});
+    let probes = [
+        json!({ "http": { "port": 80, "headers": [{ "name": "x-a", "values": ["b"] }] } }),
+        json!({ "tcp": { "port": 80 } }),
+        json!({ "exec": { "command": ["true"] } }),
+    ];
+    let containers = probes.map(|probe| {
+        let mut check = probe;
+        check["kind"] = json!("liveness");
+        let mut container = program.clone();
+        for (name, value) in [
+            ("name", json!("a")),
+            ("files", json!([{ "guest_path": "/a", "raw_value": "aGk=" }])),
+            ("mounts", json!([{ "name": "data", "path": "/data" }])),
+            ("depends_on", json!([{ "name": "b" }])),
+            ("healthchecks", json!([check])),
+            ("restart", json!({})),
+            ("stop", json!({})),
+        ] {
+            container[name] = value;
+        }
+        let other = json!({ "name": "b", "healthchecks": [{ "tcp": { "port": 81 } }] });
+        let mounts = json!([{ "volume": "vol_0123456789abcdef", "name": "data", "path": "/data" }]);
+        json!({ "config": { "image": "web:1", "mounts": mounts, "containers": [container, other] } })
+    });
+    [body(), processes].into_iter().chain(containers).collect()
+}
+
 fn read(body: &Value) -> Result<(), String> {
     let wish = Wish::read(body.clone()).map_err(|failure| failure.message)?;
     fly::read(wish.config.unwrap_or_default()).map(drop).map_err(|failure| failure.message)
@@ -169,8 +201,12 @@ fn all_properties(schema: &str) -> Vec<(String, String, Value)> {
 
 #[test]
 fn bodies_of_machines_are_described_as_they_are_read() {
-    assert_eq!(read(&body()), Ok(()));
-    let asked = fly::asked_for(|| read(&body()).unwrap());
+    let mut asked = BTreeSet::new();
+    for body in bodies() {
+        assert_eq!(read(&body), Ok(()), "{body}");
+        asked.extend(fly::asked_for(|| read(&body).unwrap()));
+    }
+    asked.retain(|path| !path.contains("[1]"));
     for schema in ["CreateMachine", "UpdateMachine"] {
         let described = all_properties(schema).into_iter().map(|(path, ..)| path);
         assert_eq!(described.collect::<BTreeSet<_>>(), asked, "{schema}");
@@ -179,8 +215,8 @@ fn bodies_of_machines_are_described_as_they_are_read() {
 
 /// Why the body with `value` at `at` is refused, if it is refused for that.
 fn refused(path: &str, at: &str, value: Value) -> Option<String> {
-    let mut body = body();
     let (parent, name) = at.rsplit_once('/').unwrap();
+    let mut body = bodies().into_iter().find(|body| body.pointer(parent).is_some()).unwrap();
     body.pointer_mut(parent).unwrap()[name] = value;
     read(&body).err().filter(|message| message.contains(path))
 }
@@ -210,7 +246,7 @@ fn bounds_and_choices_are_those_that_are_enforced() {
             bounds += 1;
         }
         if let Some(most) = schema["maxItems"].as_u64() {
-            let one = body().pointer(&format!("{at}/0")).unwrap().clone();
+            let one = bodies().iter().find_map(|body| body.pointer(&format!("{at}/0")).cloned()).unwrap();
             refuses(Value::Array(vec![one; most as usize + 1]));
             bounds += 1;
         }
