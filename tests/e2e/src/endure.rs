@@ -41,16 +41,16 @@ pub struct Endured {
 }
 
 /// An app of so many machines that sleep: their ids, and the command line that each runs.
-pub fn sleepers(server: &Server, machines: usize) -> (Vec<String>, String) {
+pub fn sleepers(server: &Server, app: &str, machines: usize) -> (Vec<String>, String) {
     // Another one in each run, so that nobody else's processes are counted.
     let seconds = format!("1{:07}", std::process::id());
     let dockerfile = format!("FROM scratch\nCOPY busybox /bin/busybox\nCMD [\"/bin/busybox\", \"sleep\", \"{seconds}\"]\n");
-    let source = server.source("endure", &[("Dockerfile", &dockerfile), ("dunlin.toml", "app = \"endure\"\n")]);
+    let source = server.source(app, &[("Dockerfile", &dockerfile), ("dunlin.toml", &format!("app = \"{app}\"\n"))]);
     fs::copy("/bin/busybox", source.join("busybox")).unwrap();
-    server.ok(&["apps", "create", "endure"]);
+    server.ok(&["apps", "create", app]);
     server.ok_in(&source, &["deploy"]);
-    server.ok(&["scale", "count", &machines.to_string(), "--app", "endure"]);
-    (server.machines("endure"), format!("/bin/busybox sleep {seconds}"))
+    server.ok(&["scale", "count", &machines.to_string(), "--app", app]);
+    (server.machines(app), format!("/bin/busybox sleep {seconds}"))
 }
 
 /// The image of an app's machines, as the Machines API takes it.
@@ -64,7 +64,7 @@ pub fn endure(server: &Server, plan: &Endurance) -> Result<Endured, String> {
     for text in ["the server died; restarting it", "its supervisor was killed"] {
         server.expect_log(text);
     }
-    let (ids, command) = sleepers(server, plan.machines);
+    let (ids, command) = sleepers(server, "endure", plan.machines);
     let image = image_of(&server.machine_list("endure")[0]);
     let course = Course { api: Api::of(&server.data()), command, image, commands: AtomicUsize::new(0) };
     let place = Place::of(server, &ids[0]);

@@ -1,6 +1,6 @@
 //! What a server costs that does nothing, with ten machines that do nothing either.
 
-use super::{Figure, Table, cpu_ticks};
+use super::{Figure, Table, cpu_ticks, memory_mb};
 use anyhow::Context;
 use dunlin_e2e::Server;
 use std::fs;
@@ -33,11 +33,4 @@ pub fn run(table: &mut Table) -> anyhow::Result<()> {
     let percent = ticks as f64 / 100.0 / WATCH.as_secs_f64() * 100.0;
     table.add(Figure { what: "idle server, 10 machines with checks: CPU of one core", ours: percent, unit: "%", peer: None, goal: "-" });
     Ok(())
-}
-
-fn memory_mb(pid: u32, field: &str) -> anyhow::Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field)).context("the kernel tells a process's memory")?;
-    let kb: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kb * 1024.0 / 1e6)
 }

@@ -8,6 +8,7 @@ mod idle;
 mod machines;
 mod neighbours;
 mod proxy;
+mod scale;
 
 use crate::{packages, sh};
 use anyhow::{Context, bail};
@@ -24,6 +25,7 @@ const BENCHES: &[Bench] = &[
     ("neighbours", neighbours::run),
     ("proxy", proxy::run),
     ("idle", idle::run),
+    ("scale", scale::run),
 ];
 
 pub fn run(names: &[&str]) -> anyhow::Result<()> {
@@ -122,6 +124,14 @@ impl Times {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
+}
+
+/// A line of `/proc/<pid>/status`, in MB.
+fn memory_mb(pid: u32, field: &str) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).context("the kernel tells a process's memory")?;
+    let kb: f64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kb * 1024.0 / 1e6)
 }
 
 /// User and system time of a process, in hundredths of a second.

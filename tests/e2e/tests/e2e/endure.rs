@@ -18,7 +18,7 @@ fn machines_start_and_stop_a_hundred_times_under_kills() {
 #[test]
 fn what_is_left_behind_is_counted() {
     let server = Server::start();
-    let (ids, _) = sleepers(&server, 1);
+    let (ids, _) = sleepers(&server, "endure", 1);
     let place = Place::of(&server, &ids[0]);
     let before = place.count();
     let run = |program: &str, args: &[&str]| {
