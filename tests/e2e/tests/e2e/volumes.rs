@@ -1,8 +1,11 @@
 //! A database-like app whose records are in a volume: what it has acknowledged is there, whoever is killed.
 
+use crate::kills::visit;
 use dunlin_e2e::*;
+use serde_json::Value;
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 /// Appends a numbered record and answers once it is on disk, as a database does.
 const APP: &str = r#"
@@ -150,4 +153,73 @@ fn what_was_acknowledged_outlives_every_kill() {
 fn holder_of<'v>(volumes: &'v serde_json::Value, id: &str) -> &'v str {
     let volume = volumes.as_array().unwrap().iter().find(|volume| volume["id"] == id).unwrap();
     volume["attached_machine_id"].as_str().unwrap()
+}
+
+/// What is done to a volume while its host is killed is done in the end, once, and no record is lost.
+#[test]
+fn a_volume_survives_a_kill_at_every_boundary() {
+    let mut server = Server::start();
+    let dir = server.source("db", &[("app.py", APP), ("Dockerfile", DOCKERFILE)]);
+    config(&dir, 1);
+    server.ok(&["apps", "create", "db"]);
+    server.ok_in(&dir, &["deploy"]);
+    let volume = list(&server)[0]["id"].as_str().unwrap().to_owned();
+    let machine = server.machines("db")[0].clone();
+    let mut records = number(&server, "/add");
+    for point in dunlin_host::VOLUME_KILL_POINTS {
+        if point.ends_with("-remove") {
+            server.ok(&["volume", "create", "extra", "--app", "db"]);
+        }
+        visit(&mut server, point, |server| act(server, point, &volume, &machine));
+        server.until(&format!("{point}: all volumes are whole"), || {
+            list(&server).iter().all(|volume| volume["state"] == "created" && volume["blocks"] != 0)
+        });
+        let now = number(&server, "/add");
+        assert!(now > records, "{point}: there were {records} records, there are {now}");
+        records = now;
+        let snapshots = server.json(&["volume", "snapshots", "list", &volume]);
+        let digest = |snapshot: &Value| snapshot["digest"].as_str().is_some_and(|digest| digest.starts_with("sha256:"));
+        assert!(snapshots.as_array().unwrap().iter().all(digest), "{point}: {snapshots}");
+        for extra in list(&server).iter().filter(|volume| volume["name"] == "extra") {
+            server.ok(&["volume", "destroy", extra["id"].as_str().unwrap(), "--yes"]);
+        }
+        server.until(&format!("{point}: nothing else is left"), || {
+            let there = fs::read_dir(server.data().join("volumes")).unwrap().flatten().map(|entry| entry.file_name());
+            there.collect::<Vec<_>>() == [volume.as_str()]
+        });
+        let halves = fs::read_dir(server.data().join("volumes").join(&volume)).unwrap().flatten();
+        let halves: Vec<_> = halves.map(|entry| entry.file_name()).filter(|name| name.to_string_lossy().ends_with(".new")).collect();
+        assert!(halves.is_empty(), "{point}: {halves:?}");
+    }
+}
+
+/// Passes the point; the kill may take the answer, and then it is asked for again, as a person would.
+fn act(server: &Server, point: &str, volume: &str, machine: &str) {
+    let size = || server.json(&["volume", "show", volume])["size_gb"].as_u64().unwrap();
+    let args: Vec<String> = match point.rsplit('-').next().unwrap() {
+        "make" => ["volume", "create", "extra", "--app", "db"].map(str::to_owned).to_vec(),
+        "copy" if point.ends_with("source-copy") => ["volume", "fork", volume, "--name", "extra"].map(str::to_owned).to_vec(),
+        "grow" => vec!["volume".into(), "extend".into(), volume.into(), "--size".into(), (size() + 1).to_string()],
+        "mount" | "unmount" => ["machine", "restart", machine].map(str::to_owned).to_vec(),
+        "snapshot" | "copy" => ["volume", "snapshots", "create", volume].map(str::to_owned).to_vec(),
+        "remove" => {
+            let extra = list(server).into_iter().find(|volume| volume["name"] == "extra").unwrap();
+            ["volume", "destroy", extra["id"].as_str().unwrap(), "--yes"].map(str::to_owned).to_vec()
+        }
+        other => panic!("nothing here passes {other}"),
+    };
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let output = server.dunlin(&args);
+        let is_gone = args[1] == "destroy" && text(&output).contains("no volume");
+        if output.status.success() || is_gone {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{point}: {}", text(&output));
+    }
+}
+
+fn list(server: &Server) -> Vec<Value> {
+    server.json(&["volume", "list", "--app", "db"]).as_array().unwrap().clone()
 }
