@@ -358,14 +358,14 @@ impl Restart {
             return Err(Failure::invalid("signal cannot be used: a restart sends the machine's own signal")
                 .hint("set stop_config.signal, or stop the machine with the signal and start it"));
         }
+        let timeout_ms = self.timeout.as_ref().map(duration_ms).transpose()?;
         match self.force_stop {
-            None | Some(Value::Null | Value::Bool(false)) => {}
-            Some(Value::Bool(true)) => return Ok(Some(0)),
-            Some(Value::String(text)) if text == "true" => return Ok(Some(0)),
-            Some(Value::String(text)) if text == "false" || text.is_empty() => {}
-            Some(other) => return Err(Failure::invalid(format!("force_stop is true or false, not {other}"))),
+            None | Some(Value::Null | Value::Bool(false)) => Ok(timeout_ms),
+            Some(Value::Bool(true)) => Ok(Some(0)),
+            Some(Value::String(text)) if text == "true" => Ok(Some(0)),
+            Some(Value::String(text)) if text == "false" || text.is_empty() => Ok(timeout_ms),
+            Some(other) => Err(Failure::invalid(format!("force_stop is true or false, not {other}"))),
         }
-        self.timeout.as_ref().map(duration_ms).transpose()
     }
 }
 
@@ -377,12 +377,9 @@ pub async fn restart(
     body: bytes::Bytes,
 ) -> Result<Json<Value>, Failure> {
     let body: Restart = optional(&body)?;
-    let given = Restart {
-        timeout: query.timeout.or(body.timeout),
-        signal: query.signal.or(body.signal),
-        force_stop: query.force_stop.or(body.force_stop),
-    };
-    command(&ctx, &app, &id, &headers, CommandKind::Restart { timeout_ms: given.timeout_ms()? }).await
+    // Each is read for itself: what cannot be used in one is not hidden by the other.
+    let (of_query, of_body) = (query.timeout_ms()?, body.timeout_ms()?);
+    command(&ctx, &app, &id, &headers, CommandKind::Restart { timeout_ms: of_query.or(of_body) }).await
 }
 
 #[derive(Debug, Deserialize)]
