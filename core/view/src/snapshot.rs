@@ -100,6 +100,7 @@ mod tests {
             exit: None,
             restarts: 0,
             problem: None,
+            containers: vec![],
             over: false,
             due_ms: None,
             updated_at_ms: 0,

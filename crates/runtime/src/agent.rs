@@ -222,7 +222,7 @@ impl Client {
     /// ends the command and all that it started.
     pub fn exec(self, exec: ExecSpec, stdio: [OwnedFd; 3]) -> Result<ExecHandle> {
         let fds: Vec<_> = stdio.iter().map(AsRawFd::as_raw_fd).collect();
-        match self.ask(Ask::Exec(ExecSpec { terminal: None, ..exec }), &fds)?.0 {
+        match self.ask(Ask::Exec(Box::new(ExecSpec { terminal: None, ..exec })), &fds)?.0 {
             Say::Done => Ok(ExecHandle { socket: self.socket }),
             other => Err(unexpected(&other)),
         }
@@ -231,7 +231,7 @@ impl Client {
     /// The same on a terminal of the machine's own; its master is returned. Reading the master fails
     /// with EIO once the command and all that it started are gone.
     pub fn exec_tty(self, exec: ExecSpec, size: WindowSize) -> Result<(ExecHandle, OwnedFd)> {
-        match self.ask(Ask::Exec(ExecSpec { terminal: Some(size), ..exec }), &[])? {
+        match self.ask(Ask::Exec(Box::new(ExecSpec { terminal: Some(size), ..exec })), &[])? {
             (Say::Done, mut fds) => match fds.pop() {
                 Some(master) => Ok((ExecHandle { socket: self.socket }, master)),
                 None => Err(RuntimeError::Machine("the supervisor sent no terminal".into())),

@@ -461,7 +461,7 @@ impl<'a> Machine<'a> {
             Ask::Exec(exec) => {
                 let Connection { session, asked, .. } = &mut self.connections[connection];
                 if session.is_none() && asked.is_none() {
-                    *asked = Some((exec, fds));
+                    *asked = Some((*exec, fds));
                     return;
                 }
                 Say::Refused { error: "a connection carries one session".into() }

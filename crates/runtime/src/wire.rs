@@ -34,7 +34,7 @@ pub(crate) enum Ask {
     Kill,
     /// Comes with three descriptors: standard input, output and error of the command. With a terminal
     /// it comes with none, and the answer brings the terminal's master.
-    Exec(ExecSpec),
+    Exec(Box<ExecSpec>),
     /// To the command of this connection and those of its process group. Not answered: the next word on
     /// the connection is how the command ended. A supervisor that does not know it ends the session.
     SignalExec {

@@ -236,6 +236,7 @@ impl World {
                 exit: None,
                 restarts: 0,
                 problem: None,
+                containers: vec![],
                 over: false,
                 due_ms: None,
                 updated_at_ms: self.now_ms,
