@@ -3,6 +3,7 @@
 use crate::command::{self, Asked, Checked, Deny, MAX_REMEMBERED, Order, Remembered, Verb};
 use crate::event::{Alive, Effect, Event};
 use crate::record::{Goal, Record, Stop};
+use dunlin_model::hash::fnv1a;
 use dunlin_model::{EventKind, ExitInfo, Lease, MachineId, MachineState, MachineVersion, RestartWhen, Source};
 use dunlin_view::MachineAssignment;
 
@@ -37,10 +38,9 @@ pub fn backoff_ms(n: u32, seed: u64) -> u64 {
     base + seed % (base / 4)
 }
 
-/// Differs between machines and attempts (FNV-1a), and is the same after a crash.
+/// Differs between machines and attempts, and is the same after a crash.
 fn seed(id: &MachineId, attempt: u64) -> u64 {
-    let bytes = id.as_str().bytes().chain(attempt.to_le_bytes());
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    fnv1a(id.as_str().bytes().chain(attempt.to_le_bytes()))
 }
 
 impl Machine {

@@ -17,6 +17,7 @@ pub mod containers;
 pub mod desired;
 pub mod events;
 pub mod files;
+pub mod hash;
 pub mod ids;
 pub mod machine;
 pub mod schedule;

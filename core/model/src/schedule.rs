@@ -5,6 +5,7 @@
 
 use crate::MachineId;
 use crate::calendar::civil;
+use crate::hash::fnv1a;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -58,7 +59,7 @@ impl Schedule {
     /// The first time after `after_ms`. Words mean a time of the machine's own in each hour, day, week or month, so that
     /// not all begin in the same second.
     pub fn next(&self, machine: &MachineId, after_ms: u64) -> Option<u64> {
-        let own = |period_ms: u64| (spread(machine) % (period_ms / SECOND_MS)) * SECOND_MS;
+        let own = |period_ms: u64| (fnv1a(machine.as_str().bytes()) % (period_ms / SECOND_MS)) * SECOND_MS;
         match self {
             Self::Hourly => Some(next_of(HOUR_MS, own(HOUR_MS), after_ms)),
             Self::Daily => Some(next_of(DAY_MS, own(DAY_MS), after_ms)),
@@ -67,12 +68,6 @@ impl Schedule {
             Self::Cron(cron) => cron.next(after_ms),
         }
     }
-}
-
-/// Differs between machines (FNV-1a), and is always the same for one.
-fn spread(machine: &MachineId) -> u64 {
-    let bytes = machine.as_str().bytes();
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 fn next_of(period_ms: u64, offset_ms: u64, after_ms: u64) -> u64 {

@@ -17,6 +17,7 @@ use dunlin_cluster::{Loaded, View};
 use dunlin_control::{BuilderSettings, Control, ControlConfig, Metrics, Parts, Ready};
 use dunlin_host::{Host, HostConfig};
 use dunlin_model::desired::HostRow;
+use dunlin_model::hash::fnv1a;
 use dunlin_proxy::{AccessLog, CertStore, InternalHost, Limits, Proxy, ProxyConfig, Routes};
 use dunlin_registry::{ContentStore, Images, RegistryState};
 use dunlin_store::Store;
@@ -234,8 +235,7 @@ pub fn instance(data_dir: &Path) -> String {
     if path == Path::new(dunlin_cli::DEFAULT_DATA_DIR) {
         return "dunlin".into();
     }
-    let hash = path.as_os_str().as_encoded_bytes().iter();
-    let hash = hash.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    let hash = fnv1a(path.as_os_str().as_encoded_bytes().iter().copied());
     format!("dunlin_{hash:016x}")
 }
 

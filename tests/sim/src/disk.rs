@@ -4,6 +4,7 @@
 use crate::rng::Rng;
 use dunlin_machine::Record;
 use dunlin_model::MachineId;
+use dunlin_model::hash::fnv1a;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -86,8 +87,8 @@ impl Disk {
     }
 }
 
-/// FNV-1a, folded.
+/// Of 64 bits, folded.
 fn checksum(bytes: &[u8]) -> u32 {
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    let hash = fnv1a(bytes.iter().copied());
     (hash ^ (hash >> 32)) as u32
 }

@@ -34,6 +34,7 @@ pub use file::FileEntry;
 pub use parse::{Parsed, parse};
 pub use problem::{ConfigError, ConfigProblem, Mistake};
 pub use render::render;
+pub use service::is_path;
 pub use units::{GUEST_SIZES, GuestSize};
 pub use validate::InvalidConfig;
 

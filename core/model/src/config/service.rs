@@ -231,7 +231,7 @@ fn read_script<'t>(f: &mut Findings<'t>, section: &mut Section<'t>) -> Option<Ch
 }
 
 /// What the request line of a check may ask for.
-pub(super) fn is_path(path: &str) -> bool {
+pub fn is_path(path: &str) -> bool {
     path.starts_with('/') && path.len() <= MAX_PATH_BYTES && path.bytes().all(|b| b.is_ascii_graphic())
 }
 
