@@ -21,14 +21,7 @@ const TELL_EVERY_MS: u64 = 3600 * 1000;
 pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
     let mut told = BTreeMap::new();
     while !stop.is_cancelled() {
-        let pause = match look(&ctx, &mut told).await {
-            Ok(0) => LOOK,
-            Ok(_) => LOOK_AGAIN,
-            Err(failure) => {
-                tracing::error!(%failure, "desired state could not be read; no volume grows by itself");
-                LOOK
-            }
-        };
+        let pause = if look(&ctx, &mut told).await { LOOK_AGAIN } else { LOOK };
         tokio::select! {
             () = stop.cancelled() => {}
             () = tokio::time::sleep(pause) => {}
@@ -36,15 +29,15 @@ pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
     }
 }
 
-/// How many have grown.
-async fn look(ctx: &Ctx, told: &mut BTreeMap<VolumeId, u64>) -> Result<usize, Failure> {
-    let mut grown = 0;
-    let machines = ctx.state.machines().await?;
-    let mounts = machines.iter().flat_map(|row| &row.value.spec.mounts);
+/// Whether one has grown. Who mounts what is in memory already; only what may grow is read from the store.
+async fn look(ctx: &Ctx, told: &mut BTreeMap<VolumeId, u64>) -> bool {
+    let mut grown = false;
+    let view = ctx.view.current();
+    let mounts = view.config.machines.values().flat_map(|machine| &machine.spec.mounts);
     for (id, extend) in mounts.filter_map(|mount| Some((&mount.volume, mount.extend?))) {
         match grow_if_full(ctx, id, extend).await {
             Ok(has_grown) => {
-                grown += usize::from(has_grown);
+                grown |= has_grown;
                 told.remove(id);
             }
             Err(failure) if told.get(id).is_none_or(|at_ms| now_ms() >= at_ms + TELL_EVERY_MS) => {
@@ -54,7 +47,7 @@ async fn look(ctx: &Ctx, told: &mut BTreeMap<VolumeId, u64>) -> Result<usize, Fa
             Err(_) => {}
         }
     }
-    Ok(grown)
+    grown
 }
 
 async fn grow_if_full(ctx: &Ctx, id: &VolumeId, extend: AutoExtend) -> Result<bool, Failure> {

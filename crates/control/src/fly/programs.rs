@@ -219,14 +219,8 @@ fn probe(check: &mut Fields) -> Result<Probe, Failure> {
     match (http, tcp, exec) {
         (Some(mut http), None, None) => {
             let port = port(&mut http)?;
-            let method = http.text("method")?.map_or_else(|| "GET".to_owned(), |method| method.to_uppercase());
-            if !read::METHODS.contains(&method.as_str()) {
-                return Err(http.wrong("method", &format!("use one of {}", read::METHODS.join(", "))));
-            }
-            let path = http.text("path")?.unwrap_or_else(|| "/".to_owned());
-            if !path.starts_with('/') || path.len() > 2048 || !path.bytes().all(|b| b.is_ascii_graphic()) {
-                return Err(http.wrong("path", "it begins with / and has no blanks"));
-            }
+            let (method, path) = (http.text("method")?, http.text("path")?);
+            let (method, path) = read::request_line(&http, method, path)?;
             match http.text("scheme")?.as_deref() {
                 None | Some("http") => {}
                 Some(_) => return Err(http.wrong("scheme", "checks of containers are made over http")),

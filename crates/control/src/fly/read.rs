@@ -3,7 +3,7 @@
 use super::Fields;
 use super::programs::{self, AskedContainer};
 use crate::failure::Failure;
-use dunlin_model::config::words;
+use dunlin_model::config::{is_path, words};
 use dunlin_model::config::units::{CPUS, GuestSize, MAX_SWAP_MB, MEMORY_MB};
 use dunlin_model::files::{MAX_FILES, check_files};
 use dunlin_model::machine::{MAX_SCRIPT_CHECKS, is_script, is_server_name};
@@ -30,7 +30,7 @@ const CHECK_GRACE_MS: u64 = 1_000;
 /// Whether the app listens is asked for often: it costs nothing, and until it does no request is sent to it.
 const LISTENS_INTERVAL_MS: u64 = 1_000;
 const SIGNALS: &[&str] = &["SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM"];
-pub(super) const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
+const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
 
 const LATER: &[(&str, &str)] = &[
     ("cache_drive", "there are no cache drives"),
@@ -482,8 +482,7 @@ fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, Check
     }
     let times = times(check)?;
     let kind = check.text("type")?;
-    let method = check.text("method")?.map(|method| method.to_uppercase());
-    let path = check.text("path")?;
+    let (method, path) = (check.text("method")?, check.text("path")?);
     let protocol = check.text("protocol")?;
     let tls_skip_verify = check.take::<bool>("tls_skip_verify")?.unwrap_or(false);
     let tls_server_name = check.text("tls_server_name")?;
@@ -499,19 +498,25 @@ fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, Check
                 Some("https") => true,
                 Some(_) => return Err(check.wrong("protocol", "use http or https")),
             };
-            let method = method.unwrap_or_else(|| "GET".to_owned());
-            if !METHODS.contains(&method.as_str()) {
-                return Err(check.wrong("method", &format!("use one of {}", METHODS.join(", "))));
-            }
-            let path = path.unwrap_or_else(|| "/".to_owned());
-            if !path.starts_with('/') || path.len() > 2048 || !path.bytes().all(|b| b.is_ascii_graphic()) {
-                return Err(check.wrong("path", "it begins with / and has no blanks"));
-            }
+            let (method, path) = request_line(check, method, path)?;
             CheckKind::Http { method, path, headers, https, tls_server_name, tls_skip_verify }
         }
         _ => return Err(check.wrong("type", "use tcp or http")),
     };
     Ok((port, kind, times))
+}
+
+/// What a check over HTTP asks for: a method and a path.
+pub(super) fn request_line(check: &Fields, method: Option<String>, path: Option<String>) -> Result<(String, String), Failure> {
+    let method = method.map_or_else(|| "GET".to_owned(), |method| method.to_uppercase());
+    if !METHODS.contains(&method.as_str()) {
+        return Err(check.wrong("method", &format!("use one of {}", METHODS.join(", "))));
+    }
+    let path = path.unwrap_or_else(|| "/".to_owned());
+    if !is_path(&path) {
+        return Err(check.wrong("path", "it begins with / and has no blanks"));
+    }
+    Ok((method, path))
 }
 
 /// `[{name, values: [one]}]`.
