@@ -55,7 +55,8 @@ pub enum Input {
     Check { machine: MachineId, attempt: u64, status: CheckStatus, answer: String },
     CheckAnswer { machine: MachineId, check: String, reply: oneshot::Sender<Result<String, Refusal>> },
     Reserve(Reserve, oneshot::Sender<Result<(), Refusal>>),
-    Fact(MachineId, oneshot::Sender<Option<MachineFact>>),
+    /// And whether it has containers, of which its supervisor knows more.
+    Fact(MachineId, oneshot::Sender<Option<(MachineFact, bool)>>),
     /// Of it, what no fact says.
     Record(MachineId, oneshot::Sender<Option<Box<Record>>>),
     Heartbeat,
@@ -167,7 +168,8 @@ impl Agent {
                     let _ = reply.send(self.reserve(reserve)); // the caller went away: it expires
                 }
                 Input::Fact(id, reply) => {
-                    let _ = reply.send(self.slots.get(&id).map(Slot::fact));
+                    let fact = |slot: &Slot| (slot.fact(), !slot.machine.record().spec().containers.is_empty());
+                    let _ = reply.send(self.slots.get(&id).map(fact));
                 }
                 Input::Record(id, reply) => {
                     let _ = reply.send(self.slots.get(&id).map(|slot| Box::new(slot.machine.record().clone())));

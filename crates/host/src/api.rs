@@ -79,8 +79,9 @@ impl HostApi for Host {
     async fn machine(&self, id: &MachineId) -> Result<MachineFact, Refusal> {
         let (reply, answer) = oneshot::channel();
         self.inputs.send(Input::Fact(id.clone(), reply)).await.map_err(|_| stopping())?;
-        let fact = answer.await.map_err(|_| stopping())?.ok_or_else(|| Refusal::NoSuchMachine(id.clone()))?;
-        if !fact.state.is_running() || self.record(id).await?.spec().containers.is_empty() {
+        let known = answer.await.map_err(|_| stopping())?;
+        let (fact, has_containers) = known.ok_or_else(|| Refusal::NoSuchMachine(id.clone()))?;
+        if !has_containers || !fact.state.is_running() {
             return Ok(fact);
         }
         let dir = self.shared.machine_dir(id.as_str());

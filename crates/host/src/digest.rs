@@ -4,7 +4,7 @@
 //! are of 64 bits, little endian. So it takes as long as what is in the volume, not as the volume is large.
 
 use rustix::fs::SeekFrom;
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -12,7 +12,6 @@ use std::path::Path;
 
 const BLOCK_BYTES: u64 = 64 << 10;
 
-/// `sha256:` and 64 hexadecimal digits.
 pub fn of(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();
@@ -30,8 +29,7 @@ pub fn of(path: &Path) -> io::Result<String> {
         }
         at += BLOCK_BYTES;
     }
-    let sum = sum.finalize();
-    Ok(sum.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}")))
+    Ok(dunlin_registry::Digest::from_hasher(sum).into())
 }
 
 /// Where the next content is, at `at` or behind it.

@@ -14,12 +14,9 @@ use dunlin_runtime::{Client, RuntimeError, SupervisorSpec};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use zeroize::Zeroizing;
 
 /// A machine that is started again right after its end, or destroyed, is not made twice.
 const REST: Duration = Duration::from_millis(250);
-/// The text of a spec is rarely longer: no copies of secrets stay behind as it grows.
-const USUAL_SPEC_BYTES: usize = 256 * 1024;
 
 /// The supervisors that wait, by what they were given.
 #[derive(Default)]
@@ -92,8 +89,9 @@ async fn make(shared: Arc<Shared>, record: Record) {
     let made = tokio::task::spawn_blocking(move || {
         let made_of = digest(&wanted);
         wanted.start = false;
+        let waits = || supervisor(&shared, &id).and_then(|client| client.status()).is_ok();
         match shared.ready.take(&id) {
-            Some(before) if before == made_of && waits(&shared, &id).is_ok() => return shared.ready.put(id, made_of),
+            Some(before) if before == made_of && waits() => return shared.ready.put(id, made_of),
             Some(_) => {
                 clean_up(&shared, &id);
             }
@@ -121,22 +119,18 @@ fn end(shared: &Shared, id: &MachineId) {
 pub fn start(shared: &Shared, id: &MachineId, spec: &SupervisorSpec) -> bool {
     let Some(made_of) = shared.ready.take(id) else { return false };
     let is_this = made_of == digest(spec) && spec.kill_at.is_none();
-    let started = is_this && waits(shared, id).and_then(|client| client.start()).is_ok();
+    let started = is_this && supervisor(shared, id).and_then(|client| client.start()).is_ok();
     if !started {
         clean_up(shared, id);
     }
     started
 }
 
-fn waits(shared: &Shared, id: &MachineId) -> Result<Client, RuntimeError> {
-    let client = Client::connect(&shared.machine_dir(id.as_str()))?;
-    client.status()?;
-    Ok(client)
+fn supervisor(shared: &Shared, id: &MachineId) -> Result<Client, RuntimeError> {
+    Client::connect(&shared.machine_dir(id.as_str()))
 }
 
 /// Whether it starts at once is no part of what it is.
 fn digest(spec: &SupervisorSpec) -> Digest {
-    let mut json = Zeroizing::new(Vec::with_capacity(USUAL_SPEC_BYTES));
-    serde_json::to_writer(&mut *json, spec).expect("a spec is JSON");
-    Digest::of(&json)
+    Digest::of(&spec.to_json())
 }

@@ -24,7 +24,8 @@ impl Digest {
         Self::from_hasher(Sha256::new_with_prefix(bytes))
     }
 
-    pub(crate) fn from_hasher(hasher: Sha256) -> Self {
+    /// Of all that the hasher was given.
+    pub fn from_hasher(hasher: Sha256) -> Self {
         let mut text = String::with_capacity(PREFIX.len() + 64);
         text.push_str(PREFIX);
         for byte in hasher.finalize() {

@@ -7,7 +7,7 @@ use crate::files::lock_holder;
 use crate::net;
 use crate::remove::remove_tree;
 use crate::rootfs;
-use crate::spec::{SupervisorSpec, USUAL_SPEC_BYTES};
+use crate::spec::SupervisorSpec;
 use crate::supervisor::UP;
 use crate::sys;
 use crate::wire::{self, Ask, ExecSpec, Request, Say, Status, WindowSize};
@@ -21,7 +21,6 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use zeroize::Zeroizing;
 
 /// First argument of the supervisor's personality.
 pub const PERSONALITY: &str = "__supervisor";
@@ -114,10 +113,8 @@ pub fn spawn(exe: &SealedExe, spec: &SupervisorSpec) -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .map_err(io_error("the supervisor cannot be started"))?;
-    let mut json = Zeroizing::new(Vec::with_capacity(USUAL_SPEC_BYTES));
-    serde_json::to_writer(&mut *json, spec).map_err(|e| io_error("the machine's spec")(e.into()))?;
     let mut stdin = child.stdin.take().expect("piped");
-    let written = stdin.write_all(&json);
+    let written = stdin.write_all(&spec.to_json());
     drop(stdin);
     let answer = child.stdout.take().expect("piped");
     let answered = readable_within(answer.as_fd(), SPAWN_TIMEOUT);

@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use zeroize::Zeroizing;
 
 /// Version of the wire between agent and supervisor; frozen once released.
 pub const WIRE_VERSION: u32 = 1;
 /// The text of a spec is rarely longer: a buffer of this size leaves no copies of secrets behind as it grows.
-pub(crate) const USUAL_SPEC_BYTES: usize = 256 * 1024;
+const USUAL_SPEC_BYTES: usize = 256 * 1024;
 /// How many user ids a machine owns.
 pub const UID_RANGE: u32 = 65_536;
 
@@ -190,7 +191,19 @@ impl Default for LogLimits {
     }
 }
 
+/// For the text of a spec, which holds secrets: it is overwritten when it is dropped.
+pub(crate) fn text_buffer() -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(Vec::with_capacity(USUAL_SPEC_BYTES))
+}
+
 impl SupervisorSpec {
+    /// As its supervisor is given it.
+    pub fn to_json(&self) -> Zeroizing<Vec<u8>> {
+        let mut json = text_buffer();
+        serde_json::to_writer(&mut *json, self).expect("a spec is JSON");
+        json
+    }
+
     /// Below the machine's directory: one for each container beside its own root, with what that one writes.
     pub(crate) const CONTAINERS: &str = "containers";
 

@@ -14,7 +14,7 @@ use crate::logs::LogWriter;
 use crate::member::{Ended, Member, Stage};
 use crate::rootfs::HostMounts;
 use crate::seccomp::Filters;
-use crate::spec::{SupervisorSpec, USUAL_SPEC_BYTES, WIRE_VERSION};
+use crate::spec::{SupervisorSpec, WIRE_VERSION, text_buffer};
 use crate::wire::{self, Ask, Phase, Request, Say, Status};
 use crate::sys;
 use dunlin_model::containers::default_container;
@@ -27,7 +27,6 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
-use zeroize::Zeroizing;
 
 /// Connections at once; more of them wait in the socket's backlog.
 const MAX_CONNECTIONS: usize = 64;
@@ -88,7 +87,7 @@ fn run() -> io::Result<()> {
     nix::sys::prctl::set_name(c"dunlin-super")?;
     // The spec has the machine's secrets: no core file may hold them.
     nix::sys::prctl::set_dumpable(false)?;
-    let mut text = Zeroizing::new(Vec::with_capacity(USUAL_SPEC_BYTES));
+    let mut text = text_buffer();
     io::stdin().take(MAX_SPEC_BYTES).read_to_end(&mut text)?;
     let spec: SupervisorSpec = serde_json::from_slice(&text)?;
     drop(text);
