@@ -81,13 +81,16 @@ pub fn exit(code: i32) -> Exit {
 
 /// Starts it; refusals are errors here.
 pub async fn open(session: &Session, app: &AppName, id: &MachineId, start: ExecStart) -> Result<(ExecInput, ExecEvents), CliError> {
+    let hint = match start.container.as_str() {
+        "" => "the image has no such program? `dunlin ssh sftp get` copies its files without one",
+        _ => "name a container that the machine has, and a program of its image; without --container the default one is meant",
+    };
     let (mut input, mut events) = session.client.exec(&format!("/v1/apps/{app}/machines/{id}/exec/stream")).await?;
     input.ask(&ExecAsk::Start(start)).await?;
     match events.next().await? {
         Some(ExecEvent::Say(ExecSay::Started)) => Ok((input, events)),
         Some(ExecEvent::Say(ExecSay::Failed(body))) => {
             let error = failed(body);
-            let hint = "the image has no such program? `dunlin ssh sftp get` copies its files without one";
             Err(if error.hint.is_none() { error.hint(hint) } else { error })
         }
         Some(_) => Err(ApiError::BadAnswer("the session began with something else than `started`".into()).into()),

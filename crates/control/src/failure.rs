@@ -78,6 +78,8 @@ impl From<Refusal> for Failure {
             Refusal::Moved { .. } | Refusal::OldGeneration { .. } => Some("try again: the server has newer facts by now"),
             Refusal::Leased { .. } => Some("wait until the lease ends, or send its nonce"),
             Refusal::NotLeased { .. } => Some("take a new lease, and look at the machine again: others may have changed it"),
+            Refusal::IllegalMove { .. } => Some("`dunlin machine list` shows its state; wait for another, or ask for what fits it"),
+            Refusal::Over { .. } => Some("make another machine; an update of this one that comes before its end is a new run"),
             Refusal::InsufficientCapacity { .. } => Some("stop machines that you do not need, or choose a smaller size"),
             Refusal::DiskFull(_) => Some("free some space in the data directory, then try again"),
             Refusal::WaitTimeout { .. } => Some("ask again to wait longer; `dunlin logs` shows what the machine does"),

@@ -108,7 +108,10 @@ pub async fn get(
 ) -> Result<Json<Value>, Failure> {
     let row = machines::load(&ctx, &app, &id).await?;
     let lease = ctx.host.lease(&id).await?;
-    let lease = lease.ok_or_else(|| Failure::not_found(format!("nobody has a lease of machine {id}")))?;
+    let lease = lease.ok_or_else(|| {
+        Failure::not_found(format!("nobody has a lease of machine {id}"))
+            .hint("whoever may deploy the app may change it; a POST to the same path takes a lease")
+    })?;
     let is_own = nonce(&headers).as_ref() == Some(&lease.nonce);
     Ok(Json(shown(&lease, row.value.spec.version.as_str(), is_own)))
 }
