@@ -25,6 +25,9 @@ const SUPERVISOR_PATIENCE: Duration = Duration::from_secs(10);
 /// A program that is not frozen in this time is in the middle of something in the kernel.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(10);
+/// Requests that were let in before a stop are answered in this time, or they are long ones, which are the program's own
+/// to end: a program that ends at its signal would cut the others off.
+const DRAIN: Duration = Duration::from_secs(1);
 
 type Inputs = mpsc::Sender<Input>;
 
@@ -297,6 +300,7 @@ async fn stop(shared: Arc<Shared>, record: Record, signal: Option<i32>, timeout_
     let (spec, id) = (record.spec().clone(), record.assignment.id.clone());
     let image_signal = spec::image(&shared, &spec.image).await.ok().and_then(|image| image.config.stop_signal);
     let signal = convert::stop_signal(signal, spec.stop.signal.as_deref(), image_signal.as_deref());
+    drained(&shared, &id, DRAIN.min(Duration::from_millis(timeout_ms))).await;
     let told = tokio::task::spawn_blocking(move || {
         match tell(&shared, &id, |client| client.stop(signal, Duration::from_millis(timeout_ms))) {
             Ok(()) => {}
@@ -310,6 +314,14 @@ async fn stop(shared: Arc<Shared>, record: Record, signal: Option<i32>, timeout_
         }
     });
     let _ = told.await; // a panic in it was reported by itself
+}
+
+/// Until no request is in it, of those that came by this host's edge.
+async fn drained(shared: &Shared, id: &MachineId, within: Duration) {
+    let deadline = Instant::now() + within;
+    while shared.table.in_flight(id) > 0 && Instant::now() < deadline {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// Says something to a supervisor. One that is gone needs no telling: its exit is under way. One that has its

@@ -83,6 +83,11 @@ impl Table {
         (now, entry.counters.peak.swap(now, Ordering::AcqRel).max(now))
     }
 
+    /// Requests in it now.
+    pub fn in_flight(&self, id: &MachineId) -> u32 {
+        self.get(id).map_or(0, |entry| entry.counters.in_flight.load(Ordering::Acquire))
+    }
+
     fn get(&self, id: &MachineId) -> Option<Arc<Entry>> {
         self.entries.load().get(id).cloned()
     }

@@ -1,7 +1,7 @@
 //! Waking for requests.
 
 use crate::setup::World;
-use dunlin_api::{AdmitRefusal, CommandKind, LastHop};
+use dunlin_api::{AdmitRefusal, AdmitRequest, CommandKind, LastHop};
 use dunlin_model::MachineState;
 use serde_json::json;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -73,4 +73,32 @@ pub fn what_must_not_be_woken_is_not() {
     world.wait_for(&id, MachineState::Stopping);
     assert_eq!(wake(&world, &id), Ok(()));
     assert_eq!(world.fact(&id).unwrap().attempt, 2);
+}
+
+pub fn a_request_is_answered_before_its_machine_is_told_to_stop() {
+    let mut world = World::new();
+    let id = world.started(1, "trap 'echo told; exit' TERM; echo up; while :; do sleep 0.01; done", with_service);
+    let said = |world: &World, word: &str| world.printed(&id).iter().any(|line| line == word);
+    world.until("it traps", || said(&world, "up").then_some(()));
+    let fact = world.fact(&id).unwrap();
+    let request = AdmitRequest { machine: id.clone(), version: fact.version, placement: fact.placement, internal_port: 80 };
+    let stop = || world.command(&id, CommandKind::Stop { signal: Some("SIGTERM".into()), timeout_ms: Some(20_000) }).unwrap();
+    let admission = world.host().admit(&request).unwrap();
+    let began = Instant::now();
+    stop();
+    world.wait_for(&id, MachineState::Stopping);
+    assert!(matches!(world.host().admit(&request), Err(AdmitRefusal::Draining)), "another one is let in");
+    std::thread::sleep(Duration::from_millis(300));
+    let told = said(&world, "told");
+    // On a computer that is busy with other things its second may be over.
+    assert!(!told || began.elapsed() > Duration::from_millis(900), "it was told although a request is in it");
+    drop(admission);
+    world.until("it is told", || said(&world, "told").then_some(()));
+    world.wait_for(&id, MachineState::Stopped);
+    // One that takes longer holds nothing up.
+    world.command(&id, CommandKind::Start).unwrap();
+    world.wait_for(&id, MachineState::Started);
+    let _admission = world.host().admit(&request).unwrap();
+    stop();
+    world.wait_for(&id, MachineState::Stopped);
 }

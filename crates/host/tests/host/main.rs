@@ -44,7 +44,8 @@ const TESTS: &[Test] = tests![
     firewall: it_comes_back_when_somebody_flushes_it, a_docker_that_starts_later_cuts_nobody_off,
         a_host_without_name_servers_starts_and_follows_when_it_gets_some;
     last_hop: a_request_that_gives_up_leaves_the_machine_to_be_woken_by_the_next,
-        a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not;
+        a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not,
+        a_request_is_answered_before_its_machine_is_told_to_stop;
     logs: the_newest_lines_are_the_last_of_all_machines,
         a_machine_that_prints_without_end_loses_lines_and_is_nobodys_trouble,
         a_follower_hears_machines_that_come_and_attempts_that_follow;
