@@ -15,6 +15,7 @@ pub mod calendar;
 pub mod config;
 pub mod containers;
 pub mod desired;
+pub mod disk;
 pub mod events;
 pub mod files;
 pub mod hash;

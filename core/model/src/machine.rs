@@ -1,6 +1,7 @@
 //! What a machine is asked to be (its spec) and what it may be found in (its state).
 
 use crate::containers::{Container, Program, default_container};
+use crate::disk::{MachineRootfs, TempDir};
 use crate::{AppName, MachineFile, MachineVersion, OrgName, Schedule};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -62,6 +63,10 @@ pub struct MachineSpec {
     /// Instead of the one root file system; `image` then is that of the default one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub containers: Vec<Container>,
+    #[serde(default, skip_serializing_if = "MachineRootfs::is_usual")]
+    pub rootfs: MachineRootfs,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub temp_dirs: Vec<TempDir>,
 }
 
 /// An image by content.

@@ -83,6 +83,8 @@ fn snapshot(machines: &[M]) -> Snapshot {
             schedule: None,
             processes: vec![],
             containers: vec![],
+            rootfs: Default::default(),
+            temp_dirs: vec![],
         };
         let address = std::net::Ipv4Addr::new(10, 201, 0, n as u8 + 1);
         config.machines.insert(

@@ -59,6 +59,8 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
         schedule: None,
         processes: vec![],
         containers: vec![],
+        rootfs: Default::default(),
+        temp_dirs: vec![],
     }
 }
 

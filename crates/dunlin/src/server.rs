@@ -212,6 +212,9 @@ fn start_host(
     view: View,
     images: Images,
 ) -> anyhow::Result<Arc<Host>> {
+    if let Err(error) = dunlin_host::favour_server(&instance(&settings.data_dir)) {
+        tracing::warn!(error = format!("{error:#}"), "the server has no more weight than its machines");
+    }
     let config = HostConfig {
         id: settings.host_id.clone(),
         region: settings.region.clone(),
@@ -220,6 +223,7 @@ fn start_host(
         machine_prefix: settings.machine_prefix,
         cpus: settings.cpus,
         memory_mb: settings.memory_mb,
+        rootfs_gb: settings.rootfs_gb,
         autostop_after_ms: settings.autostop_after_s * 1000,
         ready_machines: settings.ready_machines.into(),
         key: key.clone(),

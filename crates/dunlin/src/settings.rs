@@ -5,6 +5,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use dunlin_cli::DEFAULT_DATA_DIR;
 use dunlin_model::desired::Ipv4Prefix;
+use dunlin_model::disk::{ROOTFS_DEFAULT_GB, ROOTFS_GB};
 use dunlin_model::{HostId, Region};
 use serde::Deserialize;
 use std::fmt::Write as _;
@@ -52,6 +53,9 @@ pub struct ServerArgs {
     /// Memory that machines may reserve, in MiB [default: the machine's memory less 512]
     #[arg(long, env = "DUNLIN_MEMORY_MB", value_name = "MIB")]
     pub memory_mb: Option<u32>,
+    /// What a machine may write to its root file system, in GiB, if its configuration does not say [default: 8]
+    #[arg(long, env = "DUNLIN_ROOTFS_GB", value_name = "GIB", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rootfs_gb: Option<u32>,
     /// Seconds without need for a machine after which auto_stop_machines puts it to sleep [default: 60]
     #[arg(long, env = "DUNLIN_AUTOSTOP_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub autostop_after: Option<u64>,
@@ -108,6 +112,7 @@ struct FileSettings {
     machine_prefix: Option<String>,
     base_images: Option<BaseImages>,
     memory_mb: Option<u32>,
+    rootfs_gb: Option<u32>,
     autostop_after: Option<u64>,
     ready_machines: Option<u16>,
     log_format: Option<LogFormat>,
@@ -127,6 +132,7 @@ pub struct Settings {
     pub base_images: BaseImages,
     pub cpus: u32,
     pub memory_mb: u32,
+    pub rootfs_gb: u32,
     pub autostop_after_s: u64,
     pub ready_machines: u16,
     pub log_format: LogFormat,
@@ -179,6 +185,7 @@ impl Settings {
                     base_images: args.base_images.or(file.base_images).unwrap_or(BaseImages::Upstream),
                     cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
                     memory_mb,
+                    rootfs_gb: args.rootfs_gb.or(file.rootfs_gb).unwrap_or(ROOTFS_DEFAULT_GB).clamp(*ROOTFS_GB.start(), *ROOTFS_GB.end()),
                     autostop_after_s: args.autostop_after.or(file.autostop_after).unwrap_or(AUTOSTOP_AFTER_S).clamp(1, 86_400),
                     ready_machines: args.ready_machines.or(file.ready_machines).unwrap_or(READY_MACHINES).min(1024),
                     log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
@@ -197,7 +204,8 @@ impl Settings {
     pub fn summary(&self) -> String {
         format!(
             "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ndomain = {:?}\nhost_id = {:?}\nregion = {:?}\nrole = {:?}\n\
-             machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nautostop_after = {}\nready_machines = {}\nlog_format = {:?}",
+             machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nrootfs_gb = {}\nautostop_after = {}\n\
+             ready_machines = {}\nlog_format = {:?}",
             self.data_dir,
             self.http.to_string(),
             self.https.to_string(),
@@ -209,6 +217,7 @@ impl Settings {
             self.machine_prefix.length,
             format!("{:?}", self.base_images).to_lowercase(),
             self.memory_mb,
+            self.rootfs_gb,
             self.autostop_after_s,
             self.ready_machines,
             format!("{:?}", self.log_format).to_lowercase(),

@@ -3,7 +3,7 @@
 
 use crate::agent::{Input, chain};
 use crate::kill::kill_point;
-use crate::{Shared, convert, now_ms, ready, spec, volumes};
+use crate::{Shared, convert, cpus, layers, now_ms, ready, spec, volumes};
 use dunlin_machine::{Effect, Event, Record};
 use dunlin_model::{ExitInfo, MachineId, MachineSpec};
 use dunlin_runtime::cgroup::CgroupError;
@@ -124,7 +124,7 @@ async fn prepare(shared: Arc<Shared>, inputs: Inputs, rule: MachineRule, id: Mac
     let firewall = shared.clone();
     let pinned = tokio::task::spawn_blocking(move || firewall.firewall.add(&rule));
     let result = match spec::prepare_images(&shared, &spec).await {
-        Ok(()) => volumes_of(&shared, &spec).await,
+        Ok(()) => disks_of(&shared, &spec).await,
         failed => failed,
     };
     let _ = pinned.await; // the start tries again, and tells if it fails
@@ -136,12 +136,15 @@ async fn prepare(shared: Arc<Shared>, inputs: Inputs, rule: MachineRule, id: Mac
     let _ = inputs.send(Input::Event(id, event)).await; // the agent ended: recovery prepares again
 }
 
-/// A volume for which there is no room is known before the machine is told to start.
-async fn volumes_of(shared: &Arc<Shared>, spec: &MachineSpec) -> Result<(), String> {
+/// A volume for which there is no room is known before the machine is told to start, and what is made once a size is there.
+async fn disks_of(shared: &Arc<Shared>, spec: &MachineSpec) -> Result<(), String> {
     let view = shared.view.current();
     let rows: Vec<_> = spec.mounts.iter().filter_map(|mount| view.config.volumes.get(&mount.volume).cloned()).collect();
-    let shared = shared.clone();
-    let ensured = tokio::task::spawn_blocking(move || rows.iter().try_for_each(|row| volumes::ensure(&shared, row)));
+    let (shared, spec) = (shared.clone(), spec.clone());
+    let ensured = tokio::task::spawn_blocking(move || {
+        rows.iter().try_for_each(|row| volumes::ensure(&shared, row))?;
+        layers::make_templates(&shared, &spec)
+    });
     ensured.await.unwrap_or_else(|e| Err(e.to_string()))
 }
 
@@ -155,7 +158,7 @@ async fn spawn(shared: Arc<Shared>, inputs: Inputs, record: Record, attempt: u64
             let shared = shared.clone();
             let spawned = tokio::task::spawn_blocking(move || {
                 shared.firewall.add(&rule(&record)).map_err(|e| chain(&e))?;
-                if ready::start(&shared, &record.assignment.id, &spec) {
+                if ready::start(&shared, &record, &spec) {
                     return Ok(());
                 }
                 spawn_alone(&shared, &record, &mut spec).map_err(|e| chain(&e))
@@ -179,9 +182,13 @@ fn spawn_alone(shared: &Shared, record: &Record, spec: &mut SupervisorSpec) -> R
     let held = || dunlin_runtime::lock_holder(&dir).ok().flatten().is_some();
     // The end of a stranger takes the machine's volumes from it.
     let mut with_volumes = || {
+        layers::make_ready(shared, id, record.spec()).map_err(RuntimeError::Machine)?;
         let volumes = volumes::attach(shared, record).map_err(RuntimeError::Machine)?;
         spec::with_volumes(spec, record.spec(), volumes).map_err(RuntimeError::Machine)?;
-        dunlin_runtime::spawn(&shared.exe, spec)
+        spec.cpus = cpus::give(shared, id, record.spec());
+        dunlin_runtime::spawn(&shared.exe, spec)?;
+        cpus::settle(shared, id, spec.cpus.as_ref());
+        Ok(())
     };
     if held() {
         end_stranger(shared, id, &dir);
@@ -371,7 +378,10 @@ pub fn clean_up(shared: &Shared, id: &MachineId) -> bool {
     for _ in 0..TRIES {
         let ended = dunlin_runtime::cleanup(&dir, id.as_str(), &shared.cgroups, Some(&ifname)).map_err(|e| chain(&e));
         match ended.and_then(|()| volumes::release(shared, id)) {
-            Ok(()) => return true,
+            Ok(()) => {
+                cpus::take_back(shared, id);
+                return true;
+            }
             Err(error) => {
                 tracing::warn!(machine = %id, error, "not cleaned up yet");
                 std::thread::sleep(PAUSE);

@@ -77,13 +77,15 @@ impl Agent {
     fn room_beside(&self, guest: &Guest, held: Held) -> Result<(), String> {
         let wanted = Held::of(guest);
         let config = &self.shared.config;
+        crate::layers::room(&config.data_dir)?;
         if held.memory_mb.saturating_add(wanted.memory_mb) > config.memory_mb {
             let free = config.memory_mb.saturating_sub(held.memory_mb);
             return Err(format!("{} MiB are wanted, {free} of {} MiB are free", wanted.memory_mb, config.memory_mb));
         }
         if wanted.cores > 0 && held.cores.saturating_add(wanted.cores) > config.cpus {
             let free = config.cpus.saturating_sub(held.cores);
-            return Err(format!("{} performance cpus are wanted, {free} of {} are free", wanted.cores, config.cpus));
+            let missing = wanted.cores - free.min(wanted.cores);
+            return Err(format!("{} performance cpus are wanted, {free} of {} are free, {missing} are missing", wanted.cores, config.cpus));
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use crate::checks::Checks;
 use crate::journal::{Journal, JournalError, Replayed};
 use crate::kill::kill_point;
 use crate::sleep::Load;
-use crate::{Shared, convert, now_ms, tombstones, volumes};
+use crate::{Shared, convert, cpus, now_ms, tombstones, volumes};
 use dunlin_api::{Refusal, Reserve};
 use dunlin_cluster::View;
 use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order, Record, Verb};
@@ -218,6 +218,9 @@ impl Agent {
             rebooted: self.rebooted,
         };
         let lives = alive.attempt;
+        if lives.is_some() {
+            cpus::recover(&self.shared, id, slot.machine.record().spec());
+        }
         self.dispatch(id, Event::Recovered(alive));
         if let Some(attempt) = lives.filter(|_| self.slots.get(id).is_some_and(|slot| slot.recovered)) {
             act::watch_exit(&self.shared, &self.inputs, id, attempt);

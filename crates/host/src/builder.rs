@@ -134,6 +134,7 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
         attempt: now_ms(),
         machine_dir: dir.clone(),
         rootfs: Rootfs::HostUsr,
+        temp_dirs: vec![],
         profile: Profile::Builder,
         process: ProcessSpec {
             command: request.command.clone(),
@@ -149,6 +150,7 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
         uid_base,
         cgroups: shared.cgroups.clone(),
         limits: Limits { cpu_millis: shared.config.cpus * 1000, memory_bytes: MEMORY_BYTES, pids: MAX_PIDS, ..Limits::NONE },
+        cpus: None,
         net: Some(net),
         resolv_conf: shared.firewall.resolv_conf(),
         address: None,

@@ -17,12 +17,14 @@ mod builder;
 mod checks;
 mod clock;
 mod convert;
+mod cpus;
 mod digest;
 mod exec;
 mod firewall;
 mod journal;
 mod kill;
 mod last_hop;
+mod layers;
 mod logs;
 mod metrics;
 mod ps;
@@ -68,6 +70,8 @@ pub struct HostConfig {
     pub cpus: u32,
     /// What machines may reserve in all.
     pub memory_mb: u32,
+    /// Of the writable layer of a machine that does not say.
+    pub rootfs_gb: u32,
     /// So long a machine is looked at before it is put to sleep for being idle.
     pub autostop_after_ms: u64,
     /// So many stopped machines stand ready for requests.
@@ -146,6 +150,7 @@ struct Shared {
     builders: builder::Slots,
     volumes: volumes::Volumes,
     ready: ready::Ready,
+    cpus: cpus::Cpus,
     /// Whether every living supervisor was asked since the start.
     recovered: tokio::sync::watch::Sender<bool>,
     /// For the next supervisor, and that one only: a test's kill point.
@@ -232,6 +237,7 @@ impl Shared {
             builders: builder::Slots::default(),
             volumes: volumes::Volumes::open(&config.data_dir),
             ready: ready::Ready::default(),
+            cpus: cpus::Cpus::default(),
             recovered: tokio::sync::watch::Sender::new(false),
             supervisor_kill_at: Mutex::new(config.kill_at.clone().filter(|point| SUPERVISOR_KILL_POINTS.contains(&point.as_str()))),
             config,
@@ -241,6 +247,11 @@ impl Shared {
     fn machine_dir(&self, id: &str) -> PathBuf {
         self.config.data_dir.join("machines").join(id)
     }
+}
+
+/// Gives this process more weight than all machines together, where processors are scarce: each request passes it.
+pub fn favour_server(instance: &str) -> Result<(), StartError> {
+    Ok(Cgroups::detect(instance)?.favour_server()?)
 }
 
 fn now_ms() -> u64 {

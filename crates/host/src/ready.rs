@@ -6,8 +6,9 @@
 
 use crate::act::{clean_up, rule};
 use crate::agent::{Agent, Input, chain};
-use crate::{Shared, spec};
+use crate::{Shared, cpus, layers, spec};
 use dunlin_machine::Record;
+use dunlin_model::disk::Persist;
 use dunlin_model::{MachineId, MachineState};
 use dunlin_registry::Digest;
 use dunlin_runtime::{Client, RuntimeError, SupervisorSpec};
@@ -73,10 +74,12 @@ impl Agent {
     }
 }
 
-/// A volume is attached to what runs.
+/// A volume is attached to what runs, and so is a root file system that outlives an attempt.
 fn may_stand_ready(record: &Record) -> bool {
     let is_whole = record.state == MachineState::Stopped && record.is_current() && !record.is_over();
-    is_whole && record.wakes() && !record.cordoned && record.spec().mounts.is_empty()
+    let spec = record.spec();
+    let passes = spec.mounts.is_empty() && spec.rootfs.persist == Persist::Never;
+    is_whole && record.wakes() && !record.cordoned && passes
 }
 
 /// Of what the next start would be; made anew if that is no longer what it was made of.
@@ -98,7 +101,8 @@ async fn make(shared: Arc<Shared>, record: Record) {
             None => {}
         }
         let pinned = shared.firewall.add(&rule(&record)).map_err(RuntimeError::from);
-        match pinned.and_then(|()| dunlin_runtime::spawn(&shared.exe, &wanted)) {
+        let prepared = pinned.and_then(|()| layers::make_ready(&shared, &id, record.spec()).map_err(RuntimeError::Machine));
+        match prepared.and_then(|()| dunlin_runtime::spawn(&shared.exe, &wanted)) {
             Ok(()) => shared.ready.put(id, made_of),
             Err(error) => {
                 tracing::debug!(machine = %id, error = %chain(&error), "it cannot stand ready");
@@ -116,10 +120,15 @@ fn end(shared: &Shared, id: &MachineId) {
 }
 
 /// Starts the program of the one that stands ready, if there is one and it is made of this; else nothing of it is left.
-pub fn start(shared: &Shared, id: &MachineId, spec: &SupervisorSpec) -> bool {
+pub fn start(shared: &Shared, record: &Record, spec: &SupervisorSpec) -> bool {
+    let id = &record.assignment.id;
     let Some(made_of) = shared.ready.take(id) else { return false };
     let is_this = made_of == digest(spec) && spec.kill_at.is_none();
-    let started = is_this && supervisor(shared, id).and_then(|client| client.start()).is_ok();
+    let started = is_this
+        && supervisor(shared, id).is_ok_and(|client| {
+            cpus::place(shared, id, record.spec());
+            client.start().is_ok()
+        });
     if !started {
         clean_up(shared, id);
     }

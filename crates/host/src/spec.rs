@@ -1,10 +1,10 @@
 //! From a machine's record to what its supervisor runs: image, command, environment, limits, network.
 
 use crate::agent::chain;
-use crate::{Shared, convert};
+use crate::{Shared, convert, layers};
 use dunlin_machine::Record;
 use dunlin_model::files::check_files;
-use dunlin_model::containers::{Container, MachineField, Program};
+use dunlin_model::containers::{Container, ContainerMount, MachineField, Program};
 use dunlin_model::{CpuKind, HostId, ImageRef, MachineFile, MachineSpec};
 use dunlin_registry::{Digest, ImageRecord};
 use dunlin_runtime::cgroup::Limits;
@@ -54,17 +54,18 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         let image = image(shared, &container.image).await?;
         containers.push(container_spec(shared, record, container, &image, &secrets)?);
     }
-    let (own, rootfs, mut programs, files) = if containers.is_empty() {
+    let (own, rootfs, mut programs, files, temp_dirs) = if containers.is_empty() {
         let image = image(shared, &spec.image).await?;
         let programs = programs(spec);
         let programs = programs.iter().map(|program| process(shared, record, program, &spec.image, &image, &secrets));
         let stop_signal = convert::stop_signal(None, spec.stop.signal.as_deref(), image.config.stop_signal.as_deref());
         let own = ContainerRules { stop_signal: Some(stop_signal), ..ContainerRules::default() };
         let programs = programs.collect::<Result<Vec<_>, _>>()?;
-        (own, Rootfs::Layers(image.layers.clone()), programs, files(&spec.files, &secrets)?)
+        let rootfs = Rootfs::Layers { image: image.layers.clone(), writable: layers::of_root(shared, id, spec, None) };
+        (own, rootfs, programs, files(&spec.files, &secrets)?, layers::temp_dirs(shared, spec, None))
     } else {
-        let ContainerSpec { rules, rootfs, process, files, .. } = containers.remove(0);
-        (rules, rootfs, vec![process], files)
+        let ContainerSpec { rules, rootfs, process, files, temp_dirs, .. } = containers.remove(0);
+        (rules, rootfs, vec![process], files, temp_dirs)
     };
     let process = programs.remove(0);
     let mut net = NetSpec::new(id.interface_name(), record.assignment.address, shared.firewall.group());
@@ -85,12 +86,14 @@ pub async fn supervisor_spec(shared: &Shared, record: &Record, attempt: u64) -> 
         uid_base: record.uid_base,
         cgroups: shared.cgroups.clone(),
         limits: limits(spec),
+        cpus: None,
         net: Some(net),
         resolv_conf: shared.firewall.resolv_conf(),
         address: Some(record.assignment.address),
         binds: vec![Bind { source: crate::machine_api_dir(&shared.config.data_dir), target: API_DIR.into(), readonly: true }],
         files,
         volumes: vec![],
+        temp_dirs,
         log_limits: LogLimits::default(),
         start: true,
         kill_at: None,
@@ -104,7 +107,8 @@ pub fn with_volumes(to: &mut SupervisorSpec, spec: &MachineSpec, volumes: Vec<Bi
         return Ok(());
     };
     let of = |container: &Container| -> Result<Vec<Bind>, String> {
-        let mounts = container.mounts.iter().map(|wanted| {
+        let is_volume = |wanted: &&ContainerMount| !spec.temp_dirs.iter().any(|dir| dir.name == wanted.name);
+        let mounts = container.mounts.iter().filter(is_volume).map(|wanted| {
             let named = spec.mounts.iter().zip(&volumes).find(|(mount, _)| mount.name == wanted.name);
             let (_, volume) = named.ok_or_else(|| {
                 format!("container {}: the machine has no volume with the name {}", container.name, wanted.name)
@@ -133,8 +137,9 @@ fn container_spec(
     image: &ImageRecord,
     secrets: &BTreeMap<String, String>,
 ) -> Result<ContainerSpec, String> {
+    let (id, spec) = (&record.assignment.id, record.spec());
     let explain = |why: String| format!("container {}: {why}", container.name);
-    let signal = container.stop_signal.as_deref().or(record.spec().stop.signal.as_deref());
+    let signal = container.stop_signal.as_deref().or(spec.stop.signal.as_deref());
     let image_signal = image.config.stop_signal.as_deref();
     Ok(ContainerSpec {
         rules: ContainerRules {
@@ -147,9 +152,13 @@ fn container_spec(
                 .then(|| convert::stop_signal(None, signal, image_signal)),
             stop_timeout_ms: container.stop_timeout_ms,
         },
-        rootfs: Rootfs::Layers(image.layers.clone()),
+        rootfs: Rootfs::Layers {
+            image: image.layers.clone(),
+            writable: layers::of_root(shared, id, spec, Some(container)),
+        },
         process: process(shared, record, &container.program, &container.image, image, secrets).map_err(explain)?,
         volumes: vec![],
+        temp_dirs: layers::temp_dirs(shared, spec, Some(container)),
         files: files(&container.files, secrets).map_err(explain)?,
     })
 }

@@ -144,6 +144,8 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         schedule: None,
         processes: vec![],
         containers: vec![],
+        rootfs: Default::default(),
+        temp_dirs: vec![],
     };
     let assignment = MachineAssignment {
         id: id.clone(),

@@ -17,7 +17,7 @@
 
 use crate::net;
 use crate::process::{self, Identity};
-use crate::rootfs;
+use crate::rootfs::{self, Begun};
 use crate::seccomp::Filters;
 use crate::spec::{ProcessSpec, SupervisorSpec, UID_RANGE};
 use crate::{sys, wire};
@@ -93,6 +93,7 @@ impl Container {
 pub(crate) fn create(
     spec: &SupervisorSpec,
     filters: &Filters,
+    begun: Begun,
     shared: &mut Option<Namespaces>,
     join: impl FnOnce(libc::pid_t) -> io::Result<()>,
 ) -> io::Result<Container> {
@@ -126,7 +127,7 @@ pub(crate) fn create(
             none.insert(Namespaces::of(init)?)
         }
     };
-    let root = rootfs::assemble(spec, shared.of_users())?;
+    let root = rootfs::assemble(spec, begun, shared.of_users())?;
     process::usual_oom_score(init);
     if let Some(net) = spec.net.as_ref().filter(|_| is_first) {
         net::attach(net, init).map_err(io::Error::other)?;

@@ -12,6 +12,7 @@ pub mod features;
 mod files;
 mod guest_files;
 mod health;
+pub mod layer;
 pub mod logs;
 mod member;
 pub mod net;
@@ -34,7 +35,8 @@ pub use agent::{
 pub use files::{ExitRecord, list_exits, lock_holder, read_exit, remove_exit};
 pub use remove::remove_tree;
 pub use spec::{
-    Bind, ContainerRules, ContainerSpec, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, UID_RANGE, WIRE_VERSION,
+    Bind, ContainerRules, ContainerSpec, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, TempDir, TempStorage,
+    UID_RANGE, WIRE_VERSION,
 };
 pub use supervisor::{KILL_POINTS, supervisor_main};
 pub use wire::{ExecSpec, Phase, Status, WindowSize};

@@ -3,8 +3,9 @@
 //! adds /proc, /sys and /dev and pivots into it. No mount is ever visible on the host.
 
 use crate::guest_files;
+use crate::layer::Mounting;
 use crate::remove::remove_tree;
-use crate::spec::{Bind, Profile, Rootfs, SupervisorSpec, UID_RANGE};
+use crate::spec::{Bind, Profile, Rootfs, SupervisorSpec, TempDir, TempStorage, UID_RANGE};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
@@ -30,7 +31,11 @@ const MASKED: &[&str] = &[
 const READ_ONLY: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 /// Where the root is mounted, below the machine's `mnt`.
 const ROOT: &str = "root";
-/// The overlay's writable layer and its work space, in the machine's directory.
+/// Where the writable layer is mounted, below `mnt` too, and temporary directories with a number behind it.
+const WRITABLE: &str = "w";
+const TEMPORARY: &str = "t";
+/// The overlay's upper directory and its work space, in the writable layer. Versions before had them in the machine's
+/// directory.
 const WRITTEN: [&str; 2] = ["upper", "work"];
 const NONE: Option<&str> = None;
 
@@ -53,16 +58,50 @@ impl HostMounts {
     }
 }
 
-/// In the supervisor: mounts the root under `<machine dir>/mnt/root` and returns its path.
-pub(crate) fn assemble(spec: &SupervisorSpec, user_namespace: BorrowedFd<'_>) -> io::Result<PathBuf> {
+/// What is mounted beside the other work of a start.
+pub(crate) struct Begun {
+    mnt: PathBuf,
+    /// `None`: the root needs none.
+    writable: Option<Mounting>,
+    temporary: Vec<Mounting>,
+}
+
+/// In the supervisor, with mounts of its own: begins with what takes longest.
+pub(crate) fn begin(spec: &SupervisorSpec) -> io::Result<Begun> {
     DirBuilder::new().recursive(true).mode(0o700).create(&spec.machine_dir)?; // a further container's is new
     let mnt = make_dir(&spec.machine_dir, "mnt", 0)?;
     mount(Some("tmpfs"), &mnt, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=711,size=1m"))?;
+    let begin = |name: &str, layer: &crate::layer::WritableLayer| layer.begin(&make_dir(&mnt, name, 0)?, &spec.machine_dir);
+    let writable = match &spec.rootfs {
+        Rootfs::Layers { writable, .. } => Some(begin(WRITABLE, writable)?),
+        Rootfs::HostUsr => None,
+    };
+    let mut temporary = Vec::new();
+    for (i, dir) in spec.temp_dirs.iter().enumerate() {
+        let name = format!("{TEMPORARY}{i}");
+        match &dir.storage {
+            TempStorage::Disk(layer) => temporary.push(begin(&name, layer)?),
+            TempStorage::Memory { size_bytes } => {
+                // A file takes a page at least, an empty one some memory of the kernel's that counts too.
+                let options = format!("mode=711,size={size_bytes},nr_inodes={}", size_bytes / 4096 + 16);
+                let at = make_dir(&mnt, &name, 0)?;
+                mount(Some("tmpfs"), &at, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options.as_str()))?;
+            }
+        }
+    }
+    Ok(Begun { mnt, writable, temporary })
+}
+
+/// Then mounts the root under `<machine dir>/mnt/root` and returns its path.
+pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: BorrowedFd<'_>) -> io::Result<PathBuf> {
+    let Begun { mnt, writable, temporary } = begun;
     // The machine's root passes through here before it pivots.
     let root = make_dir(&mnt, ROOT, spec.uid_base)?;
-    match &spec.rootfs {
-        Rootfs::Layers(layers) => overlay(spec, layers, &mnt, &root, user_namespace)?,
-        Rootfs::HostUsr => host_usr(spec, &root)?,
+    let writable = writable.map(Mounting::finish).transpose()?;
+    match (&spec.rootfs, writable) {
+        (Rootfs::Layers { image, .. }, Some(writable)) => overlay(image, &writable, &mnt, &root, spec.uid_base, user_namespace)?,
+        (Rootfs::Layers { .. }, None) => return Err(io::Error::other("the root has no writable layer")),
+        (Rootfs::HostUsr, _) => host_usr(spec, &root)?,
     }
     for bind in &spec.binds {
         bind_into(&root, bind, spec.profile, spec.uid_base)?;
@@ -70,25 +109,30 @@ pub(crate) fn assemble(spec: &SupervisorSpec, user_namespace: BorrowedFd<'_>) ->
     for volume in &spec.volumes {
         volume_into(&root, volume, spec.uid_base, user_namespace)?;
     }
+    temporary.into_iter().try_for_each(|mounting| mounting.finish().map(drop))?;
+    for (i, dir) in spec.temp_dirs.iter().enumerate() {
+        temporary_into(&root, dir, &mnt.join(format!("{TEMPORARY}{i}")), spec.uid_base)?;
+    }
     Ok(root)
 }
 
+/// The image's layers with a writable one above them, at `root`; all are below `mnt`.
 fn overlay(
-    spec: &SupervisorSpec,
     layers: &[PathBuf],
+    writable: &Path,
     mnt: &Path,
     root: &Path,
+    uid_base: u32,
     user_namespace: BorrowedFd<'_>,
 ) -> io::Result<()> {
     if layers.is_empty() {
         return Err(io::Error::other("the image has no layers"));
     }
-    // An earlier attempt's files would shadow those of a newer image. The clean-up after it has removed them,
-    // unless it was cut off.
-    remove_written(&spec.machine_dir)?;
-    for dir in WRITTEN {
-        make_dir(&spec.machine_dir, dir, spec.uid_base)?;
+    let [upper, work] = WRITTEN;
+    for dir in [upper, work] {
+        make_dir(writable, dir, uid_base)?;
     }
+    let inside = writable.strip_prefix(mnt).map_err(io::Error::other)?.display();
     let mut names = Vec::new();
     for (i, layer) in layers.iter().enumerate() {
         // One letter: the kernel's option page holds 4 KiB, and images have up to 127 layers.
@@ -100,14 +144,14 @@ fn overlay(
     }
     names.reverse(); // overlayfs wants the topmost first
     // Relative directories keep the options short, and free of commas and colons of the data directory.
-    let options = format!("lowerdir={},upperdir=../upper,workdir=../work", names.join(":"));
+    let options = format!("lowerdir={},upperdir={inside}/{upper},workdir={inside}/{work}", names.join(":"));
     std::env::set_current_dir(mnt)?;
     let mounted = mount(Some("overlay"), root, Some("overlay"), MsFlags::MS_NODEV, Some(options.as_str()));
     std::env::set_current_dir("/")?;
     mounted.map_err(|e| io::Error::other(format!("overlay of {} layers: {e}", layers.len())))
 }
 
-/// Removes what an attempt wrote to its root: the next one begins with the image.
+/// Removes what an attempt of a version before wrote to its root.
 pub(crate) fn remove_written(machine_dir: &Path) -> io::Result<()> {
     WRITTEN.iter().try_for_each(|dir| remove_tree(&machine_dir.join(dir)))
 }
@@ -177,6 +221,17 @@ fn volume_into(root: &Path, volume: &Bind, uid_base: u32, user_namespace: Borrow
     let attributes = sys::Attributes { set: sys::NO_SUID_MOUNT | sys::NO_DEVICES_MOUNT | read_only, clear: 0 };
     let tree = sys::detached_mount(&volume.source, attributes, Some(user_namespace)).map_err(explain)?;
     let target = place(root, &volume.target, true, uid_base, ResolveFlag::empty()).map_err(explain)?;
+    sys::attach_mount(&tree, target.as_fd()).map_err(explain)
+}
+
+/// A directory of its own on what was mounted at `from`: the file system's own (`lost+found`) stays out of sight.
+fn temporary_into(root: &Path, dir: &TempDir, from: &Path, uid_base: u32) -> io::Result<()> {
+    let explain = |e: io::Error| io::Error::new(e.kind(), format!("the temporary directory {}: {e}", dir.target.display()));
+    let source = make_dir(from, WRITTEN[0], uid_base)?;
+    fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o1777))?;
+    let attributes = sys::Attributes { set: sys::NO_SUID_MOUNT | sys::NO_DEVICES_MOUNT, clear: 0 };
+    let tree = sys::detached_mount(&source, attributes, None).map_err(explain)?;
+    let target = place(root, &dir.target, true, uid_base, ResolveFlag::empty()).map_err(explain)?;
     sys::attach_mount(&tree, target.as_fd()).map_err(explain)
 }
 

@@ -1,7 +1,8 @@
 //! What a supervisor is asked to run. Travels as JSON over its standard input and is kept in memory
 //! only: the environment may hold secrets.
 
-use crate::cgroup::{Cgroups, Limits};
+use crate::cgroup::{Cgroups, CpuSet, Limits};
+use crate::layer::WritableLayer;
 use crate::net::NetSpec;
 use dunlin_model::{Dependency, Healthcheck, RestartPolicy, RestartWhen};
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ pub struct SupervisorSpec {
     pub v: u32,
     pub machine_id: String,
     pub attempt: u64,
-    /// Holds `lock`, `sock`, `exit/`, `log/`, `upper/`, `work/`, `mnt/`, `containers/`; 0700, root's.
+    /// Holds `lock`, `sock`, `exit/`, `log/`, `mnt/`, `kept/`, `containers/`; 0700, root's.
     pub machine_dir: PathBuf,
     pub rootfs: Rootfs,
     pub profile: Profile,
@@ -44,6 +45,9 @@ pub struct SupervisorSpec {
     pub uid_base: u32,
     pub cgroups: Cgroups,
     pub limits: Limits,
+    /// The only processors that it runs on; `None` = any.
+    #[serde(default)]
+    pub cpus: Option<CpuSet>,
     pub net: Option<NetSpec>,
     pub resolv_conf: String,
     /// Name in the machine's /etc/hosts.
@@ -53,6 +57,8 @@ pub struct SupervisorSpec {
     /// Mounted file systems of the host whose files belong to the machine's own users, whichever range it has.
     #[serde(default)]
     pub volumes: Vec<Bind>,
+    #[serde(default)]
+    pub temp_dirs: Vec<TempDir>,
     #[serde(default)]
     pub files: Vec<GuestFile>,
     pub log_limits: LogLimits,
@@ -71,6 +77,8 @@ pub struct ContainerSpec {
     pub process: ProcessSpec,
     #[serde(default)]
     pub volumes: Vec<Bind>,
+    #[serde(default)]
+    pub temp_dirs: Vec<TempDir>,
     #[serde(default)]
     pub files: Vec<GuestFile>,
 }
@@ -111,8 +119,8 @@ impl Default for ContainerRules {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rootfs {
-    /// Unpacked image layers, lowest first, under a writable layer of the machine's own.
-    Layers(Vec<PathBuf>),
+    /// Unpacked image layers, lowest first, under a writable layer of its own.
+    Layers { image: Vec<PathBuf>, writable: WritableLayer },
     /// A small tmpfs with the host's `/usr` read-only: for builders.
     HostUsr,
 }
@@ -140,6 +148,21 @@ pub struct Bind {
     pub source: PathBuf,
     pub target: PathBuf,
     pub readonly: bool,
+}
+
+/// An empty directory, for everybody in its root file system, that ends with that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TempDir {
+    pub target: PathBuf,
+    pub storage: TempStorage,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TempStorage {
+    /// Counts as the machine's memory.
+    Memory { size_bytes: u64 },
+    Disk(WritableLayer),
 }
 
 /// A file that the machine finds when it starts.
@@ -216,6 +239,7 @@ impl SupervisorSpec {
                 process: container.process.clone(),
                 beside: vec![],
                 volumes: container.volumes.clone(),
+                temp_dirs: container.temp_dirs.clone(),
                 files: container.files.clone(),
                 containers: vec![],
                 ..self.clone()

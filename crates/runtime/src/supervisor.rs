@@ -12,7 +12,7 @@ use crate::exec::{self, Session, Target};
 use crate::files::{self, ExitFile, ExitRecord, now_ms};
 use crate::logs::LogWriter;
 use crate::member::{Ended, Member, Stage};
-use crate::rootfs::HostMounts;
+use crate::rootfs::{self, Begun, HostMounts};
 use crate::seccomp::Filters;
 use crate::spec::{SupervisorSpec, WIRE_VERSION, text_buffer};
 use crate::wire::{self, Ask, Phase, Request, Say, Status};
@@ -104,12 +104,20 @@ fn run() -> io::Result<()> {
     let _lock = files::take_lock(&spec.machine_dir)
         .map_err(|e| io::Error::other(format!("another supervisor has machine {}: {e}", spec.machine_id)))?;
     let _ = fs::write("/proc/self/oom_score_adj", "-900"); // refused without CAP_SYS_RESOURCE: the agent says so
+    // First, because mounting waits longest.
+    let begun = HostMounts::leave().and_then(|host| {
+        let begun = spec.members().map(|(spec, _)| rootfs::begin(&spec)).collect::<io::Result<Vec<_>>>()?;
+        Ok((host, begun))
+    });
     let mut exit_file = ExitFile::prepare(&spec.machine_dir, spec.attempt)
         .map_err(|e| io::Error::new(e.kind(), format!("the place for its exit record cannot be made: {e}")))?;
     kill_point(&spec, "supervisor.before-make");
     let own = fresh_cgroup(&spec, &SupervisorSpec::supervisor_cgroup(&spec.machine_id), None)?;
     let cgroup = fresh_cgroup(&spec, &SupervisorSpec::machine_cgroup(&spec.machine_id), Some(&spec.limits))?;
-    let made = Machine::create(&spec, &own, &cgroup).and_then(|machine| {
+    if let Some(cpus) = &spec.cpus {
+        cgroup.set_cpus(cpus).map_err(io::Error::other)?;
+    }
+    let made = begun.and_then(|begun| Machine::create(&spec, &own, &cgroup, begun)).and_then(|machine| {
         own.set_limits(&Limits { cpu_millis: OWN_CPU_MILLIS, ..Limits::NONE }).map_err(io::Error::other)?;
         Ok(machine)
     });
@@ -226,12 +234,17 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    fn create(spec: &'a SupervisorSpec, own: &MachineCgroup, cgroup: &'a MachineCgroup) -> io::Result<Self> {
+    fn create(
+        spec: &'a SupervisorSpec,
+        own: &MachineCgroup,
+        cgroup: &'a MachineCgroup,
+        begun: (HostMounts, Vec<Begun>),
+    ) -> io::Result<Self> {
+        let (host_mounts, begun) = begun;
         let filters = Filters::compile(spec.profile).map_err(io::Error::other)?;
-        let host_mounts = HostMounts::leave()?;
         let mut namespaces = None;
         let mut members: Vec<Member<'a>> = spec.members().map(|(spec, rules)| Member::new(spec, rules)).collect();
-        for member in &mut members {
+        for (member, begun) in members.iter_mut().zip(begun) {
             let is_first = namespaces.is_none();
             let join = |init| {
                 if is_first {
@@ -240,7 +253,7 @@ impl<'a> Machine<'a> {
                 }
                 cgroup.add(init).map_err(io::Error::other)
             };
-            let container = container::create(&member.spec, &filters, &mut namespaces, join)?;
+            let container = container::create(&member.spec, &filters, begun, &mut namespaces, join)?;
             container.wait_until_ready()?;
             member.take(container)?;
             member.stage = Stage::Waiting;

@@ -15,6 +15,7 @@
 mod reserved;
 
 pub use reserved::{Grown, Usage};
+pub(crate) use reserved::copy_data;
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -40,6 +41,7 @@ const COMPLAINT_MAX: usize = 500;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
+const LOOP_SET_DIRECT_IO: libc::c_ulong = 0x4C08;
 /// The device lets go of the file with its last user.
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 
@@ -88,10 +90,21 @@ impl LoopVolume {
     /// Makes the file, which takes up disk only as it fills, and formats it. It gets its name once it is whole and
     /// on disk, so a file of that name always holds a file system. Callers make one volume once at a time.
     pub fn create(path: &Path, size_bytes: u64) -> Result<Self> {
-        Self::build(path, size_bytes, |file, path, size_bytes| file.set_len(size_bytes).map_err(failed("size", path)))
+        Self::create_as(path, size_bytes, &[])
     }
 
-    fn build(path: &Path, size_bytes: u64, size: impl FnOnce(&File, &Path, u64) -> Result<()>) -> Result<Self> {
+    /// The same with more options for mkfs.
+    pub(crate) fn create_as(path: &Path, size_bytes: u64, options: &[&str]) -> Result<Self> {
+        let sparse = |file: &File, path: &Path, size_bytes| file.set_len(size_bytes).map_err(failed("size", path));
+        Self::build(path, size_bytes, options, sparse)
+    }
+
+    fn build(
+        path: &Path,
+        size_bytes: u64,
+        options: &[&str],
+        size: impl FnOnce(&File, &Path, u64) -> Result<()>,
+    ) -> Result<Self> {
         if !(SIZE_MIN_BYTES..=SIZE_MAX_BYTES).contains(&size_bytes) {
             return Err(VolumeError::BadSize(size_bytes));
         }
@@ -103,7 +116,7 @@ impl LoopVolume {
         // What a crash left of an earlier try is begun anew.
         let made = File::create(&unfinished).map_err(failed("make", &unfinished)).and_then(|file| {
             size(&file, &unfinished, size_bytes)?;
-            format(&mkfs, &unfinished)?;
+            format(&mkfs, options, &unfinished)?;
             file.sync_all().map_err(failed("sync", &unfinished))
         });
         match made.and_then(|()| name_it(&unfinished, path)) {
@@ -131,18 +144,26 @@ impl LoopVolume {
     /// Mounts at a directory, in the mount namespace of the caller, without set-user-id programs and devices. A file system
     /// that is found broken takes no more writes.
     pub fn mount(&self, at: &Path) -> Result<MountedVolume> {
-        let backing = OpenOptions::new().read(true).write(true).open(&self.path).map_err(failed("open", &self.path))?;
-        if let Some(device) = user_of(&backing, &self.path)? {
-            return Err(VolumeError::InUse { path: self.path.clone(), device });
-        }
-        let (device, held) = attach(&backing, &self.path)?;
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
-        nix::mount::mount(Some(&device), at, Some("ext4"), flags, Some("errors=remount-ro"))
-            .map_err(|error| failed("mount at", at)(error.into()))?;
+        let (device, held) = attach(&self.open_alone()?, &self.path)?;
+        mount_device(&device, at, MsFlags::MS_NOSUID, "errors=remount-ro")?;
         // From here the mount keeps the device; when mounting failed, closing it frees it.
         drop(held);
         Ok(MountedVolume { at: at.to_owned(), device })
     }
+
+    /// The file, unless a loop device has it.
+    pub(crate) fn open_alone(&self) -> Result<File> {
+        let backing = OpenOptions::new().read(true).write(true).open(&self.path).map_err(failed("open", &self.path))?;
+        match user_of(&backing, &self.path)? {
+            Some(device) => Err(VolumeError::InUse { path: self.path.clone(), device }),
+            None => Ok(backing),
+        }
+    }
+}
+
+pub(crate) fn mount_device(device: &Path, at: &Path, flags: MsFlags, options: &str) -> Result<()> {
+    let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
+    nix::mount::mount(Some(device), at, Some("ext4"), flags, Some(options)).map_err(|error| failed("mount at", at)(error.into()))
 }
 
 impl MountedVolume {
@@ -168,7 +189,7 @@ pub fn unmount(at: &Path) -> Result<()> {
     }
 }
 
-fn failed(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError {
+pub(crate) fn failed(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError {
     let path = path.to_owned();
     move |source| VolumeError::Io { op, path, source }
 }
@@ -179,10 +200,11 @@ fn name_it(unfinished: &Path, path: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("sync", dir))
 }
 
-fn format(mkfs: &Path, path: &Path) -> Result<()> {
+fn format(mkfs: &Path, options: &[&str], path: &Path) -> Result<()> {
     // No blocks kept for root: who fills the volume is the machine's root. Tables are written on first use.
     let output = Command::new(mkfs)
         .args(["-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
+        .args(options)
         .arg(path)
         .output()
         .map_err(failed("run", mkfs))?;
@@ -240,7 +262,7 @@ struct LoopConfig {
 }
 
 /// Takes a free loop device for the file. The descriptor keeps the device until a mount does.
-fn attach(backing: &File, path: &Path) -> Result<(PathBuf, File)> {
+pub(crate) fn attach(backing: &File, path: &Path) -> Result<(PathBuf, File)> {
     let control_path = Path::new("/dev/loop-control");
     let control =
         OpenOptions::new().read(true).write(true).open(control_path).map_err(failed("open", control_path))?;
@@ -268,6 +290,17 @@ fn attach(backing: &File, path: &Path) -> Result<(PathBuf, File)> {
         }
     }
     Err(failed("take a device from", control_path)(io::Error::from_raw_os_error(libc::EBUSY)))
+}
+
+/// Past the host's page cache: the file system on the device has its own. Where the disk below does not allow it, all
+/// goes through both.
+pub(crate) fn bypass_cache(device: &File) -> io::Result<()> {
+    let on: libc::c_ulong = 1;
+    // SAFETY: the request takes a number.
+    match unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_DIRECT_IO as _, on) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// devtmpfs has the node already; a /dev that somebody made by hand gets it here.

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dunlin_runtime::cgroup::{CgroupError, Cgroups, Limits, MachineCgroup};
+use dunlin_runtime::cgroup::{CgroupError, Cgroups, CpuSet, Limits, MachineCgroup};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -248,4 +248,48 @@ fn the_v2_tree_alone_freezes_kills_and_removes() {
     cgroup.kill_until_empty(DEADLINE).expect("kill");
     app.wait().expect("wait");
     cgroup.remove().expect("remove");
+}
+
+#[test]
+fn processes_run_where_they_are_told_to() {
+    let root = Root::new("cpus");
+    let Some(all) = root.0.cpus().expect("ask") else {
+        eprintln!("not tested: no cpuset controller here");
+        return;
+    };
+    let cgroup = root.0.create("m1", &Limits::NONE).expect("create");
+    assert_eq!(cgroup.cpus().expect("ask"), Some(all.clone()));
+    let mut child = start_in(&cgroup, "exec sleep 1000");
+    let allowed = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).expect("read");
+        status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")?.trim().parse::<CpuSet>().ok())
+    };
+    let last = CpuSet(all.0.last().copied().into_iter().collect());
+    cgroup.set_cpus(&last).expect("set");
+    assert_eq!((allowed(), cgroup.cpus().expect("ask")), (Some(last.clone()), Some(last)));
+    cgroup.set_cpus(&all).expect("set");
+    assert_eq!(allowed(), Some(all));
+    cgroup.kill_until_empty(DEADLINE).expect("kill");
+    child.wait().expect("wait");
+}
+
+#[test]
+fn the_server_outweighs_its_machines() {
+    let root = Root::new("weight");
+    let before = std::fs::read_to_string("/proc/self/cgroup").expect("read");
+    // In a child: this process goes on where it is.
+    let mut command = Command::new("true");
+    let cgroups = root.0.clone();
+    // SAFETY: between fork and exec the C library's allocator works in the child.
+    unsafe {
+        command.pre_exec(move || cgroups.favour_server().map_err(std::io::Error::other));
+    }
+    assert!(command.status().expect("run").success());
+    assert_eq!(std::fs::read_to_string("/proc/self/cgroup").expect("read"), before);
+    let name = format!("dunlin-test-weight-{}", std::process::id());
+    let shares = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/cpu/{name}/cpu.shares")).ok();
+    if let (Some(server), Some(machines)) = (shares(&format!("{name}-server")), shares(&name)) {
+        let weight = |text: String| text.trim().parse::<u64>().expect("a number");
+        assert!(weight(server) >= 8 * weight(machines));
+    }
 }

@@ -108,6 +108,8 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         schedule: None,
         processes: vec![],
         containers: vec![],
+        rootfs: Default::default(),
+        temp_dirs: vec![],
     }
 }
 

@@ -3,6 +3,7 @@
 //! What is not understood is refused by its path, never dropped; so is what is understood and cannot be honoured. A field
 //! that says nothing (`null`, `false`, `0`, an empty text, list or object) is as good as none: clients send all they know.
 
+mod disk;
 mod fields;
 mod programs;
 mod read;

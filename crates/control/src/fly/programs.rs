@@ -1,12 +1,12 @@
 //! Several programs in one machine: `processes` and `containers` of a configuration.
 
-use super::Fields;
-use super::read;
+use super::{Fields, disk, read};
 use crate::failure::Failure;
 use dunlin_model::containers::{
     Container, ContainerMount, Dependency, Healthcheck, MAX_HEALTHCHECKS, MAX_PROGRAMS, MachineField, Probe, Program,
     check_containers, default_container,
 };
+use dunlin_model::disk::TempDir;
 use dunlin_model::{ImageRef, Mount, volume};
 use std::collections::BTreeMap;
 
@@ -31,6 +31,10 @@ impl AskedContainer {
     pub fn with(self, image: ImageRef) -> Container {
         Container { image, ..self.container }
     }
+
+    pub(super) fn mounts(&self) -> &[ContainerMount] {
+        &self.container.mounts
+    }
 }
 
 pub(super) fn processes(fields: &mut Fields) -> Result<Vec<Program>, Failure> {
@@ -48,7 +52,10 @@ pub(super) fn containers(
     fields: &mut Fields,
     image: Option<&str>,
     mounts: &[Mount],
+    temp_dirs: &[TempDir],
 ) -> Result<Vec<AskedContainer>, Failure> {
+    let mounted = mounts.iter().map(|mount| mount.name.as_str()).chain(temp_dirs.iter().map(|dir| dir.name.as_str()));
+    let mounted: Vec<&str> = mounted.collect();
     let mut containers = vec![];
     for mut given in fields.objects("containers", MAX_PROGRAMS)? {
         let image = given.text("image")?.or(image.map(str::to_owned)).ok_or_else(|| given.wrong("image", "it is missing"))?;
@@ -68,7 +75,7 @@ pub(super) fn containers(
             image: ImageRef { repository: String::new(), digest: String::new(), tag: None },
             program,
             files: read::files(&mut given)?,
-            mounts: mounts_of(&mut given, mounts)?,
+            mounts: mounts_of(&mut given, &mounted)?,
             depends_on: depends_on(&mut given)?,
             healthchecks: healthchecks(&mut given)?,
             restart: read::restart(&mut given)?,
@@ -143,15 +150,17 @@ fn variable(given: &mut Fields) -> Result<Option<String>, Failure> {
     }
 }
 
-fn mounts_of(given: &mut Fields, mounts: &[Mount]) -> Result<Vec<ContainerMount>, Failure> {
-    let mut found = vec![];
+fn mounts_of(given: &mut Fields, mounted: &[&str]) -> Result<Vec<ContainerMount>, Failure> {
+    let mut found: Vec<ContainerMount> = vec![];
     for mut mount in given.objects("mounts", MAX_ITEMS)? {
         let name = mount.text("name")?.unwrap_or_default();
-        if name.is_empty() || !mounts.iter().any(|one| one.name == name) {
-            return Err(mount.wrong("name", "no entry of config.mounts has this name; give it one with `name`"));
+        if name.is_empty() || !mounted.contains(&name.as_str()) {
+            let why = "no entry of config.mounts or config.volumes has this name; give it one with `name`";
+            return Err(mount.wrong("name", why));
         }
         let path = mount.text("path")?.unwrap_or_default();
         volume::mount_path(&path).map_err(|why| mount.wrong("path", why))?;
+        disk::check_beside(&mount, &path, found.iter().map(|other| other.path.as_str()))?;
         mount.finish()?;
         found.push(ContainerMount { name, path });
     }

@@ -1,16 +1,16 @@
 //! From a machine's configuration in Fly's JSON to what a host is asked to run.
 
-use super::Fields;
 use super::programs::{self, AskedContainer};
+use super::{Fields, disk};
 use crate::failure::Failure;
 use dunlin_model::config::{is_path, words};
 use dunlin_model::config::units::{CPUS, GuestSize, MAX_SWAP_MB, MEMORY_MB};
+use dunlin_model::disk::{MachineRootfs, Persist, TempDir};
 use dunlin_model::files::{MAX_FILES, check_files};
 use dunlin_model::machine::{MAX_SCRIPT_CHECKS, is_script, is_server_name};
-use dunlin_model::volume::{self, AutoExtend};
 use dunlin_model::{
     AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineSpec, MachineVersion, Mount, OrgName,
-    Program, RestartPolicy, RestartWhen, Schedule, Service, StopConfig, VolumeId,
+    Program, RestartPolicy, RestartWhen, Schedule, Service, StopConfig,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -36,11 +36,9 @@ const LATER: &[(&str, &str)] = &[
     ("cache_drive", "there are no cache drives"),
     ("dns", "names in machines are not configurable"),
     ("metrics", "metrics of machines are not collected"),
-    ("rootfs", "a machine's own files last until its next start"),
     ("spot", "machines have no prices"),
     ("standbys", "on one host a standby is lost together with what it watches"),
     ("statics", "files are not served beside the machine"),
-    ("volumes", "a container's volumes are those of config.mounts, by their names"),
 ];
 
 /// A configuration that was understood, all but its image, which is still a reference.
@@ -65,6 +63,8 @@ pub(crate) struct Asked {
     schedule: Option<Schedule>,
     processes: Vec<Program>,
     containers: Vec<AskedContainer>,
+    rootfs: MachineRootfs,
+    temp_dirs: Vec<TempDir>,
 }
 
 /// What the configuration does not say.
@@ -107,6 +107,8 @@ impl Asked {
             schedule: self.schedule,
             processes: self.processes,
             containers,
+            rootfs: self.rootfs,
+            temp_dirs: self.temp_dirs,
         }
     }
 }
@@ -129,16 +131,18 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
     let Init { entrypoint, command, swap_mb } = init(&mut fields)?;
     let files = files(&mut fields)?;
     let env = env(&mut fields)?;
-    let guest = guest(&mut fields)?;
+    let (guest, persist) = guest(&mut fields)?;
+    let rootfs = disk::rootfs(&mut fields, persist)?;
     let (services, mut checks) = services(&mut fields)?;
     checks.extend(named_checks(&mut fields)?);
     let restart = restart(&mut fields)?;
     let schedule = schedule(&mut fields, &restart)?;
     let stop = stop(&mut fields)?;
-    let mounts = mounts(&mut fields)?;
+    let (mounts, temp_dirs) = disk::mounts(&mut fields, &guest)?;
     let auto_destroy = fields.take("auto_destroy")?.unwrap_or(false);
     let processes = programs::processes(&mut fields)?;
-    let containers = programs::containers(&mut fields, image.as_deref(), &mounts)?;
+    let containers = programs::containers(&mut fields, image.as_deref(), &mounts, &temp_dirs)?;
+    disk::check_placed(&temp_dirs, &containers)?;
     programs::check_together(&fields, [(!processes.is_empty(), "processes"), (!containers.is_empty(), "containers")], &[
         (entrypoint.is_some() || command.is_some(), "init"),
         (!files.is_empty(), "files"),
@@ -166,26 +170,9 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
         schedule,
         processes,
         containers,
+        rootfs,
+        temp_dirs,
     })
-}
-
-fn mounts(fields: &mut Fields) -> Result<Vec<Mount>, Failure> {
-    let mut mounts = vec![];
-    for mut given in fields.objects("mounts", 1)? {
-        let volume = given.text("volume")?.ok_or_else(|| given.wrong("volume", "name the volume by its id"))?;
-        let volume = volume.parse::<VolumeId>().map_err(|error| given.wrong("volume", &format!("{error}")))?;
-        let path = given.text("path")?.unwrap_or_default();
-        volume::mount_path(&path).map_err(|why| given.wrong("path", why))?;
-        let name = given.text("name")?.unwrap_or_default();
-        for name in ["encrypted", "size_gb"] {
-            given.not_honoured(name, "that is the volume's own, and nothing that a machine changes")?;
-        }
-        let (percent, add, limit) = (given.take("extend_threshold_percent")?, given.take("add_size_gb")?, given.take("size_gb_limit")?);
-        let extend = AutoExtend::read(percent, add, limit).map_err(|(name, why)| given.wrong(name, &why))?;
-        given.finish()?;
-        mounts.push(Mount { volume, name, path, extend });
-    }
-    Ok(mounts)
 }
 
 /// Metadata that may be kept with a machine.
@@ -288,7 +275,8 @@ pub(super) fn is_variable(name: &str) -> bool {
     !name.is_empty() && !name.contains(['=', '\0']) && !name.starts_with("FLY_")
 }
 
-fn guest(fields: &mut Fields) -> Result<Guest, Failure> {
+/// And what of it is said of the root file system.
+fn guest(fields: &mut Fields) -> Result<(Guest, Option<Persist>), Failure> {
     let size = fields.text("size")?;
     let mut guest = match &size {
         None => Guest::default(),
@@ -297,7 +285,7 @@ fn guest(fields: &mut Fields) -> Result<Guest, Failure> {
             fields.wrong("size", &format!("{name:?} is none of {}", names.join(", ")))
         })?,
     };
-    let Some(mut given) = fields.object("guest")? else { return Ok(guest) };
+    let Some(mut given) = fields.object("guest")? else { return Ok((guest, None)) };
     for (name, why) in [
         ("gpu_kind", "hosts have no GPUs to give"),
         ("gpus", "hosts have no GPUs to give"),
@@ -306,17 +294,14 @@ fn guest(fields: &mut Fields) -> Result<Guest, Failure> {
     ] {
         given.not_honoured(name, why)?;
     }
-    match given.text("persist_rootfs")?.as_deref() {
-        None | Some("never" | "none") => {}
-        Some(_) => return Err(given.wrong("persist_rootfs", "a machine's own files last until its next start")),
-    }
+    let persist = disk::persist(&mut given, "persist_rootfs")?;
     if let Some(kind) = given.take::<CpuKind>("cpu_kind")? {
         guest.cpu_kind = kind;
     }
     guest.cpus = given.number("cpus", CPUS)?.unwrap_or(guest.cpus);
     guest.memory_mb = given.number("memory_mb", MEMORY_MB)?.unwrap_or(guest.memory_mb);
     given.finish()?;
-    Ok(guest)
+    Ok((guest, persist))
 }
 
 fn services(fields: &mut Fields) -> Result<(Vec<Service>, Vec<Check>), Failure> {

@@ -37,6 +37,12 @@ pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
     }
     let (gating, informing): (Vec<_>, Vec<_>) = spec.checks.iter().partition(|check| check.gates_routing);
     let services = spec.services.iter().map(|given| service(given, &gating));
+    let temporary = spec.temp_dirs.iter().map(|dir| {
+        json!({ "name": dir.name, "temp_dir": { "storage_type": dir.storage, "size_mb": dir.size_mb } })
+    });
+    let placed = spec.temp_dirs.iter().filter(|dir| !dir.path.is_empty());
+    let mounts = spec.mounts.iter().map(|mount| json!(mount));
+    let mounts = mounts.chain(placed.map(|dir| json!({ "name": dir.name, "path": dir.path })));
     json!({
         "image": format!("registry.{domain}/{}{tag}@{}", image.repository, image.digest),
         "env": spec.env,
@@ -47,7 +53,9 @@ pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
         "checks": informing.iter().map(|given| (given.name.clone(), check(given))).collect::<Map<_, _>>(),
         "restart": { "policy": policy, "max_retries": spec.restart.max_retries },
         "stop_config": stop,
-        "mounts": spec.mounts,
+        "mounts": mounts.collect::<Vec<_>>(),
+        "rootfs": spec.rootfs,
+        "volumes": temporary.collect::<Vec<_>>(),
         "metadata": metadata,
         "auto_destroy": spec.auto_destroy,
         "schedule": spec.schedule,

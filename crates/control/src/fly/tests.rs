@@ -216,3 +216,70 @@ fn containers_that_cannot_be_run_are_refused_by_their_path() {
     let many: Vec<Value> = (0..9).map(|n| json!({ "name": format!("c{n}") })).collect();
     refused(json!({ "image": "web", "containers": many }), "config.containers");
 }
+
+#[test]
+fn root_file_systems_have_a_size_and_an_end() {
+    use dunlin_model::disk::{MachineRootfs, Persist};
+    let with = |rootfs: Value, guest: Value| json!({ "image": "web", "rootfs": rootfs, "guest": guest });
+    let rootfs = |rootfs, guest| spec(with(rootfs, guest)).rootfs;
+    assert_eq!(rootfs(Value::Null, Value::Null), MachineRootfs::default());
+    assert_eq!(rootfs(json!({ "size_gb": 20, "persist": "always" }), Value::Null), MachineRootfs { size_gb: 20, persist: Persist::Always });
+    assert_eq!(rootfs(Value::Null, json!({ "persist_rootfs": "restart" })).persist, Persist::Restart);
+    assert_eq!(rootfs(json!({ "size_gb": 2 }), json!({ "persist_rootfs": "restart" })), MachineRootfs { size_gb: 2, persist: Persist::Restart });
+    refused(with(json!({ "persist": "never" }), json!({ "persist_rootfs": "restart" })), "config.rootfs.persist");
+    refused(with(json!({ "persist": "sometimes" }), Value::Null), "config.rootfs.persist");
+    refused(with(json!({ "size_gb": 101 }), Value::Null), "config.rootfs.size_gb");
+    refused(with(Value::Null, json!({ "persist_rootfs": "sometimes" })), "config.guest.persist_rootfs");
+}
+
+#[test]
+fn temporary_directories_are_named_sized_and_mounted() {
+    use dunlin_model::disk::{TempDir, TempStorage};
+    let with = |volumes: Value, mounts: Value| json!({ "image": "web", "volumes": volumes, "mounts": mounts });
+    let volume = |name: &str, kind: &str, size_mb: u32| json!({ "name": name, "temp_dir": { "storage_type": kind, "size_mb": size_mb } });
+    let mount = |name: &str, path: &str| json!({ "name": name, "path": path });
+    let given = with(
+        json!([volume("cache", "memory", 64), volume("work", "disk", 100)]),
+        json!([mount("work", "/work"), { "volume": "vol_abababababababab", "path": "/data" }, { "volume": "cache", "path": "/cache" }]),
+    );
+    let spec = spec(given);
+    let dir = |name: &str, path: &str, storage, size_mb| TempDir { name: name.into(), path: path.into(), storage, size_mb };
+    assert_eq!(spec.temp_dirs, [dir("work", "/work", TempStorage::Disk, 100), dir("cache", "/cache", TempStorage::Memory, 64)]);
+    assert_eq!(spec.mounts.len(), 1);
+    let shown = show(&spec, "localhost");
+    assert_eq!(shown["mounts"][1], mount("work", "/work"));
+    assert_eq!(shown["volumes"][1], volume("cache", "memory", 64));
+
+    let one = |size_mb| json!([volume("work", "disk", size_mb)]);
+    refused(with(one(15), json!([mount("work", "/work")])), "config.volumes[0].temp_dir.size_mb");
+    refused(with(json!([volume("work", "tape", 64)]), json!([mount("work", "/work")])), "config.volumes[0].temp_dir.storage_type");
+    refused(with(json!([volume("wo/rk", "disk", 64)]), json!([mount("wo/rk", "/work")])), "config.volumes[0].name");
+    refused(with(json!([{ "name": "work", "image": "x" }]), json!([])), "config.volumes[0].image");
+    refused(with(one(64), json!([])), "config.volumes");
+    refused(with(one(64), json!([mount("work", "/proc/x")])), "config.mounts[0].path");
+    refused(with(one(64), json!([mount("work", "/w"), mount("work", "/x")])), "config.mounts[1].name");
+    refused(with(json!([volume("a", "disk", 64), volume("b", "disk", 64)]), json!([mount("a", "/w"), mount("b", "/w/x")])), "config.mounts[1].path");
+    refused(with(json!([volume("a", "disk", 64), volume("a", "disk", 64)]), json!([])), "config.volumes[1].name");
+    refused(with(json!([volume("a", "memory", 200), volume("b", "memory", 57)]), json!([mount("a", "/a"), mount("b", "/b")])), "257 MiB");
+    let growing = json!({ "name": "work", "path": "/w", "extend_threshold_percent": 80, "add_size_gb": 1, "size_gb_limit": 5 });
+    refused(with(one(64), json!([growing])), "config.mounts[0].extend_threshold_percent");
+    let other = json!([mount("work", "/w"), { "volume": "vol_abababababababab", "name": "work", "path": "/data" }]);
+    refused(with(one(64), other), "config.mounts[1].name");
+}
+
+#[test]
+fn a_temporary_directory_is_that_of_one_container() {
+    let volumes = json!([{ "name": "work", "temp_dir": { "size_mb": 64 } }]);
+    let with = |a: Value, b: Value| {
+        let containers = json!([{ "name": "a", "mounts": a }, { "name": "b", "mounts": b }]);
+        json!({ "image": "web", "volumes": volumes, "containers": containers })
+    };
+    let work = |path: &str| json!([{ "name": "work", "path": path }]);
+    let spec = spec(with(work("/work"), json!([])));
+    assert_eq!((spec.temp_dirs[0].path.as_str(), spec.containers[0].mounts[0].path.as_str()), ("", "/work"));
+    assert_eq!((show(&spec, "localhost")["mounts"].clone(), spec.containers[1].mounts.len()), (json!([]), 0));
+    refused(with(json!([]), json!([])), "mounted nowhere");
+    refused(with(work("/work"), work("/work")), "mounted twice");
+    let twice = json!([{ "name": "work", "path": "/a" }, { "name": "work", "path": "/a/b" }]);
+    refused(with(twice, json!([])), "config.containers[0].mounts[1].path");
+}

@@ -5,6 +5,7 @@ mod admission;
 mod builder;
 mod checks;
 mod clock;
+mod cpus;
 mod exec;
 mod files;
 mod firewall;
@@ -14,6 +15,7 @@ mod logs;
 mod neighbours;
 mod ps;
 mod ready;
+mod rootfs;
 mod setup;
 mod sleep;
 mod tombstones;
@@ -38,6 +40,7 @@ const TESTS: &[Test] = tests![
     builder: a_caller_that_goes_away_leaves_no_builder, a_reader_that_stalls_holds_nobody_up;
     checks: what_an_app_answers_stays_on_its_host, a_command_in_the_machine_is_a_check;
     clock: the_clock_starts_a_machine_at_its_minute, a_console_ends_when_nobody_is_attached_any_more;
+    cpus: performance_machines_have_their_own_and_others_the_rest;
     exec: a_reader_that_stalls_keeps_no_thread, a_refusal_says_why, a_terminal_is_typed_at_resized_and_hung_up,
         input_flows_as_fast_as_it_is_read, a_session_without_a_byte_ends;
     files: a_machine_has_its_files_and_those_of_its_secrets;
@@ -52,7 +55,9 @@ const TESTS: &[Test] = tests![
     neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
     ps: they_are_told_with_numbers_directories_and_sockets, a_machine_that_does_not_run_has_none;
     ready: the_last_stopped_has_the_place_and_a_request_finds_it_made, it_is_always_made_of_what_a_start_would_be,
-        ends_of_agents_and_supervisors_leave_one_at_most;
+        ends_of_agents_and_supervisors_leave_one_at_most, one_whose_root_is_kept_has_no_place,
+        one_of_performance_cpus_gets_its_own_as_its_program_starts;
+    rootfs: it_lasts_as_the_configuration_says, a_machine_has_the_size_and_the_directories_that_it_asks_for;
     sleep: it_stands_still_and_goes_on_where_it_was, it_sleeps_through_a_restart_of_the_agent,
         a_stop_and_a_new_version_end_it_and_it_stays_asleep, only_the_holder_of_a_lease_moves_its_machine,
         an_idle_machine_is_put_to_sleep_and_one_with_a_request_is_not, a_start_that_lacks_memory_ends_the_longest_sleeper,

@@ -1,8 +1,10 @@
 //! Stopped machines whose program only is to be started.
 
+use crate::cpus::{cpus, performance};
 use crate::setup::World;
 use dunlin_api::{CommandKind, LastHop};
 use dunlin_model::{MachineId, MachineState};
+use dunlin_runtime::cgroup::Cgroups;
 use dunlin_runtime::{Client, Phase};
 use serde_json::{Value, json};
 
@@ -111,4 +113,35 @@ pub fn ends_of_agents_and_supervisors_leave_one_at_most() {
     assert_ne!(wake(&world, &id), again);
     said(&world, &id, &["one", "one"]);
     assert_eq!(world.fact(&id).unwrap().attempt, 2);
+}
+
+pub fn one_of_performance_cpus_gets_its_own_as_its_program_starts() {
+    let mut world = world(1);
+    let cgroups = Cgroups::detect(&world.instance()).unwrap();
+    let Some(all) = cgroups.cpus().unwrap().filter(|all| all.0.len() >= 2) else { return };
+    let id = world.started(1, SAYS, |spec| {
+        says("one")(spec);
+        performance(spec);
+    });
+    said(&world, &id, &["one"]);
+    stop(&world, &id);
+    let made = world.until("it stands ready", || waiting(&world, &id));
+    assert_eq!(cpus(&cgroups, &id), all, "it has none of its own yet");
+    assert_eq!(wake(&world, &id), made, "another was made");
+    assert_eq!(cpus(&cgroups, &id).0.len(), 1);
+}
+
+pub fn one_whose_root_is_kept_has_no_place() {
+    let mut world = world(2);
+    let kept = world.started(1, "echo x >> /tmp/starts; cat /tmp/starts; exec sleep 1000", |spec| {
+        spec["services"] = json!([{"internal_port": 80}]);
+        spec["rootfs"] = json!({"persist": "restart"});
+    });
+    said(&world, &kept, &["x"]);
+    stop(&world, &kept);
+    let other = rested(&mut world, 2);
+    world.until("the other stands ready", || waiting(&world, &other));
+    assert_eq!(waiting(&world, &kept), None);
+    wake(&world, &kept);
+    said(&world, &kept, &["x", "x", "x"]);
 }

@@ -83,6 +83,7 @@ impl World {
             machine_prefix: self.prefix(),
             cpus: 2,
             memory_mb: 1024,
+            rootfs_gb: 1,
             autostop_after_ms: 300,
             ready_machines: self.ready_machines,
             key: OpeningKey::from_bytes([5; 32]),

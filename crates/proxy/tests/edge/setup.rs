@@ -219,6 +219,8 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             schedule: None,
             processes: vec![],
             containers: vec![],
+            rootfs: Default::default(),
+            temp_dirs: vec![],
         };
         let assignment = MachineAssignment {
             id: id.clone(),

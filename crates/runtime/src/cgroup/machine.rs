@@ -394,7 +394,7 @@ impl MachineCgroup {
     }
 
     /// Where a controller is driven, and whether with v2's files.
-    fn controller(&self, name: &str) -> Result<(&Path, bool)> {
+    pub(super) fn controller(&self, name: &str) -> Result<(&Path, bool)> {
         self.joined()
             .find(|dir| dir.controllers.iter().any(|c| c == name))
             .map(|dir| (dir.path.as_path(), dir.unified))

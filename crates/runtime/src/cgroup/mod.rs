@@ -5,6 +5,7 @@
 //! its own. This module never decides limits and never touches a cgroup outside of its own root (besides moving the
 //! service's own processes into a leaf, which pure v2 asks for). Tested against the kernel in `tests/cgroup.rs`.
 
+mod cpus;
 mod detect;
 mod machine;
 
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use cpus::CpuSet;
 pub use machine::MachineCgroup;
 
 /// Longest name of a cgroup directory that this module makes.
@@ -191,8 +193,15 @@ impl Cgroups {
         Ok(names.into_iter().collect())
     }
 
+    /// Gives the calling process a control group beside the machines' with several times the weight of all of them, where
+    /// it may have one: on v1, and on v2 below a delegated service.
+    pub fn favour_server(&self) -> Result<()> {
+        detect::favour_server(&self.hierarchies)
+    }
+
     /// Removes the roots themselves. They must have no children.
     pub fn remove_root(&self) -> Result<()> {
+        detect::remove_server(&self.hierarchies);
         for hierarchy in &self.hierarchies {
             machine::remove_dir(&hierarchy.root)?;
         }

@@ -4,7 +4,7 @@ use super::Machine;
 use crate::container;
 use crate::exec::{self, Session};
 use crate::member::{Ended, Member, Stage};
-use crate::rootfs::HostMounts;
+use crate::rootfs::{self, HostMounts};
 use crate::wire::{ExecSpec, Phase};
 use dunlin_model::Condition;
 use nix::sys::signal::Signal;
@@ -162,7 +162,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// A fresh root file system and a first process, in the machine's namespaces.
+    /// A root file system, which is fresh unless its writable layer is kept, and a first process, in the machine's namespaces.
     fn make_again(&mut self, nth: usize) {
         if self.cgroup.is_frozen().unwrap_or(false) {
             self.members[nth].stage = Stage::Resting { until: Instant::now() + SUSPENDED_PAUSE };
@@ -171,7 +171,8 @@ impl Machine<'_> {
         let spec = &self.members[nth].spec;
         let made = HostMounts::leave().and_then(|host_mounts| {
             let join = |init| self.cgroup.add(init).map_err(io::Error::other);
-            let made = container::create(spec, &self.filters, &mut self.namespaces, join);
+            let made = rootfs::begin(spec)
+                .and_then(|begun| container::create(spec, &self.filters, begun, &mut self.namespaces, join));
             host_mounts.come_back()?;
             made
         });

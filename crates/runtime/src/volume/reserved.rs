@@ -11,7 +11,7 @@ use std::process::Command;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::{COMPLAINT_MAX, LoopVolume, MountedVolume, Result, VolumeError, failed, name_it, user_of};
+use super::{COMPLAINT_MAX, LoopVolume, MountedVolume, Result, VolumeError, failed, name_it};
 use crate::net::firewall::find_program;
 
 const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
@@ -48,7 +48,7 @@ impl LoopVolume {
     /// As [`create`](Self::create), but takes all its blocks at once: what is written later never finds the disk of the
     /// host full, and who fills the volume fills nobody else's.
     pub fn create_reserved(path: &Path, size_bytes: u64) -> Result<Self> {
-        Self::build(path, size_bytes, reserve)
+        Self::build(path, size_bytes, &[], reserve)
     }
 
     /// A volume of its own that begins as a copy of `source`, at least `size_bytes` long.
@@ -67,6 +67,28 @@ impl LoopVolume {
             name_it(&unfinished, path)
         };
         made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned() })
+    }
+
+    /// As [`create_copy`](Self::create_copy), with no more blocks than hold data.
+    pub(crate) fn create_sparse_copy(path: &Path, source: &Path) -> Result<Self> {
+        let unfinished = unfinished(path);
+        let from = File::open(source).map_err(failed("open", source))?;
+        let make = || {
+            let to = create_file(&unfinished)?;
+            copy_data(&from, &to).map_err(failed("copy", source))?;
+            to.sync_all().map_err(failed("sync", &unfinished))?;
+            name_it(&unfinished, path)
+        };
+        made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned() })
+    }
+
+    /// Makes the file longer if it is shorter; the file system follows in [`ready`](Self::ready).
+    pub(crate) fn grow_sparse(&self, size_bytes: u64) -> Result<()> {
+        let backing = self.open_alone()?;
+        if backing.metadata().map_err(failed("look at", &self.path))?.len() < size_bytes {
+            backing.set_len(size_bytes).map_err(failed("size", &self.path))?;
+        }
+        Ok(())
     }
 
     /// Writes a sparse copy of the volume to `path`, which gets its name once it is whole and on disk. A mounted
@@ -95,10 +117,7 @@ impl LoopVolume {
 
     /// Mends what a crash left of an unmounted volume, and brings the file system to the size of its file.
     pub fn ready(&self) -> Result<()> {
-        let backing = OpenOptions::new().read(true).write(true).open(&self.path).map_err(failed("open", &self.path))?;
-        if let Some(device) = user_of(&backing, &self.path)? {
-            return Err(VolumeError::InUse { path: self.path.clone(), device });
-        }
+        let backing = self.open_alone()?;
         self.fsck("-p")?;
         let file_bytes = backing.metadata().map_err(failed("look at", &self.path))?.len();
         let Superblock { block_size, blocks, .. } = Superblock::read(&backing, &self.path)?;
@@ -265,6 +284,12 @@ enum Compare {
     No,
     /// Write only what differs.
     Yes,
+}
+
+/// Makes an empty file the same as `from`, in length and data; holes stay holes.
+pub(crate) fn copy_data(from: &File, to: &File) -> io::Result<()> {
+    to.set_len(from.metadata()?.len())?;
+    copy(from, to, Compare::No)
 }
 
 /// Copies what is data in `from`; holes stay holes.

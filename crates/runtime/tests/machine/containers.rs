@@ -28,9 +28,10 @@ fn rules(name: &str, after: &[(&str, Condition)]) -> ContainerRules {
 fn container(world: &World, rules: ContainerRules, script: &str) -> ContainerSpec {
     ContainerSpec {
         rules,
-        rootfs: Rootfs::Layers(vec![world.dir.path().join("layer")]),
+        rootfs: world.rootfs(world.dir.path().join("layer")),
         process: shell(script),
         volumes: vec![],
+        temp_dirs: vec![],
         files: vec![],
     }
 }
@@ -107,7 +108,7 @@ fn containers_share_what_is_the_machines_and_nothing_else() {
     let mut spec = world.spec("ab04", "echo first >/tmp/mine; sleep 1000");
     spec.own = rules("web", &[]);
     let mut beside = container(&world, rules("side", &[]), "sleep 1000");
-    beside.rootfs = Rootfs::Layers(vec![other]);
+    beside.rootfs = world.rootfs(other);
     beside.process.env = vec![("SIDE".into(), "yes".into())];
     beside.files = vec![GuestFile::in_memory("/secret".into(), b"of side".to_vec())];
     spec.containers = vec![beside];
@@ -202,6 +203,30 @@ fn a_container_that_fails_is_tried_again_with_a_fresh_root() {
     assert_eq!(said(&machine), ["worker: try", "worker: try", "worker: try"]);
     let told = records(&machine).iter().filter(|record| record.line.contains("it is tried again")).count();
     assert_eq!(told, 2);
+}
+
+#[test]
+fn one_that_is_tried_again_finds_what_is_kept_and_an_empty_temporary_directory() {
+    let world = World::new();
+    let layers = world.dir.path().join("layers");
+    let file = world.dir.path().join("machines/ab20/kept/worker.ext4");
+    layer::ready_kept(&file, &layers, ROOTFS_BYTES).unwrap();
+    let template = layer::template(&layers, 16 << 20, false).unwrap();
+    let mut spec = world.spec("ab20", "ls /work 2>/dev/null || echo alone; sleep 1000");
+    spec.own = rules("app", &[]);
+    let restart = RestartPolicy { policy: RestartWhen::OnFailure, max_retries: 2 };
+    let script = "sleep 0.1; echo x >>/tries; cat /tries | busybox wc -l; ls /work; echo >/work/mine; exit 5";
+    let mut worker = container(&world, ContainerRules { restart, ..rules("worker", &[]) }, script);
+    let Rootfs::Layers { writable, .. } = &mut worker.rootfs else { panic!("a root of layers") };
+    *writable = layer::WritableLayer::Kept { file };
+    let storage = TempStorage::Disk(layer::WritableLayer::Passing { template });
+    worker.temp_dirs = vec![TempDir { target: "/work".into(), storage }];
+    spec.containers = vec![worker];
+    let machine = world.run(spec);
+    assert_eq!(machine.exit().exit_code, Some(5));
+    let mut lines = said(&machine);
+    lines.sort();
+    assert_eq!(lines, ["app: alone", "worker: 1", "worker: 2", "worker: 3"]);
 }
 
 #[test]

@@ -40,11 +40,10 @@ fn files_belong_to_the_machines_own_ids_and_the_image_stays_as_it_is() {
     let machine = world.run(spec);
     until("printed", || (!machine.log().is_empty()).then_some(()));
     assert_eq!(machine.log(), ["0"], "the image's root is the machine's root");
-    let upper = machine.dir().join("upper/etc/new");
-    assert_eq!(fs::metadata(upper).unwrap().uid(), UID_BASE);
+    let pid = machine.client().status().unwrap().init_pid;
+    assert_eq!(fs::metadata(format!("/proc/{pid}/root/etc/new")).unwrap().uid(), UID_BASE);
     let image = fs::read_to_string(world.dir.path().join("layer/etc/passwd")).unwrap();
     assert!(!image.contains("\nx\n"));
-    let pid = machine.client().status().unwrap().init_pid;
     assert_eq!(fs::metadata(format!("/proc/{pid}/stat")).map(|m| m.uid()).unwrap_or(0), 0, "not dumpable");
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(world.dir.path().to_str().unwrap()), "no mount is visible on the host");

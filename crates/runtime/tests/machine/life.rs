@@ -172,10 +172,22 @@ fn a_full_disk_does_not_lose_how_a_machine_ended() {
     fs::create_dir(&machines).unwrap();
     let small = volume::LoopVolume::create(&world.dir.path().join("small.ext4"), 32 << 20).unwrap();
     let mounted = small.mount(&machines).unwrap();
-    let machine = world.run(world.spec("aa30", "dd if=/dev/zero of=/fill bs=4096; dd if=/dev/zero of=/last bs=1; exit 7"));
+    let machine = world.run(world.spec("aa30", "while ! [ -e /go ]; do sleep 0.01; done; exit 7"));
+    machine.client().status().unwrap();
+    let free = || nix::sys::statvfs::statvfs(&machines).unwrap().blocks_available();
+    let mut fillers = 0;
+    until("the disk is full", || {
+        let mut filler = fs::File::create(machines.join(format!("filler-{fillers}"))).unwrap();
+        fillers += 1;
+        for piece in [1 << 20, 4096, 1] {
+            while filler.write_all(&vec![1; piece]).is_ok() {}
+        }
+        let _ = filler.sync_all(); // some of it may have found no room
+        (free() < 32).then_some(())
+    });
+    machine.exec("true > /go");
     assert_eq!(machine.exit().exit_code, Some(7));
-    let free = nix::sys::statvfs::statvfs(&machines).unwrap();
-    assert!(free.blocks_available() < 32, "the disk was not full: {} blocks", free.blocks_available());
+    assert!(free() < 128, "the disk was not full: {} blocks", free());
     drop(machine);
     until("nothing holds it", || volume::unmount(&machines).ok());
     drop(mounted);

@@ -4,6 +4,7 @@ mod containers;
 mod exec;
 mod hostile;
 mod isolation;
+mod layers;
 mod life;
 mod setup;
 mod transfer;

@@ -1,6 +1,7 @@
 //! A directory, an image whose program is busybox, and machines that end with their test.
 
 use dunlin_runtime::cgroup::{Cgroups, Limits};
+use dunlin_runtime::layer::{WritableLayer, template};
 use dunlin_runtime::logs::{LogPosition, read_logs};
 use dunlin_runtime::*;
 use std::fs;
@@ -15,6 +16,7 @@ use tempfile::TempDir;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const UID_BASE: u32 = 40_000_000;
+pub const ROOTFS_BYTES: u64 = 128 << 20;
 
 pub struct World {
     pub dir: TempDir,
@@ -46,13 +48,19 @@ impl World {
         Self { dir, exe, cgroups: Cgroups::detect(&name).unwrap() }
     }
 
+    /// An image of one layer, below a writable one that passes.
+    pub fn rootfs(&self, layer: PathBuf) -> Rootfs {
+        let template = template(&self.dir.path().join("layers"), ROOTFS_BYTES, false).unwrap();
+        Rootfs::Layers { image: vec![layer], writable: WritableLayer::Passing { template } }
+    }
+
     pub fn spec(&self, id: &str, script: &str) -> SupervisorSpec {
         SupervisorSpec {
             v: WIRE_VERSION,
             machine_id: id.into(),
             attempt: 1,
             machine_dir: self.dir.path().join("machines").join(id),
-            rootfs: Rootfs::Layers(vec![self.dir.path().join("layer")]),
+            rootfs: self.rootfs(self.dir.path().join("layer")),
             profile: Profile::Tenant,
             process: ProcessSpec {
                 command: vec!["sh".into(), "-c".into(), script.into()],
@@ -68,12 +76,14 @@ impl World {
             uid_base: UID_BASE,
             cgroups: self.cgroups.clone(),
             limits: Limits { cpu_millis: 1000, memory_bytes: 64 << 20, pids: 64, ..Limits::NONE },
+            cpus: None,
             net: None,
             resolv_conf: "nameserver 192.0.2.53\n".into(),
             address: None,
             binds: vec![],
             files: vec![],
             volumes: vec![],
+            temp_dirs: vec![],
             log_limits: LogLimits::default(),
             start: true,
             kill_at: None,

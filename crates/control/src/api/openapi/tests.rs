@@ -125,7 +125,9 @@ fn body() -> Value {
             "checks": { "named": named },
             "restart": {},
             "stop_config": {},
-            "mounts": [{ "volume": "vol_0123456789abcdef", "path": "/data" }],
+            "mounts": [{ "volume": "vol_0123456789abcdef", "path": "/data" }, { "name": "work", "path": "/work" }],
+            "rootfs": {},
+            "volumes": [{ "name": "work", "temp_dir": { "size_mb": 64 } }],
         },
     })
 }

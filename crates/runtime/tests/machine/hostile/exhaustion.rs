@@ -106,3 +106,28 @@ fn memory_ends_whom_it_is_missing_to() {
     assert_eq!(neighbour.exec("echo well").0, "well");
     neighbour.client().status().unwrap();
 }
+
+/// All bytes, then all inodes, of its root file system: it is told that there are no more, and goes on.
+#[test]
+fn a_full_root_file_system_is_its_machines_own() {
+    let world = World::new();
+    let neighbour = world.run(SupervisorSpec { uid_base: UID_BASE + UID_RANGE, ..world.spec("ac41", "sleep 1000") });
+    let greedy = world.run(world.spec(
+        "ac40",
+        "dd if=/dev/zero of=/fill bs=1M 2>&1 | busybox grep -o 'No space'; busybox stat -c %s /fill; \
+         busybox rm /fill; busybox mkdir /many; i=0; while true > /many/$i; do i=$((i+1)); done 2>/dev/null; echo $i; \
+         exec sleep 1000",
+    ));
+    until("it has all", || (greedy.log().len() == 3).then_some(()));
+    let log = greedy.log();
+    let (bytes, inodes): (u64, u64) = (log[1].parse().unwrap(), log[2].parse().unwrap());
+    assert_eq!(log[0], "No space");
+    assert!((ROOTFS_BYTES / 2..ROOTFS_BYTES).contains(&bytes), "{bytes}");
+    assert!((1000..ROOTFS_BYTES / 2048).contains(&inodes), "{inodes}");
+    assert_eq!(greedy.exec("true > /one-more || echo refused").0.lines().last(), Some("refused"));
+    assert_eq!(neighbour.exec("dd if=/dev/zero of=/mine bs=1M count=8 2>/dev/null && true > /one-more && echo well").0, "well");
+    fs::write(world.dir.path().join("host"), vec![1; 1 << 20]).unwrap();
+    greedy.client().status().unwrap();
+    // It can help itself.
+    assert_eq!(greedy.exec("busybox rm -r /many && echo again > /one-more && cat /one-more").0, "again");
+}
