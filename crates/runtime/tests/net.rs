@@ -353,6 +353,21 @@ fn a_machine_reaches_the_internet_and_the_resolvers_and_nothing_else() {
 }
 
 #[test]
+fn whoever_has_the_address_of_a_machine_that_is_not_up_elsewhere_gets_nothing_of_the_host() {
+    let lab = Lab::new("dunlin_away");
+    lab.internet.sh("ip addr add 10.201.0.77/32 dev lo");
+    let _stranger = Server::start(&lab.internet, "0.0.0.0:8080");
+    assert!(reach(&lab.host, "10.201.0.77:8080", ALLOWED).is_some(), "the default route leads there");
+    lab.on_host(|firewall| firewall.apply(&[])).expect("apply");
+    let target = "10.201.0.77:8080".parse().expect("address");
+    let refused = lab.host.run(move || TcpStream::connect_timeout(&target, ALLOWED).map(drop).map_err(|e| e.kind()));
+    assert_eq!(refused, Err(std::io::ErrorKind::ConnectionRefused));
+    let one = lab.machine("7777777777aaaa", "10.201.0.77");
+    let _machine = Server::start(&one.ns, "0.0.0.0:8080");
+    assert!(reach(&lab.host, "10.201.0.77:8080", ALLOWED).is_some());
+}
+
+#[test]
 fn an_interface_is_closed_until_its_machine_is_added_and_again_after() {
     let lab = Lab::new("dunlin_pins");
     lab.on_host(|firewall| firewall.apply(&[])).expect("apply");

@@ -8,8 +8,8 @@ use super::{Firewall, MACHINES_MAX, MachineRule};
 pub(super) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
 
 /// The chains that close machines in; none of them is ever empty.
-pub(super) const CHAINS: [&str; 7] =
-    ["pin", "tracked", "input", "forward", "from_machine", "to_machine", "postrouting"];
+pub(super) const CHAINS: [&str; 8] =
+    ["pin", "tracked", "input", "output", "forward", "from_machine", "to_machine", "postrouting"];
 
 /// Destinations that are not the public internet: this network, private, shared (CGNAT), loopback, link-local with the
 /// metadata services of clouds, protocol assignments, benchmarks, multicast, reserved with broadcast. The networks
@@ -37,6 +37,7 @@ pub(super) fn table(firewall: &Firewall, machines: &[MachineRule], forwarding_wa
     let machine_net = machine_prefix.to_string();
     let closed = elements(NOT_PUBLIC.iter().copied().chain([machine_net.as_str()]));
     let memory = if forwarding_was_off { format!("chain {FORWARDING_WAS_OFF} {{ }}") } else { String::new() };
+    // What the host sends to a machine that is not up would leave by the default route, for whoever has that address there.
     // Priorities: the pin comes before connection tracking, the rest a little before other people's filters.
     format!(
         "add table inet {table}
@@ -64,6 +65,13 @@ table inet {table} {{
     jump tracked
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
     counter drop
+  }}
+  chain output {{
+    type filter hook output priority filter - 10; policy accept;
+    oifgroup {group} accept
+    oif lo accept
+    ip daddr {machine_net} meta l4proto tcp counter reject with tcp reset
+    ip daddr {machine_net} counter reject with icmp type host-unreachable
   }}
   chain forward {{
     type filter hook forward priority filter - 10; policy accept;
