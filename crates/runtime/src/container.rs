@@ -17,7 +17,7 @@
 
 use crate::net;
 use crate::process::{self, Identity};
-use crate::rootfs::{self, Begun};
+use crate::rootfs::{self, Assembled, Begun};
 use crate::seccomp::Filters;
 use crate::spec::{ProcessSpec, SupervisorSpec, UID_RANGE};
 use crate::{sys, wire};
@@ -71,6 +71,8 @@ pub(crate) struct Container {
     pub report: PipeReader,
     /// One byte starts the programs.
     pub start: PipeWriter,
+    /// Of what it writes to, as long as their blocks go through the host's page cache.
+    pub devices: Vec<File>,
 }
 
 impl Container {
@@ -127,7 +129,7 @@ pub(crate) fn create(
             none.insert(Namespaces::of(init)?)
         }
     };
-    let root = rootfs::assemble(spec, begun, shared.of_users())?;
+    let Assembled { root, devices } = rootfs::assemble(spec, begun, shared.of_users())?;
     process::usual_oom_score(init);
     if let Some(net) = spec.net.as_ref().filter(|_| is_first) {
         net::attach(net, init).map_err(io::Error::other)?;
@@ -136,7 +138,7 @@ pub(crate) fn create(
     // Open, because the way to it leads through directories that are root's alone.
     let root = open(&root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     wire::send(go_sender.as_raw_fd(), &(), &[root.as_raw_fd()])?;
-    Ok(Container { init, init_fd, outputs, report, start })
+    Ok(Container { init, init_fd, outputs, report, start, devices })
 }
 
 /// A child in a machine's namespaces, the first of a pid namespace of its own. The way leads over a process that joins

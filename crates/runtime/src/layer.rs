@@ -16,6 +16,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -32,7 +33,7 @@ const KEPT_MOUNT: &str = "errors=remount-ro,noinit_itable";
 /// The mounts of the attempt before, and of a container before its next try, are gone within this.
 const LET_GO: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(5);
-const MOUNTED: &str = "mounted";
+const MOUNTED: &str = "mounted ";
 
 /// Where the files of one layer come from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,26 +99,18 @@ impl WritableLayer {
         let (report, mut answer) = io::pipe()?;
         let child = sys::clone_process(0)?;
         if child == 0 {
-            let device = match self.mount(at, scratch) {
-                Ok(device) => {
-                    let _ = answer.write_all(MOUNTED.as_bytes()); // who waits for it is gone: so is the mount, soon
-                    Some(device)
-                }
-                Err(e) => {
-                    let _ = answer.write_all(chain(&e).as_bytes());
-                    None
-                }
+            let said = match self.mount(at, scratch) {
+                Ok(device) => format!("{MOUNTED}{}", device.display()),
+                Err(e) => chain(&e),
             };
-            drop(answer);
-            // It waits for the disk, and nobody needs to wait for it.
-            let _ = device.map(|device| bypass_cache(&device)); // refused by some file systems, and no less right
+            let _ = answer.write_all(said.as_bytes()); // who waits for it is gone: so is the mount, soon
             // SAFETY: ends the child at once; destructors and buffers are the supervisor's.
             unsafe { libc::_exit(0) };
         }
         Ok(Mounting { at: at.to_owned(), child: Pid::from_raw(child), report })
     }
 
-    fn mount(&self, at: &Path, scratch: &Path) -> volume::Result<File> {
+    fn mount(&self, at: &Path, scratch: &Path) -> volume::Result<PathBuf> {
         let (file, path, options) = match self {
             Self::Passing { template } => (copy_unnamed(template, scratch)?, scratch, PASSING_MOUNT),
             Self::Kept { file } => {
@@ -127,17 +120,39 @@ impl WritableLayer {
         };
         let (device, held) = volume::attach(&file, path)?;
         mount_device(&device, at, MsFlags::empty(), options)?;
-        Ok(held)
+        drop(held); // the mount keeps it
+        Ok(device)
     }
 }
 
+/// A layer that is mounted, and its device.
+pub(crate) struct Mounted {
+    pub at: PathBuf,
+    pub device: File,
+}
+
+/// Has the devices' blocks go past the host's page cache, beside the caller, who is single-threaded and reaps its children:
+/// the kernel lets a device rest until the disk has all that was written, and who uses it meanwhile waits too.
+pub(crate) fn bypass_cache_of(devices: Vec<File>) -> io::Result<()> {
+    if devices.is_empty() || sys::clone_process(0)? != 0 {
+        return Ok(());
+    }
+    let keep: Vec<_> = devices.iter().map(AsRawFd::as_raw_fd).collect();
+    let _ = sys::close_all_but(3, &keep); // the supervisor's, which it holds too
+    for device in &devices {
+        let _ = bypass_cache(device); // refused by some file systems, and no less right
+    }
+    // SAFETY: ends the child at once; destructors and buffers are the supervisor's.
+    unsafe { libc::_exit(0) };
+}
+
 impl Mounting {
-    /// Waits until it is mounted; returns where.
-    pub(crate) fn finish(mut self) -> io::Result<PathBuf> {
+    /// Waits until it is mounted.
+    pub(crate) fn finish(mut self) -> io::Result<Mounted> {
         let mut text = String::new();
         self.report.read_to_string(&mut text)?;
-        if text == MOUNTED {
-            return Ok(self.at); // the child is reaped with the others
+        if let Some(device) = text.strip_prefix(MOUNTED) {
+            return Ok(Mounted { device: File::open(device)?, at: self.at }); // the child is reaped with the others
         }
         let status = waitpid(self.child, None);
         let why = match (text.is_empty(), status) {

@@ -92,14 +92,20 @@ pub(crate) fn begin(spec: &SupervisorSpec) -> io::Result<Begun> {
     Ok(Begun { mnt, writable, temporary })
 }
 
-/// Then mounts the root under `<machine dir>/mnt/root` and returns its path.
-pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: BorrowedFd<'_>) -> io::Result<PathBuf> {
+/// The root, and the devices of what a machine's program writes to beside its volumes.
+pub(crate) struct Assembled {
+    pub root: PathBuf,
+    pub devices: Vec<File>,
+}
+
+/// Then mounts the root under `<machine dir>/mnt/root`.
+pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: BorrowedFd<'_>) -> io::Result<Assembled> {
     let Begun { mnt, writable, temporary } = begun;
     // The machine's root passes through here before it pivots.
     let root = make_dir(&mnt, ROOT, spec.uid_base)?;
     let writable = writable.map(Mounting::finish).transpose()?;
-    match (&spec.rootfs, writable) {
-        (Rootfs::Layers { image, .. }, Some(writable)) => overlay(image, &writable, &mnt, &root, spec.uid_base, user_namespace)?,
+    match (&spec.rootfs, &writable) {
+        (Rootfs::Layers { image, .. }, Some(writable)) => overlay(image, &writable.at, &mnt, &root, spec.uid_base, user_namespace)?,
         (Rootfs::Layers { .. }, None) => return Err(io::Error::other("the root has no writable layer")),
         (Rootfs::HostUsr, _) => host_usr(spec, &root)?,
     }
@@ -109,11 +115,12 @@ pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: Borr
     for volume in &spec.volumes {
         volume_into(&root, volume, spec.uid_base, user_namespace)?;
     }
-    temporary.into_iter().try_for_each(|mounting| mounting.finish().map(drop))?;
+    let temporary = temporary.into_iter().map(Mounting::finish).collect::<io::Result<Vec<_>>>()?;
     for (i, dir) in spec.temp_dirs.iter().enumerate() {
         temporary_into(&root, dir, &mnt.join(format!("{TEMPORARY}{i}")), spec.uid_base)?;
     }
-    Ok(root)
+    let devices = writable.into_iter().chain(temporary).map(|mounted| mounted.device).collect();
+    Ok(Assembled { root, devices })
 }
 
 /// The image's layers with a writable one above them, at `root`; all are below `mnt`.

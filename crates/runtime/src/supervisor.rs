@@ -10,6 +10,7 @@ use crate::cgroup::{CgroupError, Limits, MachineCgroup};
 use crate::container::{self, FAILED, Namespaces};
 use crate::exec::{self, Session, Target};
 use crate::files::{self, ExitFile, ExitRecord, now_ms};
+use crate::layer;
 use crate::logs::LogWriter;
 use crate::member::{Ended, Member, Stage};
 use crate::rootfs::{self, Begun, HostMounts};
@@ -350,6 +351,7 @@ impl<'a> Machine<'a> {
         }
         self.memory_look_at = Instant::now() + MEMORY_LOOK;
         self.log.look();
+        self.bypass_caches();
         let kills = self.cgroup.oom_kills().unwrap_or(self.oom_kills_said); // looked at again soon
         if kills > self.oom_kills_said {
             self.oom_kills_said = kills;
@@ -359,6 +361,15 @@ impl<'a> Machine<'a> {
                  give it more with `memory` under [[vm]]"
             );
             self.log.line("system", &line);
+        }
+    }
+
+    /// Not while a program starts: it would wait for the disk.
+    fn bypass_caches(&mut self) {
+        let containers = self.members.iter_mut().filter_map(|member| member.container.as_mut());
+        let devices = containers.flat_map(|container| std::mem::take(&mut container.devices)).collect();
+        if let Err(e) = layer::bypass_cache_of(devices) {
+            self.log.line("system", &format!("what it writes stays in the host's page cache too: {e}"));
         }
     }
 
