@@ -6,7 +6,7 @@
 //! `secrets_sets/<app>/<version, 20 digits>`, `revoked/<token id>`, `configs/<machine id>`, `launches/<machine id>`.
 
 use crate::config::AppConfig;
-use crate::{AppName, Generation, HostId, ImageRef, MachineId, MachineSpec, OrgName, Region};
+use crate::{AppName, Generation, HostId, ImageRef, MachineId, MachineSpec, OrgName, Region, Zone};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -124,6 +124,15 @@ pub struct HostRow {
     pub public_key: String,
     pub cpus: u32,
     pub memory_mb: u32,
+    /// None: it is in the zone of those of its region that name none, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Zone>,
+    /// What an operator says of it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// By an operator: it gets no new machine, and keeps those that it has. Not for the host itself to say.
+    #[serde(default)]
+    pub cordoned: bool,
 }
 
 /// A block of IPv4 addresses.
@@ -175,6 +184,13 @@ pub struct CertificateRow {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_of_before_there_were_zones_is_still_read() {
+        let old = r#"{"id":"h1","region":"local","prefix":{"network":"10.201.0.0","length":16},"public_key":"","cpus":2,"memory_mb":4096}"#;
+        let row: HostRow = serde_json::from_str(old).unwrap();
+        assert_eq!((row.zone, row.labels.len(), row.cordoned), (None, 0, false));
+    }
 
     #[test]
     fn machines_and_builders_never_get_the_same_address() {

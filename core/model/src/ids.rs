@@ -99,6 +99,11 @@ text_id!(
     |t| is_label(t, 16)
 );
 text_id!(
+    /// What fails as one inside a region: a building, a rack, a power feed.
+    Zone, "zone", "use 1 to 32 lower-case letters, digits and dashes, not beginning or ending with a dash",
+    |t| is_label(t, 32)
+);
+text_id!(
     /// A machine's id: 14 lower-case hexadecimal digits.
     MachineId, "machine id", "a machine id is 14 lower-case hexadecimal digits",
     |t| t.len() == 14 && t.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))

@@ -21,6 +21,7 @@ pub mod files;
 pub mod hash;
 pub mod ids;
 pub mod machine;
+pub mod region;
 pub mod schedule;
 pub mod seal;
 pub mod token;
@@ -33,11 +34,12 @@ pub use containers::{
 pub use events::{EventKind, Lease, MachineEvent, Source};
 pub use files::MachineFile;
 pub use ids::{
-    AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region, SnapshotId, VolumeId,
+    AppName, CommandId, Generation, HostId, InvalidName, MachineId, MachineVersion, OrgName, Region, SnapshotId, VolumeId, Zone,
 };
 pub use machine::{
     AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, ExitInfo, Guest, ImageRef, MachineSpec, MachineState,
     RestartPolicy, RestartWhen, Service, StopConfig,
 };
+pub use region::RegionExpr;
 pub use schedule::Schedule;
 pub use volume::{Mount, VolumeSource};

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Owns the deploy strategy (rolling, one machine at a time, those that do not serve first, gated by health that
-//! lasts), placement and the reasons for both. A plan is immutable; how far it got is its [`Progress`], which the
+//! lasts), placement, rebalancing and the reasons for all of it. A plan is immutable; how far it got is its [`Progress`], which the
 //! executor makes durable around each act. Every step may be done twice. What a plan leaves half done, [`Left`],
 //! goes to the next one. No IO, no clock, no randomness: ids and addresses come
 //! in a [`Pool`]. Tested by unit tests and by properties over a small simulated world
@@ -19,13 +19,15 @@ mod check;
 mod health;
 mod placement;
 mod plan;
+mod rebalance;
 mod types;
 
 pub use advance::{STEADY_MS, advance};
 pub use check::{Problem, check};
 pub use health::MAX_EXITS_BEFORE_HEALTHY;
-pub use placement::{Capacity, NoCapacity};
+pub use placement::{Ask, Capacity, Cost, Demand, For, KEPT_FOR_RESTARTS_PERCENT, Nearest, NoCapacity, Spread};
 pub use plan::{PlanError, plan};
+pub use rebalance::{MAX_MOVES, Move, drift};
 pub use types::{
     Desired, Ended, GroupTarget, Healthy, Left, Mark, MountTarget, Next, Observed, Plan, Pool, Progress, Purpose, Step,
     StepKind, VolumeTaken, command_id,

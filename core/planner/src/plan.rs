@@ -1,13 +1,14 @@
 //! Making a plan: new machines first, then updates one at a time, then removals.
 
+use crate::placement::{Request, place_all};
 use crate::{
-    Capacity, Desired, GroupTarget, MAX_MACHINES_PER_APP, NoCapacity, Observed, Plan, Pool, Step, StepKind,
-    VolumeTaken, command_id, kept_mounts,
+    Ask, Capacity, Demand, Desired, GroupTarget, MAX_MACHINES_PER_APP, NoCapacity, Observed, Plan, Pool, Purpose, Spread,
+    Step, StepKind, VolumeTaken, command_id, kept_mounts, rebalance,
 };
 use dunlin_model::config::Strategy;
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::volume::VolumeRow;
-use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion};
+use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion, RegionExpr, VolumeId};
 use dunlin_view::MachineFact;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -31,18 +32,23 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
     if wanted > MAX_MACHINES_PER_APP {
         return Err(PlanError::TooManyMachines { wanted });
     }
-    let mut capacity = Capacity::new(desired, observed);
-    let mut free_volumes: Vec<_> = desired.free_volumes.iter().collect();
-    free_volumes.sort_by_key(|row| (row.created_at_ms, row.id.clone()));
-    let (mut additions, mut kept, mut removals) = (Vec::new(), Kept::default(), Vec::new());
+    let mut capacity = Capacity::new(&desired.hosts, observed);
+    capacity.limit_addresses(|host| pool.addresses.get(host).map_or(0, Vec::len));
+    if desired.purpose == Purpose::Rebalance {
+        return Ok(with_steps(desired, rebalance::steps(desired, observed, &mut capacity, &mut pool)?));
+    }
+    let (mut missing, mut kept, mut removals) = (Vec::new(), Kept::default(), Vec::new());
     for (name, group) in &desired.groups {
         let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
-        let (mut rows, misfits): (Vec<_>, Vec<_>) = rows.partition(|row| fits(group, row));
-        // Those that serve are kept before those that do not; the oldest id breaks the tie.
-        rows.sort_by_key(|row| (!serves(row, observed), row.id.clone()));
+        let (rows, misfits): (Vec<_>, Vec<_>) = rows.partition(|row| fits(group, row));
         let found = rows.len();
-        let surplus = rows.split_off(found.min(group.count as usize));
-        let missing = group.count as usize - rows.len();
+        let (mut rows, surplus) = keep_the_best(&capacity, desired, observed, rows, group.count as usize);
+        missing.push(Missing {
+            name,
+            group,
+            count: group.count as usize - rows.len(),
+            spread: capacity.spread(rows.iter().map(|row| &row.host)),
+        });
         // Those that do not serve are updated first: nobody misses them, and they may serve afterwards.
         rows.sort_by_key(|row| (serves(row, observed), row.id.clone()));
         for row in rows {
@@ -56,8 +62,10 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
         for row in misfits {
             removals.extend(removal(desired, observed, row, "a machine with the volume that it lacks takes its place"));
         }
-        let means = Means { capacity: &mut capacity, pool: &mut pool, free_volumes: &mut free_volumes };
-        additions.extend(addition(desired, name, group, missing, means)?);
+    }
+    let mut additions = Vec::new();
+    for (name, placed) in place_missing(desired, &mut capacity, missing, &mut pool)? {
+        additions.extend(addition(desired, name, placed, &mut pool)?);
     }
     for row in desired.machines.iter().filter(|row| !desired.groups.contains_key(&row.spec.process_group)) {
         let why = format!("process group {} is not in release {}", row.spec.process_group, desired.release);
@@ -68,8 +76,12 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
     if desired.strategy == Strategy::Immediate {
         steps.retain(|step| !matches!(step.kind, StepKind::Gate { .. }));
     }
+    Ok(with_steps(desired, steps))
+}
+
+fn with_steps(desired: &Desired, steps: Vec<Step>) -> Plan {
     let exists = |id: &MachineId| desired.machines.iter().any(|row| row.id == *id);
-    Ok(Plan {
+    Plan {
         app: desired.app.clone(),
         sequence: desired.sequence,
         purpose: desired.purpose,
@@ -81,7 +93,7 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
         mounts: desired.groups.iter().filter_map(|(name, group)| Some((name.clone(), group.mount.clone()?))).collect(),
         left: desired.left.iter().filter(|(id, _)| exists(id)).map(|(id, left)| (id.clone(), *left)).collect(),
         steps,
-    })
+    }
 }
 
 /// Whether requests may reach it.
@@ -95,46 +107,126 @@ fn fits(group: &GroupTarget, row: &MachineRow) -> bool {
     group.mount.as_ref().is_none_or(|mount| mount.fits(&row.spec.mounts))
 }
 
-/// What new machines are made from.
-struct Means<'m, 'd> {
-    capacity: &'m mut Capacity<'d>,
-    pool: &'m mut Pool,
-    free_volumes: &'m mut Vec<&'d VolumeRow>,
+/// Those to keep, and those that are too many. Those that serve are kept before those that do not, then those that are
+/// spread best; the oldest id breaks the tie.
+fn keep_the_best<'d>(
+    capacity: &Capacity<'_>,
+    desired: &Desired,
+    observed: &Observed,
+    mut rows: Vec<&'d MachineRow>,
+    count: usize,
+) -> (Vec<&'d MachineRow>, Vec<&'d MachineRow>) {
+    let wishes = capacity.wishes(&RegionExpr::preferring(desired.primary_region.as_ref()));
+    let mut spread = capacity.spread([]);
+    let mut kept = Vec::new();
+    while kept.len() < count {
+        let key = |row: &&MachineRow| {
+            let cost = capacity.index(&row.host).and_then(|index| capacity.cost_but_load(index, &wishes, &spread));
+            (!serves(row, observed), cost, row.id.clone())
+        };
+        let Some(at) = (0..rows.len()).min_by_key(|at| key(&rows[*at])) else { break };
+        let row = rows.remove(at);
+        if let Some(index) = capacity.index(&row.host) {
+            capacity.count(&mut spread, index);
+        }
+        kept.push(row);
+    }
+    rows.sort_by_key(|row| (!serves(row, observed), row.id.clone()));
+    (kept, rows)
 }
 
-impl<'d> Means<'_, 'd> {
-    /// A machine goes where its volume is. Only where none is free, one is made: a machine that found none of its files
-    /// because their host is full would be worse than none.
-    fn place(&mut self, group: &GroupTarget) -> Result<(&'d HostRow, Option<VolumeTaken>), PlanError> {
-        let Some(mount) = &group.mount else { return Ok((self.capacity.place(&group.spec.guest, None)?, None)) };
-        if let Some(index) = self.free_volumes.iter().position(|row| row.name == mount.name) {
-            let row = self.free_volumes.remove(index);
-            let host = self.capacity.place(&group.spec.guest, Some(&row.host))?;
-            return Ok((host, Some(VolumeTaken { volume: row.id.clone(), is_new: false })));
+/// How many machines of a group are to be made, and where those are that stay.
+struct Missing<'d> {
+    name: &'d str,
+    group: &'d GroupTarget,
+    count: usize,
+    spread: Spread,
+}
+
+/// A new machine's host.
+pub(crate) struct Placed<'d> {
+    pub host: &'d HostRow,
+    pub volume: Option<VolumeTaken>,
+    pub why: String,
+}
+
+/// A machine goes where its volume is, so these are placed first. Only where no volume is free, one is made: a machine that
+/// found none of its files because their host is full would be worse than none.
+fn place_missing<'d>(
+    desired: &'d Desired,
+    capacity: &mut Capacity<'d>,
+    mut missing: Vec<Missing<'d>>,
+    pool: &mut Pool,
+) -> Result<Vec<(&'d str, Vec<Placed<'d>>)>, PlanError> {
+    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
+    let purpose = desired.purpose.places();
+    let mut free_volumes: Vec<_> = desired.free_volumes.iter().collect();
+    free_volumes.sort_by_key(|row| (row.created_at_ms, row.id.clone()));
+    let mut placed: Vec<(&str, Vec<Placed<'_>>)> = missing.iter().map(|missing| (missing.name, Vec::new())).collect();
+    for (missing, (_, placed)) in missing.iter_mut().zip(&mut placed) {
+        let Some(mount) = &missing.group.mount else { continue };
+        while placed.len() < missing.count && free_volumes.iter().any(|row| row.name == mount.name) {
+            let ask = Ask { demand: Demand::of(&missing.group.spec, 0), regions: &regions, only: None, purpose };
+            let (host, taken) = beside_its_volume(capacity, ask, &mut missing.spread, &mut free_volumes, &mount.name)?;
+            let why = format!("{} needs {} more; volume {taken} is on host {}", missing.name, missing.count, host.id);
+            placed.push(Placed { host, volume: Some(VolumeTaken { volume: taken, is_new: false }), why });
         }
-        let host = self.capacity.place(&group.spec.guest, None)?;
-        let volume = self.pool.volumes.pop().ok_or(PlanError::PoolTooSmall)?;
-        Ok((host, Some(VolumeTaken { volume, is_new: true })))
     }
+    let mut requests = Vec::new();
+    for (group, missing) in missing.iter().enumerate() {
+        let volume_gb = missing.group.mount.as_ref().map_or(0, |mount| mount.size_gb);
+        let ask = Ask { demand: Demand::of(&missing.group.spec, volume_gb), regions: &regions, only: None, purpose };
+        requests.extend((placed[group].1.len()..missing.count).map(|_| Request { ask, group }));
+    }
+    let mut spreads: Vec<Spread> = missing.iter().map(|missing| missing.spread.clone()).collect();
+    let hosts = place_all(capacity, &mut spreads, &requests)?;
+    for (request, index) in requests.iter().zip(hosts) {
+        let (missing, host) = (&missing[request.group], capacity.row(index));
+        let volume = match &missing.group.mount {
+            None => None,
+            Some(_) => Some(VolumeTaken { volume: pool.volumes.pop().ok_or(PlanError::PoolTooSmall)?, is_new: true }),
+        };
+        let fell_back = desired.primary_region.as_ref().filter(|primary| **primary != host.region);
+        let fell_back = fell_back.map_or(String::new(), |primary| format!("; {primary} has no room for it"));
+        let told = capacity.told(index, &spreads[request.group]);
+        let why = format!("{} needs {} more; then it has {told}{fell_back}", missing.name, missing.count);
+        placed[request.group].1.push(Placed { host, volume, why });
+    }
+    Ok(placed)
+}
+
+/// The oldest volume of the name on whose host there is room.
+fn beside_its_volume<'d>(
+    capacity: &mut Capacity<'d>,
+    ask: Ask<'_>,
+    spread: &mut Spread,
+    free: &mut Vec<&'d VolumeRow>,
+    name: &str,
+) -> Result<(&'d HostRow, VolumeId), PlanError> {
+    let mut refused = None;
+    for at in (0..free.len()).filter(|at| free[*at].name == name) {
+        match capacity.place(&Ask { only: Some(&free[at].host), ..ask }, spread) {
+            Ok(host) => return Ok((host, free.remove(at).id.clone())),
+            Err(no_capacity) => refused = refused.or(Some(no_capacity)),
+        }
+    }
+    Err(refused.map_or(PlanError::PoolTooSmall, PlanError::NoCapacity))
 }
 
 /// All reservations and assignments first, so that hosts prepare while the first one starts.
-fn addition(
+pub(crate) fn addition(
     desired: &Desired,
     name: &str,
-    group: &GroupTarget,
-    missing: usize,
-    mut means: Means<'_, '_>,
+    placed: Vec<Placed<'_>>,
+    pool: &mut Pool,
 ) -> Result<Vec<Step>, PlanError> {
+    let group = &desired.groups[name];
     let (mut assigned, mut started, mut gated) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..missing {
-        let (host, volume) = means.place(group)?;
-        let pool = &mut *means.pool;
+    for Placed { host, volume, why } in placed {
         let machine = pool.ids.pop().ok_or(PlanError::PoolTooSmall)?;
         let version = pool.versions.pop().ok_or(PlanError::PoolTooSmall)?;
         let address = take_address(pool, desired, &host.id)?;
         let step = |why: String, kind| Step { machine: machine.clone(), why, kind };
-        let why = format!("{name} needs {missing} more; host {} is the first with room", host.id);
         assigned.push(step(why, StepKind::Reserve { host: host.id.clone(), guest: group.spec.guest.clone() }));
         assigned.push(step(
             format!("a new machine of {name} for release {}", desired.release),
@@ -237,8 +329,8 @@ fn resize(
         }
         None => true,
     };
-    let held_mb = if holds { row.spec.guest.memory_mb } else { 0 };
-    Ok(capacity.resize(&row.host, held_mb, &group.spec.guest)?)
+    let held = if holds { Demand::of_guest(&row.spec.guest) } else { Demand::default() };
+    Ok(capacity.resize(&row.host, held, Demand::of_guest(&group.spec.guest))?)
 }
 
 /// A machine that was put to sleep is updated, not woken. Unknown counts as started, and so does one that is created: an
@@ -259,7 +351,7 @@ fn start_and_gate(desired: &Desired, row: &MachineRow, version: &MachineVersion,
     ]
 }
 
-fn removal(desired: &Desired, observed: &Observed, row: &MachineRow, why: &str) -> Vec<Step> {
+pub(crate) fn removal(desired: &Desired, observed: &Observed, row: &MachineRow, why: &str) -> Vec<Step> {
     let step = |kind| Step { machine: row.id.clone(), why: why.to_owned(), kind };
     let mut steps = Vec::new();
     let fact = observed.machines.get(&row.id);

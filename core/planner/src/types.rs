@@ -47,6 +47,18 @@ pub enum Purpose {
     Return { failed_release: u32 },
     /// The release is there, and fewer machines than it should have.
     Repair,
+    /// All is there, and its spread over hosts has drifted: some that can be replaced move.
+    Rebalance,
+}
+
+impl Purpose {
+    /// Whether what it makes is beyond what there was, or comes back.
+    pub fn places(&self) -> crate::For {
+        match self {
+            Self::Deploy | Self::Rebalance => crate::For::New,
+            Self::Return { .. } | Self::Repair => crate::For::Restart,
+        }
+    }
 }
 
 /// What a process group should be. `version` and `release` of the template are filled in by the plan.

@@ -6,9 +6,10 @@ mod sim;
 use dunlin_model::config::Strategy as DeployStrategy;
 use dunlin_model::desired::HostRow;
 use dunlin_model::volume::VolumeRow;
-use dunlin_model::{Guest, MachineId, MachineState, VolumeId};
+use dunlin_model::{Guest, MachineId, MachineState, RegionExpr, VolumeId};
 use dunlin_planner::{
-    Capacity, Ended, MAX_EXITS_BEFORE_HEALTHY, MountTarget, Next, Plan, Problem, Purpose, STEADY_MS, Step, StepKind, advance, check, plan,
+    Ask, Capacity, Demand, Desired, Ended, For, MAX_EXITS_BEFORE_HEALTHY, MountTarget, Next, Observed, Plan, Problem, Purpose,
+    STEADY_MS, Step, StepKind, advance, check, plan,
 };
 use proptest::prelude::*;
 use sim::{Image, WAIT_TIMEOUT_MS, World, host, spec};
@@ -364,22 +365,26 @@ fn new_machines_go_to_the_primary_region_if_it_has_room() {
     let mut desired = world.desired(1, &spec(Image::Good, 1, true), 1, Purpose::Deploy);
     let far = HostRow { id: "a-far".parse().unwrap(), region: "ams".parse().unwrap(), ..desired.hosts[0].clone() };
     desired.hosts.push(far);
-    let guest = Guest::default();
-    let mut place = |region: Option<&str>, memory_mb: u32| {
+    let place = |desired: &Desired, observed: &Observed| {
+        let mut capacity = Capacity::new(&desired.hosts, observed);
+        let mut spread = capacity.spread([]);
+        let regions = RegionExpr::preferring(desired.primary_region.as_ref());
+        let ask = Ask { demand: Demand::of_guest(&Guest::default()), regions: &regions, only: None, purpose: For::New };
+        capacity.place(&ask, &mut spread).map(|host| host.id.to_string())
+    };
+    for (region, memory_mb, expected) in
+        [(None, 4096, "a-far"), (Some("local"), 4096, "h1"), (Some("local"), 64, "a-far"), (Some("fra"), 4096, "a-far")]
+    {
         desired.primary_region = region.map(|region| region.parse().unwrap());
         desired.hosts[0].memory_mb = memory_mb;
-        Capacity::new(&desired, &world.observed()).place(&guest, None).unwrap().id.to_string()
-    };
-    assert_eq!(place(None, 4096), "a-far");
-    assert_eq!(place(Some("local"), 4096), "h1");
-    assert_eq!(place(Some("local"), 64), "a-far");
-    assert_eq!(place(Some("fra"), 4096), "a-far");
+        desired.hosts[1].memory_mb = 4096;
+        assert_eq!(place(&desired, &world.observed()).unwrap(), expected, "{region:?} {memory_mb}");
+    }
     let mut observed = world.observed();
     observed.refused.insert("a-far".parse().unwrap(), "its disk is full".into());
-    desired.hosts[0].memory_mb = 4096;
-    assert_eq!(Capacity::new(&desired, &observed).place(&guest, None).unwrap().id, host());
+    assert_eq!(place(&desired, &observed).unwrap(), "h1");
     observed.refused.insert(host(), "256 MiB are wanted, 3 are free".into());
-    let none = Capacity::new(&desired, &observed).place(&guest, None).unwrap_err().to_string();
+    let none = place(&desired, &observed).unwrap_err().to_string();
     assert!(none.ends_with("host a-far: its disk is full; host h1: 256 MiB are wanted, 3 are free"), "{none}");
 }
 

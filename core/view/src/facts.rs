@@ -144,5 +144,25 @@ pub struct HostFact {
     pub cpus: u32,
     pub memory_mb: u32,
     pub memory_reserved_mb: u32,
+    /// Hosts of before there was such say nothing of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<HostRoom>,
     pub updated_at_ms: u64,
+}
+
+/// What a host has beside memory, and how much of it is taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostRoom {
+    /// Of the reserved memory, what suspended machines hold: the longest suspended make room.
+    pub memory_yielding_mb: u32,
+    /// Performance cpus that machines have for themselves, but for those that would make room.
+    pub cores_reserved: u32,
+    /// Shared cpus of the machines that run.
+    pub shared_cpus: u32,
+    /// Machines that it carries, those that do not run included, and the most that it does.
+    pub machines: u32,
+    pub machines_max: u32,
+    /// The disk of its data directory, and what new volumes may have of it.
+    pub disk_gb: u32,
+    pub disk_free_gb: u32,
 }

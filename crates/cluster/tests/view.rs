@@ -16,6 +16,7 @@ fn host(id: &str, updated_at_ms: u64) -> HostFact {
         cpus: 2,
         memory_mb: 1024,
         memory_reserved_mb: 0,
+        room: None,
         updated_at_ms,
     }
 }

@@ -123,7 +123,7 @@ async fn supersede(ctx: &Ctx, name: &AppName, releases: &[Row<ReleaseRow>]) -> R
     }
     let returning = plan.and_then(|row| match row.value.purpose {
         Purpose::Return { failed_release } => Some(failed_release),
-        Purpose::Deploy | Purpose::Repair => None,
+        Purpose::Deploy | Purpose::Repair | Purpose::Rebalance => None,
     });
     for row in releases.iter().filter(|row| row.value.status == ReleaseStatus::Running) {
         // One that failed and was on its way back has failed, whatever comes now.

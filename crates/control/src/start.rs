@@ -188,9 +188,12 @@ impl Control {
 async fn join(ctx: &Ctx) -> Result<(), Failure> {
     let key = key::host(&ctx.host_row.id);
     let found = ctx.state.get::<HostRow>(&key).await?;
-    if found.as_ref().is_some_and(|row| row.value == ctx.host_row) {
+    // A cordon is an operator's, and outlives restarts.
+    let cordoned = found.as_ref().is_some_and(|row| row.value.cordoned);
+    let row = HostRow { cordoned, ..ctx.host_row.clone() };
+    if found.as_ref().is_some_and(|found| found.value == row) {
         return Ok(());
     }
-    ctx.state.commit(Change::default().if_as_read(key.clone(), found.as_ref()).put(key, &ctx.host_row)).await?;
+    ctx.state.commit(Change::default().if_as_read(key.clone(), found.as_ref()).put(key, &row)).await?;
     Ok(())
 }

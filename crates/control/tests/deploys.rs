@@ -180,7 +180,7 @@ async fn no_room_is_believed_once_the_host_has_spoken_again() {
     world.create_app("web").await;
     let speak = |memory_reserved_mb: u32, updated_at_ms: u64| {
         let (id, region) = (world::host_id(), "local".parse().unwrap());
-        let fact = dunlin_view::HostFact { id, region, cpus: 2, memory_mb: 4096, memory_reserved_mb, updated_at_ms };
+        let fact = dunlin_view::HostFact { id, region, cpus: 2, memory_mb: 4096, memory_reserved_mb, room: None, updated_at_ms };
         world.view.publish_host(fact);
     };
     world.host.silent.store(true, Ordering::SeqCst);

@@ -202,6 +202,9 @@ fn host_row(settings: &Settings, key: &dunlin_model::seal::OpeningKey) -> HostRo
         public_key: key.sealing_key().to_base64(),
         cpus: settings.cpus,
         memory_mb: settings.memory_mb,
+        zone: settings.zone.clone(),
+        labels: settings.labels.clone(),
+        cordoned: false, // control keeps what an operator said
     }
 }
 

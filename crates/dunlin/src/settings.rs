@@ -6,8 +6,9 @@ use clap::{Args, ValueEnum};
 use dunlin_cli::DEFAULT_DATA_DIR;
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::disk::{ROOTFS_DEFAULT_GB, ROOTFS_GB};
-use dunlin_model::{HostId, Region};
+use dunlin_model::{HostId, Region, Zone};
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 /// Of looking at a machine before it is put to sleep.
 const AUTOSTOP_AFTER_S: u64 = 60;
 const READY_MACHINES: u16 = 16;
+const MAX_LABELS: usize = 16;
+const MAX_LABEL_BYTES: usize = 63;
 
 pub const DEFAULT_MACHINE_PREFIX: &str = "10.201.0.0/16";
 
@@ -39,6 +42,12 @@ pub struct ServerArgs {
     /// The region that this server is in [default: local]
     #[arg(long, env = "DUNLIN_REGION", value_name = "CODE")]
     pub region: Option<String>,
+    /// What fails as one with this server inside its region: a building, a rack; apps are spread over zones
+    #[arg(long, env = "DUNLIN_ZONE", value_name = "NAME")]
+    pub zone: Option<String>,
+    /// What else is to be known of this server, for people
+    #[arg(long = "label", env = "DUNLIN_LABELS", value_name = "KEY=VALUE", value_delimiter = ',')]
+    pub labels: Option<Vec<String>>,
     /// What this server does: control, host, proxy [default: all three]
     ///
     /// host,proxy runs apps and serves traffic from what the server last knew, with no API.
@@ -108,6 +117,8 @@ struct FileSettings {
     domain: Option<String>,
     host_id: Option<String>,
     region: Option<String>,
+    zone: Option<String>,
+    label: Option<Vec<String>>,
     role: Option<Vec<Role>>,
     machine_prefix: Option<String>,
     base_images: Option<BaseImages>,
@@ -127,6 +138,8 @@ pub struct Settings {
     pub domain: String,
     pub host_id: HostId,
     pub region: Region,
+    pub zone: Option<Zone>,
+    pub labels: BTreeMap<String, String>,
     pub roles: Vec<Role>,
     pub machine_prefix: Ipv4Prefix,
     pub base_images: BaseImages,
@@ -158,6 +171,9 @@ impl Settings {
         let domain = parse.domain(args.domain.as_ref().or(file.domain.as_ref()));
         let host_id = parse.name("host-id", args.host_id.as_ref().or(file.host_id.as_ref()), "h1");
         let region = parse.name("region", args.region.as_ref().or(file.region.as_ref()), "local");
+        let zone = args.zone.as_ref().or(file.zone.as_ref());
+        let zone = zone.and_then(|zone| parse.name("zone", Some(zone), ""));
+        let labels = parse.labels(args.labels.as_ref().or(file.label.as_ref()));
         let roles = parse.roles(args.roles.as_ref().or(file.role.as_ref()));
         let prefix = parse.prefix(args.machine_prefix.as_ref().or(file.machine_prefix.as_ref()));
         let memory_mb = args.memory_mb.or(file.memory_mb).map_or_else(default_memory_mb, Ok)?;
@@ -180,6 +196,8 @@ impl Settings {
                     domain,
                     host_id,
                     region,
+                    zone,
+                    labels,
                     roles,
                     machine_prefix,
                     base_images: args.base_images.or(file.base_images).unwrap_or(BaseImages::Upstream),
@@ -203,7 +221,8 @@ impl Settings {
 
     pub fn summary(&self) -> String {
         format!(
-            "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ndomain = {:?}\nhost_id = {:?}\nregion = {:?}\nrole = {:?}\n\
+            "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ndomain = {:?}\nhost_id = {:?}\nregion = {:?}\n{}label = {:?}\n\
+             role = {:?}\n\
              machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nrootfs_gb = {}\nautostop_after = {}\n\
              ready_machines = {}\nlog_format = {:?}",
             self.data_dir,
@@ -212,6 +231,8 @@ impl Settings {
             self.domain,
             self.host_id.as_str(),
             self.region.as_str(),
+            self.zone.as_ref().map_or(String::new(), |zone| format!("zone = {:?}\n", zone.as_str())),
+            self.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>(),
             role_names(&self.roles).split(',').collect::<Vec<_>>(),
             self.machine_prefix.network,
             self.machine_prefix.length,
@@ -273,6 +294,19 @@ impl Parse<'_> {
         self.keep("role", &text, valid.then_some(roles).ok_or("host and proxy run together until hosts form a fleet; leave out control only"))
     }
 
+    fn labels(&mut self, given: Option<&Vec<String>>) -> BTreeMap<String, String> {
+        let mut labels = BTreeMap::new();
+        for text in given.into_iter().flatten() {
+            let is_part = |part: &str| (1..=MAX_LABEL_BYTES).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_graphic());
+            let parsed = text.split_once('=').filter(|(key, value)| is_part(key) && is_part(value));
+            let parsed = parsed.filter(|_| labels.len() < MAX_LABELS).ok_or("expected KEY=VALUE of at most 63 visible characters each, and 16 of them");
+            if let Some((key, value)) = self.keep("label", text, parsed) {
+                labels.insert(key.to_owned(), value.to_owned());
+            }
+        }
+        labels
+    }
+
     fn domain(&mut self, text: Option<&String>) -> Option<String> {
         let text = text.map_or("localhost", String::as_str).to_ascii_lowercase();
         let valid = text.len() <= 190 && text.split('.').all(|label| label.parse::<dunlin_model::AppName>().is_ok());
@@ -323,11 +357,13 @@ mod tests {
         let args = ServerArgs {
             http: Some("80".into()),
             region: Some("Frankfurt!".into()),
+            zone: Some("Rack 1".into()),
+            labels: Some(vec!["disk=nvme".into(), "fast".into()]),
             machine_prefix: Some("8.8.8.0/24".into()),
             ..Default::default()
         };
         let error = format!("{:#}", Settings::resolve(&args, None).unwrap_err());
-        for key in ["http = ", "region = ", "machine-prefix = "] {
+        for key in ["http = ", "region = ", "zone = ", "label = \"fast\"", "machine-prefix = "] {
             assert!(error.contains(key), "{error}");
         }
     }

@@ -4,7 +4,8 @@ use crate::agent::{Agent, MAX_MACHINES, chain};
 use crate::journal::Reservation;
 use crate::now_ms;
 use dunlin_api::{Refusal, Reserve};
-use dunlin_model::{CpuKind, Guest, MachineId};
+use dunlin_model::{CpuKind, Guest, MachineId, MachineSpec};
+use dunlin_view::HostRoom;
 
 /// From the promise to the machine's start; a plan that needs longer asks again.
 const MAX_RESERVATION_MS: u64 = 30_000;
@@ -88,6 +89,25 @@ impl Agent {
             return Err(format!("{} performance cpus are wanted, {free} of {} are free, {missing} are missing", wanted.cores, config.cpus));
         }
         Ok(())
+    }
+
+    /// What it tells those who look for a host, beside memory. A disk that cannot be asked is not told of: `room` refuses then.
+    pub(crate) fn room_told(&self) -> HostRoom {
+        let sleepers: Vec<MachineId> = self.sleepers().into_iter().map(|(_, id)| id).collect();
+        let (held, awake) = (self.held(&[]), self.held(&sleepers));
+        let shared = |spec: &MachineSpec| if spec.guest.cpu_kind == CpuKind::Shared { spec.guest.cpus } else { 0 };
+        let running = self.slots.values().map(|slot| slot.machine.record()).filter(|record| record.reserved_mb() > 0);
+        let shared_cpus = running.map(|record| shared(record.spec())).sum();
+        let (disk_gb, disk_free_gb) = crate::volumes::disk_gb(&self.shared.config.data_dir).unwrap_or((0, 0));
+        HostRoom {
+            memory_yielding_mb: held.memory_mb.saturating_sub(awake.memory_mb),
+            cores_reserved: awake.cores,
+            shared_cpus,
+            machines: self.slots.len() as u32,
+            machines_max: MAX_MACHINES as u32,
+            disk_gb,
+            disk_free_gb,
+        }
     }
 
     /// By machines that run, and by promises: a machine that runs on a promise holds the greater of both.

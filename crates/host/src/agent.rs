@@ -513,6 +513,7 @@ impl Agent {
             cpus: config.cpus,
             memory_mb: config.memory_mb,
             memory_reserved_mb: self.held(&[]).memory_mb,
+            room: Some(self.room_told()),
             updated_at_ms: now,
         });
     }

@@ -163,18 +163,12 @@ impl Agent {
 
     /// Ends the longest suspended machines until one of this size fits, if that is enough at all. `true`: it will.
     pub(crate) fn make_room(&mut self, guest: &dunlin_model::Guest, id: &MachineId) -> bool {
-        let now = now_ms();
         let mut leave: Vec<MachineId> = vec![id.clone()];
         // Those that are on their way out already.
         let ends = self.slots.iter().filter(|(_, slot)| slot.machine.record().state == MachineState::Stopping && slot.makes_room);
         leave.extend(ends.map(|(id, _)| id.clone()));
-        let sleeps = self.slots.iter().filter(|(other, slot)| {
-            let record = slot.machine.record();
-            *other != id && record.state == MachineState::Suspended && record.lease(now).is_none()
-        });
-        let mut sleeps: Vec<(u64, MachineId)> =
-            sleeps.map(|(id, slot)| (slot.machine.record().suspended_at_ms, id.clone())).collect();
-        sleeps.sort();
+        let mut sleeps = self.sleepers();
+        sleeps.retain(|(_, other)| other != id);
         let mut ended = Vec::new();
         for (_, id) in sleeps {
             if self.fits_without(guest, &leave) {
@@ -194,6 +188,18 @@ impl Agent {
             self.order_by_host(&id, Verb::Stop { signal: None, timeout_ms: Some(timeout_ms) }, Source::Host);
         }
         true
+    }
+
+    /// Suspended machines that give way, and since when they sleep; the longest first.
+    pub(crate) fn sleepers(&self) -> Vec<(u64, MachineId)> {
+        let now = now_ms();
+        let sleeps = self.slots.iter().filter(|(_, slot)| {
+            let record = slot.machine.record();
+            record.state == MachineState::Suspended && record.lease(now).is_none()
+        });
+        let mut sleeps: Vec<_> = sleeps.map(|(id, slot)| (slot.machine.record().suspended_at_ms, id.clone())).collect();
+        sleeps.sort();
+        sleeps
     }
 
     pub(crate) fn order_by_host(&mut self, id: &MachineId, verb: Verb, source: Source) {

@@ -179,6 +179,9 @@ impl World {
             public_key: String::new(),
             cpus: 2,
             memory_mb: self.memory_mb,
+            zone: None,
+            labels: BTreeMap::new(),
+            cordoned: false,
         };
         Desired {
             app: app(),

@@ -45,10 +45,11 @@ pub(crate) async fn done(
         .unchanged(key::app(&plan.app), app.modified)
         .put(key::progress(&plan.app), &ended);
     let (status, event, next_app) = match plan.purpose {
-        Purpose::Repair => {
+        Purpose::Repair | Purpose::Rebalance => {
             ctx.kill.pass("done", "before");
             if ctx.state.commit(base).await? == Outcome::Committed {
-                tracing::info!(app = %plan.app, release = plan.release, plan = plan.sequence, "machines that were gone are there again");
+                let what = if plan.purpose == Purpose::Repair { "machines that were gone are there again" } else { "machines moved apart" };
+                tracing::info!(app = %plan.app, release = plan.release, plan = plan.sequence, "{what}");
             }
             ctx.kill.pass("done", "after");
             return Ok(Turn::Again);
@@ -89,7 +90,7 @@ pub(crate) async fn failed(
     progress: Option<&Row<Progress>>,
     failed: Failed,
 ) -> Result<Turn, Failure> {
-    if plan.purpose == Purpose::Repair {
+    if matches!(plan.purpose, Purpose::Repair | Purpose::Rebalance) {
         return repair_failed(ctx, app, plan, progress, failed).await;
     }
     let explained = explain::explain(ctx, plan, failed).await;
@@ -99,7 +100,7 @@ pub(crate) async fn failed(
         .unchanged(key::app(&plan.app), app.modified);
     match plan.purpose {
         Purpose::Deploy if app.value.last_good_release != 0 => go_back(ctx, app, plan, base, explained).await,
-        Purpose::Deploy | Purpose::Repair => {
+        Purpose::Deploy | Purpose::Repair | Purpose::Rebalance => {
             let message = format!("release v{} failed: {}", plan.release, explained.reason);
             give_up(ctx, plan, progress, base, message, explained).await
         }
@@ -152,7 +153,8 @@ async fn repair_failed(
     progress: Option<&Row<Progress>>,
     failed: Failed,
 ) -> Result<Turn, Failure> {
-    tracing::warn!(app = %plan.app, plan = plan.sequence, release = plan.release, reason = %failed.reason, "machines are missing and could not be replaced");
+    let what = if plan.purpose == Purpose::Repair { "machines are missing and could not be replaced" } else { "machines could not move apart" };
+    tracing::warn!(app = %plan.app, plan = plan.sequence, release = plan.release, reason = %failed.reason, "{what}");
     let change = Change::default()
         .if_as_read(key::progress(&plan.app), progress)
         .unchanged(key::app(&plan.app), app.modified)

@@ -108,7 +108,7 @@ pub(crate) async fn desired(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, purpo
         strategy: match purpose {
             Purpose::Deploy => release.config.deploy.strategy,
             // What comes back is proven, one by one.
-            Purpose::Return { .. } | Purpose::Repair => Strategy::Rolling,
+            Purpose::Return { .. } | Purpose::Repair | Purpose::Rebalance => Strategy::Rolling,
         },
     })
 }

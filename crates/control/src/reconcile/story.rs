@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// The release that people follow while this plan runs.
 pub(crate) fn followed(plan: &Plan) -> u32 {
     match plan.purpose {
-        Purpose::Deploy | Purpose::Repair => plan.release,
+        Purpose::Deploy | Purpose::Repair | Purpose::Rebalance => plan.release,
         Purpose::Return { failed_release } => failed_release,
     }
 }

@@ -156,6 +156,7 @@ impl SmallHost {
             cpus: 2,
             memory_mb: 4096,
             memory_reserved_mb: specs.map(|spec| spec.guest.memory_mb).sum(),
+            room: None,
             updated_at_ms: now_ms,
         });
     }
@@ -425,6 +426,9 @@ impl World {
                 public_key: host_key().sealing_key().to_base64(),
                 cpus: 2,
                 memory_mb: 4096,
+                zone: None,
+                labels: BTreeMap::new(),
+                cordoned: false,
             },
             org: "personal".parse().unwrap(),
             version: "0.1.0".into(),

@@ -1,0 +1,112 @@
+//! Machines that stand too close together move apart, a few at a time.
+//!
+//! Hosts join after machines were placed, others were cordoned or full at that time. A machine moves if its group is then
+//! spread better over regions, zones or hosts; never only because a host is fuller than another, nor to a region that is
+//! preferred more or less. Each move lowers the number of pairs that would be lost together, so that there is an end to
+//! it: a settled cluster plans nothing.
+
+use crate::plan::{Placed, addition, removal, serves};
+use crate::{Ask, Capacity, Demand, Desired, GroupTarget, Observed, PlanError, Pool, Spread, Step};
+use dunlin_model::desired::{HostRow, MachineRow};
+use dunlin_model::{HostId, MachineId, RegionExpr};
+
+/// Of one plan. What moves is stopped once its successor serves; the fewer at once, the less is felt.
+pub const MAX_MOVES: usize = 2;
+
+/// A machine that another one takes the place of, elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Move {
+    pub machine: MachineId,
+    pub group: String,
+    pub from: HostId,
+    pub to: HostId,
+    pub why: String,
+}
+
+/// What would move, the most useful first; at most [`MAX_MOVES`].
+pub fn drift(desired: &Desired, observed: &Observed) -> Vec<Move> {
+    moves(desired, observed, &mut Capacity::new(&desired.hosts, observed)).into_iter().map(|(moved, _)| moved).collect()
+}
+
+/// New ones first, each healthy before what it replaces is stopped.
+pub(crate) fn steps(
+    desired: &Desired,
+    observed: &Observed,
+    capacity: &mut Capacity<'_>,
+    pool: &mut Pool,
+) -> Result<Vec<Step>, PlanError> {
+    let (mut additions, mut removals) = (Vec::new(), Vec::new());
+    for (moved, host) in moves(desired, observed, capacity) {
+        let placed = Placed { host, volume: None, why: moved.why.clone() };
+        additions.extend(addition(desired, &moved.group, vec![placed], pool)?);
+        let row = desired.machines.iter().find(|row| row.id == moved.machine);
+        removals.extend(row.into_iter().flat_map(|row| removal(desired, observed, row, &moved.why)));
+    }
+    additions.append(&mut removals);
+    Ok(additions)
+}
+
+fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>) -> Vec<(Move, &'a HostRow)> {
+    let mut found = Vec::new();
+    for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
+        let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
+        let mut rows: Vec<&MachineRow> = rows.collect();
+        if rows.len() != group.count as usize {
+            continue; // first there have to be as many as there should be
+        }
+        let mut spread = capacity.spread(rows.iter().map(|row| &row.host));
+        while found.len() < MAX_MOVES {
+            let Some((at, moved, to)) = best_move(desired, observed, capacity, (name, group), &rows, &spread) else { break };
+            let row = rows.remove(at);
+            if let Some(from) = capacity.index(&row.host) {
+                capacity.discount(&mut spread, from);
+            }
+            capacity.take(to, &Demand::of(&group.spec, 0), &mut spread);
+            found.push((moved, capacity.row(to)));
+        }
+    }
+    found
+}
+
+/// A service without files of its own: it may run twice for a moment.
+fn is_replaceable(group: &GroupTarget) -> bool {
+    let spec = &group.spec;
+    !spec.services.is_empty() && group.mount.is_none() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
+}
+
+/// The move that spares most pairs, of one that serves: what sleeps is not woken for it, and what fails gains nothing.
+fn best_move(
+    desired: &Desired,
+    observed: &Observed,
+    capacity: &Capacity<'_>,
+    (name, group): (&str, &GroupTarget),
+    rows: &[&MachineRow],
+    spread: &Spread,
+) -> Option<(usize, Move, usize)> {
+    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
+    let wishes = capacity.wishes(&regions);
+    let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+    let mut best: Option<((i64, i64, i64), usize, usize, usize)> = None;
+    for (at, row) in rows.iter().enumerate().filter(|(_, row)| serves(row, observed)) {
+        let Some(from) = capacity.index(&row.host) else { continue };
+        let mut without = spread.clone();
+        capacity.discount(&mut without, from);
+        let Some(now) = capacity.cost_but_load(from, &wishes, &without) else { continue };
+        // The first that differs in spread, of the regions that are preferred as much as its own.
+        let there = capacity.by_cost(&ask, &wishes, &without).into_iter().find_map(|to| {
+            let cost = capacity.cost_but_load(to, &wishes, &without).filter(|cost| cost.rank == now.rank)?;
+            Some((to, cost))
+        });
+        let Some((to, then)) = there else { continue };
+        let gain = |before: u64, after: u64| before as i64 - after as i64;
+        let gain = (gain(now.region, then.region), gain(now.zone, then.zone), gain(now.host, then.host));
+        if gain > (0, 0, 0) && best.is_none_or(|(most, ..)| gain > most) {
+            best = Some((gain, at, from, to));
+        }
+    }
+    let (_, at, from, to) = best?;
+    let why = format!("{name} has {}, and {}", capacity.told(from, spread), capacity.told(to, spread));
+    let (from, to_row) = (rows[at].host.clone(), capacity.row(to));
+    let moved = Move { machine: rows[at].id.clone(), group: name.to_owned(), from, to: to_row.id.clone(), why };
+    Some((at, moved, to))
+}
