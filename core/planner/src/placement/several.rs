@@ -2,16 +2,20 @@
 //!
 //! One after the other, the largest first, each on its best host. For machines that are alike that is the best there is:
 //! what regions, zones, hosts and their fullness cost only grows faster the more there are, and one contains the other. Of
-//! different sizes, small ones may stand in the way of each other or of a large one. Then places are searched with
-//! going back, for a bounded number of tries, and what was found is improved one machine and one pair at a time.
+//! different sizes, small ones may stand in the way of each other or of a large one. So what was found is improved one
+//! machine and one pair at a time; a small plan is then searched whole, leaving out what is already worse, and a large one
+//! with going back where there seemed to be no room. Both searches are bounded.
 
 use super::{Ask, Capacity, Cost, NoCapacity, Spread, Wishes};
 
-/// Hosts that are tried before it counts that there is no room. With thousand hosts that is a tenth of a second.
-const MAX_TRIES: usize = 2_000;
+/// Hosts times machines of a plan that is searched whole: few hosts, or few machines. Of larger ones a search would see
+/// too little to find more than improving does.
+const SMALL: usize = 128;
+/// Hosts that a search looks at before it ends with what it has: some milliseconds.
+const MOST_LOOKED_AT: usize = 100_000;
 /// Rounds over all machines to improve; it seldom takes more than two.
 const MAX_ROUNDS: usize = 4;
-/// Pairs are exchanged only in small plans: there are as many as the square.
+/// Pairs are exchanged only in plans of at most so many machines: there are as many as the square.
 const MAX_EXCHANGED: usize = 24;
 
 /// A machine that needs a place.
@@ -37,21 +41,43 @@ pub(crate) fn place_all(
     let mut places = Places { capacity, spreads, requests, wishes, hosts: vec![None; requests.len()] };
     let stuck = order.iter().find(|index| !places.put_best(**index)).copied();
     let are_alike = requests.windows(2).all(|pair| pair[0].group == pair[1].group);
-    if let Some(stuck) = stuck {
-        let told = places.capacity.no_capacity(&requests[stuck].ask);
-        places.clear();
-        let ask = &requests[stuck].ask;
-        let fits_alone = !places.capacity.by_cost(ask, &places.wishes[stuck], &places.spreads[requests[stuck].group]).is_empty();
-        let mut tries = MAX_TRIES;
-        if are_alike || !fits_alone || !places.search(&order, &mut tries) {
-            places.clear();
-            return Err(told);
-        }
-    }
-    if !are_alike {
+    let no_capacity = stuck.map(|index| places.capacity.no_capacity(&requests[index].ask));
+    if stuck.is_none() && !are_alike {
         places.improve();
     }
-    Ok(places.hosts.iter().flatten().copied().collect())
+    let is_hopeless = stuck.is_some_and(|index| {
+        places.clear();
+        are_alike || !places.fits_alone(index)
+    });
+    let is_small = places.capacity.hosts.len() * requests.len() <= SMALL;
+    if !is_hopeless && !are_alike && (is_small || stuck.is_some()) {
+        places.search_from(&order, if is_small { Goal::Least } else { Goal::Any });
+    }
+    let hosts: Vec<usize> = places.hosts.iter().flatten().copied().collect();
+    match no_capacity {
+        Some(no_capacity) if hosts.len() < requests.len() => Err(no_capacity),
+        _ => Ok(hosts),
+    }
+}
+
+/// When a search ends.
+#[derive(Clone, Copy, PartialEq)]
+enum Goal {
+    Any,
+    Least,
+}
+
+/// What a search has found, and how much longer it goes on.
+struct Search {
+    goal: Goal,
+    best: Option<(Cost, Vec<Option<usize>>)>,
+    looks_left: usize,
+}
+
+impl Search {
+    fn is_over(&self) -> bool {
+        self.looks_left == 0 || (self.goal == Goal::Any && self.best.is_some())
+    }
 }
 
 struct Places<'c, 'a, 'q> {
@@ -91,26 +117,53 @@ impl Places<'_, '_, '_> {
         }
     }
 
-    /// Going back. Those of one group are alike, so that of their orders one is enough: by host.
-    fn search(&mut self, order: &[usize], tries: &mut usize) -> bool {
-        let Some((&index, rest)) = order.split_first() else { return true };
+    fn fits_alone(&self, index: usize) -> bool {
+        let request = &self.requests[index];
+        self.capacity.best(&request.ask, &self.wishes[index], &self.spreads[request.group]).is_some()
+    }
+
+    /// From what is placed, if all is, to what a search finds; nothing is placed if it finds nothing.
+    fn search_from(&mut self, order: &[usize], goal: Goal) {
+        let mut search = Search { goal, best: None, looks_left: MOST_LOOKED_AT };
+        if self.hosts.iter().all(Option::is_some) {
+            let found = self.hosts.clone();
+            self.clear();
+            let mut cost = Cost::default();
+            for (index, host) in found.iter().enumerate() {
+                cost = cost + self.cost_at(index, *host).unwrap_or_default();
+                host.iter().for_each(|host| self.put(index, *host));
+            }
+            search.best = Some((cost, found));
+        }
+        self.clear();
+        self.search(order, Cost::default(), &mut search);
+        for (index, host) in search.best.into_iter().flat_map(|(_, hosts)| hosts).enumerate() {
+            host.iter().for_each(|host| self.put(index, *host));
+        }
+    }
+
+    /// Those of one group are alike, so that of their orders one is enough: by host.
+    fn search(&mut self, order: &[usize], so_far: Cost, search: &mut Search) {
+        let Some((&index, rest)) = order.split_first() else {
+            search.best = Some((so_far, self.hosts.clone()));
+            return;
+        };
         let request = &self.requests[index];
         let group = request.group;
-        let before = (0..self.hosts.len()).filter(|other| self.requests[*other].group == group);
-        let lowest = before.filter_map(|other| self.hosts[other]).max().unwrap_or(0);
+        let alike = (0..self.hosts.len()).filter(|other| self.requests[*other].group == group);
+        let lowest = alike.filter_map(|other| self.hosts[other]).max().unwrap_or(0);
+        search.looks_left = search.looks_left.saturating_sub(self.capacity.hosts.len());
         let hosts = self.capacity.by_cost(&request.ask, &self.wishes[index], &self.spreads[group]);
         for host in hosts.into_iter().filter(|host| *host >= lowest) {
-            if *tries == 0 {
-                return false;
+            let Some(cost) = self.cost_at(index, Some(host)).map(|cost| so_far + cost) else { continue };
+            // Whatever follows costs something, too. The next hosts cost more.
+            if search.is_over() || search.best.as_ref().is_some_and(|(least, _)| cost >= *least) {
+                return;
             }
-            *tries -= 1;
             self.put(index, host);
-            if self.search(rest, tries) {
-                return true;
-            }
+            self.search(rest, cost, search);
             self.lift(index);
         }
-        false
     }
 
     fn improve(&mut self) {
