@@ -3,7 +3,7 @@
 use crate::plan::serves;
 use crate::{Desired, MAX_MACHINES_PER_APP, Observed, Plan, StepKind};
 use dunlin_model::config::Strategy;
-use dunlin_model::{MachineId, MachineVersion, VolumeId};
+use dunlin_model::{HostId, MachineId, MachineVersion, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
@@ -23,6 +23,10 @@ pub enum Problem {
     SharedAddress(Ipv4Addr),
     #[error("machine {0} is assigned, but exists or is assigned already")]
     MachineTwice(MachineId),
+    #[error("machine {0} is assigned to host {1}, which is cordoned")]
+    OnCordonedHost(MachineId, HostId),
+    #[error("machine {0} is assigned to host {1}, and its volume is on another one")]
+    AwayFromVolume(MachineId, HostId),
     #[error("machine {0} is assigned without a reservation")]
     NotReserved(MachineId),
     #[error("machine {0} is neither of this app nor assigned before")]
@@ -64,6 +68,7 @@ pub fn check(plan: &Plan, desired: &Desired, observed: &Observed) -> Result<(), 
     }
     walk.gates_left = plan.steps.iter().filter(|step| is_gate(&step.kind)).map(|step| step.machine.clone()).collect();
     for step in &plan.steps {
+        walk.place(desired, &step.machine, &step.kind);
         walk.step(plan, &step.machine, &step.kind);
     }
     walk.end(desired);
@@ -121,6 +126,16 @@ impl Walk {
             cordoned: desired.left.iter().filter(|(_, left)| left.cordoned).map(|(id, _)| id.clone()).collect(),
             problems: vec![],
         }
+    }
+
+    fn place(&mut self, desired: &Desired, machine: &MachineId, kind: &StepKind) {
+        let StepKind::Assign { host, volume, .. } = kind else { return };
+        let is_open = desired.hosts.iter().any(|row| row.id == *host && !row.cordoned);
+        self.need(is_open, || Problem::OnCordonedHost(machine.clone(), host.clone()));
+        let elsewhere = desired.free_volumes.iter().any(|row| {
+            row.host != *host && volume.as_ref().is_some_and(|taken| taken.volume == row.id)
+        });
+        self.need(!elsewhere, || Problem::AwayFromVolume(machine.clone(), host.clone()));
     }
 
     fn step(&mut self, plan: &Plan, machine: &MachineId, kind: &StepKind) {

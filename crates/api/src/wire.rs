@@ -9,6 +9,7 @@
 //! - `GET /v1/apps/{app}/releases` -> `Vec<Release>`; `GET .../releases/{n}` -> [`Release`]
 //! - `GET /v1/apps/{app}/releases/{n}/events` -> NDJSON of [`DeployEvent`] until it has ended
 //! - `POST /v1/apps/{app}/rollback` `{version?: n}` -> 201 [`Release`]
+//! - `POST /v1/apps/{app}/plan` [`PlanRequest`] -> [`PlanShown`]; nothing is written
 //! - `GET|POST /v1/apps/{app}/scale` map group -> count; POST answers 201 [`Release`] or 200 when nothing changes
 //! - `GET /v1/apps/{app}/logs?follow=&machine=&since_ms=&tail=` -> NDJSON of `LogLine`
 //! - `GET /v1/apps/{app}/status` -> [`AppStatus`]
@@ -18,7 +19,7 @@
 use dunlin_model::config::AppConfig;
 use dunlin_model::desired::ReleaseStatus;
 use dunlin_model::token::Verb;
-use dunlin_model::{AppName, ContainerStatus, ExitInfo, Guest, MachineId, MachineState, OrgName, Region};
+use dunlin_model::{AppName, ContainerStatus, ExitInfo, Guest, HostId, MachineId, MachineState, OrgName, Region};
 use dunlin_view::CheckState;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -87,6 +88,53 @@ pub struct Release {
     /// Only where one release is shown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<AppConfig>,
+}
+
+/// What to plan for; all that is left out is as it is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanRequest {
+    /// As in [`CreateRelease`]. Left out with a configuration: one that is still to be built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<AppConfig>,
+    /// By process group.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub scale: BTreeMap<String, u32>,
+}
+
+/// What a deploy would do now. Nothing of it is written down: a deploy looks anew.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanShown {
+    pub app: AppName,
+    /// The number that the release would have.
+    pub release: u32,
+    pub from_release: u32,
+    pub summary: String,
+    /// What those who deploy would be told beside it.
+    pub notes: Vec<String>,
+    /// Why there is no plan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub impossible: Option<String>,
+    /// In their order.
+    pub steps: Vec<PlanStep>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanStep {
+    /// `reserve`, `assign`, `update`, `start`, `gate`, `cordon`, `uncordon`, `stop` or `destroy`.
+    pub step: String,
+    /// One that exists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineId>,
+    /// One that would be made, by number: its id is drawn then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub new: Option<u32>,
+    pub group: String,
+    pub host: HostId,
+    pub region: Region,
+    pub why: String,
 }
 
 /// One line of a build's output stream.

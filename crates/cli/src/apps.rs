@@ -136,7 +136,7 @@ fn print_counts(session: &Session, counts: &BTreeMap<String, u32>) {
 }
 
 /// `3` means the group `app`; otherwise `GROUP=N`.
-fn parse_counts(texts: &[String]) -> Result<BTreeMap<String, u32>, CliError> {
+pub fn parse_counts(texts: &[String]) -> Result<BTreeMap<String, u32>, CliError> {
     texts.iter().map(|text| {
         let (group, count) = text.split_once('=').unwrap_or(("app", text));
         match count.parse() {

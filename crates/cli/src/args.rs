@@ -1,7 +1,7 @@
 //! The command line.
 
 use clap::{Args, Subcommand};
-use dunlin_model::{AppName, MachineId, Region, SnapshotId, VolumeId};
+use dunlin_model::{AppName, MachineId, Region, RegionExpr, SnapshotId, VolumeId};
 use std::path::{Path, PathBuf};
 
 /// Options of every command.
@@ -39,6 +39,8 @@ pub enum Command {
     Launch(LaunchArgs),
     /// Build the app in this directory and release it
     Deploy(DeployArgs),
+    /// Show what a deploy would do, and why, without doing it
+    Plan(PlanArgs),
     /// List, create and destroy apps
     #[command(subcommand)]
     Apps(AppsCommand),
@@ -131,6 +133,24 @@ pub struct DeployArgs {
     /// Return once the release is written, without following it
     #[arg(long)]
     pub detach: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Directory with the app's configuration
+    #[arg(default_value = ".")]
+    pub path: PathBuf,
+    #[command(flatten)]
+    pub target: AppArgs,
+    /// Plan for this image instead of one that is still to be built
+    #[arg(long)]
+    pub image: Option<String>,
+    /// Plan for so many machines: `3`, or `worker=2`
+    #[arg(long = "count", value_name = "[GROUP=]COUNT")]
+    pub counts: Vec<String>,
+    /// Go on although this key of the configuration is not honoured yet
+    #[arg(long, value_name = "KEY")]
+    pub ignore: Vec<String>,
 }
 
 #[derive(Debug, Default, Args)]
@@ -381,8 +401,9 @@ pub struct ConsoleArgs {
     /// The machine's image [default: that of the current release]
     #[arg(short, long)]
     pub image: Option<String>,
+    /// Where, the preferred region first: fra,ams,eu
     #[arg(short, long)]
-    pub region: Option<Region>,
+    pub region: Option<RegionExpr>,
     /// Set a variable of the machine
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = pair)]
     pub env: Vec<(String, String)>,

@@ -17,6 +17,7 @@ mod launch;
 mod local_files;
 mod logs;
 mod machines;
+mod plan;
 mod printed;
 mod secrets;
 mod sftp;
@@ -47,6 +48,7 @@ async fn dispatch(command: Command, globals: Globals) -> Result<Exit, CliError> 
     match command {
         Command::Launch(args) => launch::launch(&session, args).await,
         Command::Deploy(args) => deploy::deploy(&session, args).await,
+        Command::Plan(args) => plan::plan(&session, args).await,
         Command::Apps(command) => apps::apps(&session, command).await,
         Command::Status(args) => apps::status(&session, args).await,
         Command::Logs(args) => logs::logs(&session, args).await,

@@ -47,6 +47,14 @@ impl Images {
         let wanted = parse(app, text, &self.domain)?;
         (self.resolve)(app.clone(), wanted).await
     }
+
+    /// The same without pulling anything; `None`: it is in a registry elsewhere.
+    pub async fn resolve_here(&self, app: &AppName, text: &str) -> Result<Option<ImageRef>, Failure> {
+        match parse(app, text, &self.domain)? {
+            Wanted::Elsewhere(_) => Ok(None),
+            wanted => (self.resolve)(app.clone(), wanted).await.map(Some),
+        }
+    }
 }
 
 fn parse(app: &AppName, text: &str, domain: &str) -> Result<Wanted, Failure> {

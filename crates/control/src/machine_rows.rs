@@ -5,18 +5,19 @@ use crate::fly::{self, Asked, Named};
 use crate::launch::{LAUNCH_MS, LaunchRow};
 use crate::releases::{busy, load_app};
 use crate::rows::{AddressRow, Change, Outcome, Row, SecretsVersionRow, key};
-use crate::{Ctx, now_ms, reconcile, volumes};
-use dunlin_api::{ErrorCode, Refusal, Reserve};
+use crate::{Ctx, hosts, now_ms, volumes};
+use dunlin_api::{ErrorCode, Refusal};
 use dunlin_model::desired::{MachineRow, TombstoneRow};
-use dunlin_model::{AppName, CommandId, Generation, ImageRef, MachineId, MachineSpec, MachineVersion, Mount};
+use dunlin_model::volume::VolumeRow;
+use dunlin_model::{
+    AppName, CommandId, Generation, ImageRef, InvalidName, MachineId, MachineSpec, MachineVersion, Mount, Region, RegionExpr,
+};
 use dunlin_planner::{MAX_MACHINES_PER_APP, Progress};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 
-/// Between reservation and assignment lies one transaction, then the start.
-const RESERVE_TTL_MS: u64 = 30_000;
 /// Versions of a machine whose configurations are kept, the present one included.
 const MAX_VERSIONS: usize = 10;
 /// Of them together: a row of the store holds twice that.
@@ -66,7 +67,8 @@ impl ConfigsRow {
 /// The body of a create or an update, read as far as it needs no store.
 pub(crate) struct Wish {
     pub name: Option<String>,
-    pub region: Option<String>,
+    /// None: anywhere.
+    pub regions: Option<RegionExpr>,
     /// As it was written.
     pub config: Option<Value>,
     pub current_version: Option<MachineVersion>,
@@ -84,10 +86,13 @@ impl Wish {
         let mut fields = fly::Fields::of("", body)?;
         let wish = Self {
             name: fields.text("name")?,
-            region: fields.text("region")?,
+            regions: fields.text("region")?.map(|text| text.parse()).transpose().map_err(|error: InvalidName| {
+                Failure::invalid(format!("region cannot be used: {error}"))
+                    .hint("name regions, the preferred one first, for example `fra,ams,eu`; GET /v1/platform/regions shows those there are")
+            })?,
             config: fields.raw("config"),
             current_version: fields.text("current_version")?.map(|text| text.parse()).transpose().map_err(
-                |error: dunlin_model::InvalidName| Failure::invalid(format!("current_version cannot be used: {error}")),
+                |error: InvalidName| Failure::invalid(format!("current_version cannot be used: {error}")),
             )?,
             skip_launch: fields.take("skip_launch")?.unwrap_or(false),
             cordoned: fields.take("skip_service_registration")?.unwrap_or(false),
@@ -103,12 +108,11 @@ impl Wish {
         Ok(wish)
     }
 
-    fn check_region(&self, region: &dunlin_model::Region) -> Result<(), Failure> {
-        match self.region.as_deref() {
-            None | Some("any") => Ok(()),
-            Some(wanted) if wanted == region.as_str() => Ok(()),
-            Some(wanted) => Err(Failure::invalid(format!("there is no host in region {wanted}"))
-                .hint(format!("use {region}, or leave the region out; GET /v1/platform/regions shows those there are"))),
+    /// Of a machine that has its place.
+    fn check_region(&self, region: &Region) -> Result<(), Failure> {
+        match self.regions.as_ref().filter(|wanted| wanted.rank(region).is_none()) {
+            Some(wanted) => Err(hosts::no_such_region(wanted, std::iter::once(region))),
+            None => Ok(()),
         }
     }
 
@@ -155,14 +159,11 @@ async fn images(ctx: &Ctx, app: &AppName, asked: &Asked) -> Result<(ImageRef, Ve
 pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish) -> Result<Row<MachineRow>, Failure> {
     let config = wish.config.clone().ok_or_else(|| Failure::invalid("config is missing"))?;
     let asked = fly::read(config.clone())?;
-    let host = &ctx.host_row;
-    wish.check_region(&host.region)?;
     if wish.current_version.is_some() {
         return Err(Failure::invalid("current_version cannot be used: a new machine has none"));
     }
     load_app(ctx, name).await?;
     let images = images(ctx, name, &asked).await?;
-    let guest = asked.guest.clone();
     let _one_at_a_time = ctx.machines_writer.lock().await;
     if let Some(found) = ctx.state.machine(&id).await?.filter(|row| row.value.spec.app == *name) {
         return Ok(found);
@@ -173,7 +174,10 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
     }
     let version = MachineVersion::new(now_ms(), crate::keys::random());
     let (secrets, secrets_version) = secrets(ctx, name, &wish).await?;
-    let (mounts, claimed) = claim(ctx, name, &asked.mounts).await?;
+    let (mounts, claimed, beside) = claim(ctx, name, &asked.mounts).await?;
+    if let Some(volume) = &beside {
+        wish.check_region(&volume.region)?;
+    }
     let app = load_app(ctx, name).await?;
     let named = Named { org: &app.value.org, app: name, release: 0, secrets_version };
     let spec = MachineSpec { mounts, ..asked.spec(version.clone(), images, &named) };
@@ -186,9 +190,11 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
                 .hint("destroy some, or use another app"));
         }
         wish.check_name(&machines, None)?;
-        let address = free_address(ctx).await?;
+        let regions = wish.regions.clone().unwrap_or_else(RegionExpr::any);
+        let only = beside.as_ref().map(|volume| &volume.host);
+        let wanted = hosts::Wanted { app: name, id: &id, spec: &spec, regions: &regions, only };
+        let (host, address) = hosts::promised(ctx, &wanted).await?;
         let held = ctx.state.get::<AddressRow>(&key::address(address)).await?;
-        ctx.host.reserve(Reserve { machine: id.clone(), guest: guest.clone(), ttl_ms: RESERVE_TTL_MS }).await?;
         let row = MachineRow {
             id: id.clone(),
             name: wish.name.clone().unwrap_or_else(|| format!("{}-{}", spec.process_group, &id.as_str()[..6])),
@@ -331,16 +337,24 @@ async fn secrets(ctx: &Ctx, app: &AppName, wish: &Wish) -> Result<(Option<Row<Se
     Ok((row, if wish.skip_secrets { 0 } else { newest }))
 }
 
-/// The mounts with their volumes' names, and the part of the transaction that takes them.
-async fn claim(ctx: &Ctx, app: &AppName, asked: &[Mount]) -> Result<(Vec<Mount>, Change), Failure> {
-    let (mut mounts, mut claimed) = (vec![], Change::default());
+/// The mounts with their volumes' names, the part of the transaction that takes them, and the first of the volumes: the
+/// machine goes to its host.
+async fn claim(ctx: &Ctx, app: &AppName, asked: &[Mount]) -> Result<(Vec<Mount>, Change, Option<VolumeRow>), Failure> {
+    let (mut mounts, mut claimed, mut beside) = (vec![], Change::default(), None::<VolumeRow>);
     for mount in asked {
         let id = &mount.volume;
         let found = volumes::of_app(ctx, app).await?.into_iter().find(|row| row.value.id == *id);
-        let row = found.filter(|row| row.value.host == ctx.host_row.id).ok_or_else(|| {
+        let row = found.ok_or_else(|| {
             Failure::not_found(format!("app {app} has no volume {id}")).hint(format!("`dunlin volumes list --app {app}` shows those it has"))
         })?;
-        let name = row.value.name;
+        if let Some(other) = beside.as_ref().filter(|other| other.host != row.value.host) {
+            return Err(Failure::invalid(format!(
+                "config.mounts cannot be used: volume {id} is on host {}, and volume {} on host {}",
+                row.value.host, other.id, other.host
+            )));
+        }
+        let name = row.value.name.clone();
+        beside = beside.or(Some(row.value));
         if !mount.name.is_empty() && mount.name != name {
             return Err(Failure::invalid(format!("config.mounts[0].name cannot be used: volume {id} has the name {name}")));
         }
@@ -351,16 +365,7 @@ async fn claim(ctx: &Ctx, app: &AppName, asked: &[Mount]) -> Result<(Vec<Mount>,
         claimed = claimed.also(claim);
         mounts.push(Mount { name, ..mount.clone() });
     }
-    Ok((mounts, claimed))
-}
-
-async fn free_address(ctx: &Ctx) -> Result<std::net::Ipv4Addr, Failure> {
-    let used = reconcile::addresses_in_use(ctx).await?;
-    let all = (0u32..).map_while(|n| ctx.host_row.prefix.nth(n));
-    all.into_iter().find(|address| !used.contains(address)).ok_or_else(|| {
-        Failure::new(ErrorCode::InsufficientCapacity, "the host has no free address for another machine")
-            .hint("addresses of destroyed machines are free again after a day")
-    })
+    Ok((mounts, claimed, beside))
 }
 
 /// Those of all machines that were made or changed by hand.

@@ -51,7 +51,7 @@ pub(crate) async fn create(
     for _ in 0..MAX_TRIES {
         let app = load_app(ctx, name).await?;
         let releases = ctx.state.list::<ReleaseRow>(&key::releases(name)).await?;
-        let current = releases.iter().map(|row| &row.value).find(|row| row.number == app.value.current_release);
+        let current = base_of(&app.value, &releases);
         let machines = ctx.state.machines_of(name).await?;
         let base = Base { app: &app.value, current, releases: &releases, machines: &machines };
         let Some(intent) = intent(&base)? else { return Ok(None) };
@@ -148,14 +148,7 @@ fn forget_old(app: &AppRow, releases: &[Row<ReleaseRow>]) -> Change {
 /// A deploy of an image with a configuration.
 pub(crate) async fn deploy(ctx: &Ctx, name: &AppName, body: CreateRelease) -> Result<ReleaseRow, Failure> {
     load_app(ctx, name).await?;
-    if let Some(other) = body.config.app.as_ref().filter(|other| *other != name) {
-        return Err(Failure::invalid(format!("the configuration is of app {other}, not of {name}"))
-            .hint(format!("change `app` in it, or deploy with --app {other}")));
-    }
-    body.config.validate().map_err(|invalid| {
-        Failure::invalid(format!("the configuration cannot be used: {invalid}"))
-            .hint("`dunlin config validate` finds the same, with its place in the file")
-    })?;
+    let body = CreateRelease { config: check_config(name, body.config)?, ..body };
     let image = ctx.images.resolve(name, &body.image).await?;
     let found = registry::made_here(&ctx.content, ctx.base_images, &body.image);
     let is_made_here = found.ok().flatten().is_some_and(|(_, digest)| digest.as_str() == image.digest);
@@ -177,7 +170,25 @@ pub(crate) async fn deploy(ctx: &Ctx, name: &AppName, body: CreateRelease) -> Re
     Ok(release)
 }
 
-fn within_limits(counts: &BTreeMap<String, u32>) -> Result<(), Failure> {
+/// The configuration, if it is one of the app and can be used.
+pub(crate) fn check_config(name: &AppName, config: AppConfig) -> Result<AppConfig, Failure> {
+    if let Some(other) = config.app.as_ref().filter(|other| *other != name) {
+        return Err(Failure::invalid(format!("the configuration is of app {other}, not of {name}"))
+            .hint(format!("change `app` in it, or deploy with --app {other}")));
+    }
+    config.validate().map_err(|invalid| {
+        Failure::invalid(format!("the configuration cannot be used: {invalid}"))
+            .hint("`dunlin config validate` finds the same, with its place in the file")
+    })?;
+    Ok(config)
+}
+
+/// The release that should run.
+pub(crate) fn base_of<'r>(app: &AppRow, releases: &'r [Row<ReleaseRow>]) -> Option<&'r ReleaseRow> {
+    releases.iter().map(|row| &row.value).find(|row| row.number == app.current_release)
+}
+
+pub(crate) fn within_limits(counts: &BTreeMap<String, u32>) -> Result<(), Failure> {
     let wanted = counts.values().fold(0u32, |sum, count| sum.saturating_add(*count));
     if wanted <= MAX_MACHINES_PER_APP {
         return Ok(());

@@ -73,6 +73,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
         ("/v1/apps/{app}/secrets", get(apps::secrets).post(apps::set_secrets)),
         ("/v1/apps/{app}/secrets/{name}", get(apps::secret).post(apps::set_secret).delete(apps::unset_secret)),
         ("/v1/apps/{app}/builds", post(builds::build).layer(DefaultBodyLimit::disable())),
+        ("/v1/apps/{app}/plan", post(releases::plan)),
         ("/v1/apps/{app}/releases", get(releases::list).post(releases::create)),
         ("/v1/apps/{app}/releases/{number}", get(releases::get)),
         ("/v1/apps/{app}/releases/{number}/events", get(releases::events)),

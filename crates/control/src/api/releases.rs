@@ -5,11 +5,11 @@ use super::ndjson;
 use crate::failure::Failure;
 use crate::releases::{self, load_app};
 use crate::rows::key;
-use crate::{Ctx, now_ms, reconcile};
+use crate::{Ctx, foresee, now_ms, reconcile};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::Response;
-use dunlin_api::wire::{CreateRelease, DeployEvent, Release, Rollback};
+use dunlin_api::wire::{CreateRelease, DeployEvent, PlanRequest, PlanShown, Release, Rollback};
 use dunlin_model::AppName;
 use dunlin_model::desired::{ReleaseRow, ReleaseStatus};
 use futures_util::stream;
@@ -52,6 +52,15 @@ pub async fn create(
 ) -> Result<(StatusCode, Json<Release>), Failure> {
     let row = releases::deploy(&ctx, &app, body).await?;
     Ok((StatusCode::CREATED, Json(wire(&row))))
+}
+
+/// What a deploy would do.
+pub async fn plan(
+    State(ctx): State<Arc<Ctx>>,
+    Path(app): Path<AppName>,
+    Body(body): Body<PlanRequest>,
+) -> Result<Json<PlanShown>, Failure> {
+    Ok(Json(foresee::plan(&ctx, &app, body).await?))
 }
 
 async fn load(ctx: &Ctx, app: &AppName, number: u32) -> Result<ReleaseRow, Failure> {

@@ -11,11 +11,14 @@ use axum::extract::{Extension, State};
 use axum::response::{IntoResponse, Response};
 use dunlin_api::wire::{CreateToken, CreatedToken, VersionInfo};
 use dunlin_api::ErrorCode;
-use dunlin_model::desired::AppRow;
+use dunlin_model::Region;
+use dunlin_model::desired::{AppRow, HostRow};
+use dunlin_model::region::place_of;
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -102,9 +105,20 @@ pub async fn ca(State(ctx): State<Arc<Ctx>>) -> Response {
     ([(CONTENT_TYPE, "application/x-pem-file")], ctx.authority.certificate_pem().to_owned()).into_response()
 }
 
-pub async fn regions(State(ctx): State<Arc<Ctx>>) -> Json<Value> {
-    let code = &ctx.host_row.region;
-    Json(json!({ "Regions": [{ "code": code, "name": code, "gateway_available": false, "deprecated": false }], "Nearest": code }))
+/// Those that hosts are in.
+pub async fn regions(State(ctx): State<Arc<Ctx>>) -> Result<Json<Value>, Failure> {
+    let hosts = ctx.state.list::<HostRow>("hosts/").await?;
+    let codes: BTreeSet<Region> = hosts.into_iter().map(|row| row.value.region).collect();
+    let shown = codes.iter().map(|code| {
+        let mut shown = json!({ "code": code, "name": code, "gateway_available": false, "deprecated": false });
+        if let Some(place) = place_of(code) {
+            shown["name"] = json!(place.name);
+            shown["latitude"] = json!(place.latitude);
+            shown["longitude"] = json!(place.longitude);
+        }
+        shown
+    });
+    Ok(Json(json!({ "Regions": shown.collect::<Vec<_>>(), "Nearest": ctx.host_row.region })))
 }
 
 pub async fn create_token(

@@ -5,7 +5,7 @@ use super::story::tell;
 use super::{Turn, record};
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Outcome, Row, key};
-use crate::{Ctx, destroyed, now_ms, volumes};
+use crate::{Ctx, destroyed, hosts, now_ms, volumes};
 use dunlin_api::{Command, CommandKind, Refusal, Reserve, Source};
 use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::{Generation, MachineState, MachineVersion};
@@ -32,7 +32,11 @@ pub(crate) async fn act(
     let done = match &step.kind {
         StepKind::Reserve { host, guest } => {
             let reserve = Reserve { machine: step.machine.clone(), guest: guest.clone(), ttl_ms: RESERVE_TTL_MS };
-            match ctx.host.reserve(reserve).await {
+            let promised = match hosts::reach(ctx, host) {
+                Ok(host) => host.reserve(reserve).await,
+                Err(refusal) => Err(refusal),
+            };
+            match promised {
                 Ok(()) => Done::Passed { floor: None, change: Change::default() },
                 Err(refusal) => {
                     // The next plan goes elsewhere, or says what each host lacks.

@@ -30,29 +30,50 @@ pub(crate) async fn make(
     release: &ReleaseRow,
     purpose: Purpose,
 ) -> Result<Made, Failure> {
+    let (desired, observed, made) = decide(ctx, app, release, purpose).await?;
+    let doubtful_until_ms = match &made {
+        Err(PlanError::NoCapacity(_)) => ctx.room.doubt(&app.name, desired.sequence, &observed, now_ms()),
+        _ => None,
+    };
+    let (plan, impossible) = checked(&desired, &observed, made);
+    let progress = Progress::new(&plan, now_ms());
+    Ok(Made { plan, progress, impossible, doubtful_until_ms })
+}
+
+/// What a plan for the release would be, or why there is none. Nothing is written, and nobody is asked.
+pub(crate) async fn foresee(ctx: &Ctx, app: &AppRow, release: &ReleaseRow) -> Result<(Plan, Option<String>), Failure> {
+    let (desired, observed, made) = decide(ctx, app, release, Purpose::Deploy).await?;
+    Ok(checked(&desired, &observed, made))
+}
+
+async fn decide(
+    ctx: &Ctx,
+    app: &AppRow,
+    release: &ReleaseRow,
+    purpose: Purpose,
+) -> Result<(Desired, Observed, Result<Plan, PlanError>), Failure> {
     let desired = desired(ctx, app, release, purpose).await?;
     let refused = ctx.room.refused(&app.name, release.number, now_ms());
     let observed = Observed { refused, ..observe(ctx, &app.name).await? };
     let pool = draw(&desired);
     let made = plan(&desired, &observed, pool);
-    let doubtful_until_ms = match &made {
-        Err(PlanError::NoCapacity(_)) => ctx.room.doubt(&app.name, desired.sequence, &observed, now_ms()),
-        _ => None,
-    };
+    Ok((desired, observed, made))
+}
+
+/// An empty plan, and why, instead of one that cannot be made or must not be carried out.
+fn checked(desired: &Desired, observed: &Observed, made: Result<Plan, PlanError>) -> (Plan, Option<String>) {
     let made = made.map_err(|error| error.to_string()).and_then(|made| {
-        check(&made, &desired, &observed).map(|()| made).map_err(|problems| {
+        check(&made, desired, observed).map(|()| made).map_err(|problems| {
             let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
             let problems = problems.join("; ");
-            tracing::error!(app = %app.name, plan = desired.sequence, problems, "the planner made a bad plan");
+            tracing::error!(app = %desired.app, plan = desired.sequence, problems, "the planner made a bad plan");
             format!("the server made a plan that it must not carry out: {problems}")
         })
     });
-    let (plan, impossible) = match made {
+    match made {
         Ok(plan) => (plan, None),
-        Err(reason) => (empty_plan(&desired), Some(reason)),
-    };
-    let progress = Progress::new(&plan, now_ms());
-    Ok(Made { plan, progress, impossible, doubtful_until_ms })
+        Err(reason) => (empty_plan(desired), Some(reason)),
+    }
 }
 
 pub(crate) fn empty_plan(desired: &Desired) -> Plan {

@@ -15,7 +15,7 @@ mod want;
 
 pub(crate) use act::destroy_machine;
 pub(crate) use room::Room;
-pub(crate) use story::{history, note};
+pub(crate) use story::{history, note, region_note, summary};
 pub(crate) use want::lacking;
 
 use crate::failure::Failure;
@@ -24,14 +24,14 @@ use crate::{Ctx, now_ms};
 use dunlin_api::ErrorCode;
 use dunlin_model::AppName;
 use dunlin_model::desired::AppRow;
-use dunlin_planner::{Mark, Next, Plan, Progress, advance};
+use dunlin_planner::{Mark, Next, Plan, Progress, Purpose, advance};
 use explain::Heard;
-pub(crate) use make::addresses_in_use;
-use make::{make, observe, save};
+pub(crate) use make::{addresses_in_use, foresee, observe};
+use make::{make, save};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use story::{events_of, region_note, summary, tell};
+use story::{events_of, tell};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use want::{active, wants_plan};
@@ -159,6 +159,9 @@ async fn turn(ctx: &Ctx, name: &AppName, memory: &mut Memory) -> Result<Turn, Fa
     if let Some(reason) = made.impossible {
         let before = ctx.state.get::<Progress>(&key::progress(name)).await?;
         return finish::failed(ctx, &app, &made.plan, before.as_ref(), finish::Failed::plain(reason)).await;
+    }
+    if purpose == Purpose::Rebalance && made.plan.steps.is_empty() {
+        return Ok(Turn::Settled); // somebody made or lost room in this moment
     }
     if let Some(note) = region_note(ctx, &release).await? {
         tell(ctx, &made.plan, None, note).await?;

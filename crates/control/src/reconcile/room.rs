@@ -13,6 +13,9 @@ const REFUSED_MS: u64 = 10_000;
 /// A host speaks of itself every 5 s: one that has not for this long has nothing better to say.
 const SPEAKS_WITHIN_MS: u64 = 12_000;
 
+/// An app's spread is looked at this often. Hosts join and are cordoned by people, and machines rest for minutes anyway.
+const DRIFT_LOOK_MS: u64 = 60_000;
+
 #[derive(Default)]
 pub(crate) struct Room(Mutex<Known>);
 
@@ -20,6 +23,13 @@ pub(crate) struct Room(Mutex<Known>);
 struct Known {
     refused: BTreeMap<(AppName, u32), BTreeMap<HostId, Refused>>,
     doubts: BTreeMap<AppName, Doubt>,
+    drifts: BTreeMap<AppName, Drift>,
+}
+
+/// Whether an app's machines stood too close together when that was last looked at.
+struct Drift {
+    found: bool,
+    until_ms: u64,
 }
 
 struct Refused {
@@ -75,6 +85,17 @@ impl Room {
         let until_ms = now_ms + SPEAKS_WITHIN_MS;
         known.doubts.insert(app.clone(), Doubt { sequence, spoke_at_ms, until_ms });
         Some(until_ms)
+    }
+
+    /// What was found of an app's spread a moment ago; `None`: look again.
+    pub fn drift(&self, app: &AppName, now_ms: u64) -> Option<bool> {
+        self.lock().drifts.get(app).filter(|drift| now_ms < drift.until_ms).map(|drift| drift.found)
+    }
+
+    pub fn looked_for_drift(&self, app: &AppName, found: bool, now_ms: u64) {
+        let drifts = &mut self.lock().drifts;
+        drifts.retain(|_, drift| now_ms < drift.until_ms);
+        drifts.insert(app.clone(), Drift { found, until_ms: now_ms + DRIFT_LOOK_MS });
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {

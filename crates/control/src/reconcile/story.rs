@@ -87,6 +87,9 @@ pub(crate) fn summary(plan: &Plan) -> String {
     let count = |name: &str| plan.steps.iter().filter(|step| step.kind.name() == name).count();
     let parts = [(count("assign"), "to create"), (count("update"), "to update"), (count("destroy"), "to remove")];
     let parts: Vec<_> = parts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+    if plan.purpose == Purpose::Rebalance {
+        return format!("machines of release v{} move apart: {}", plan.release, parts.join(", "));
+    }
     if parts.is_empty() && plan.steps.is_empty() {
         return format!("release v{} changes nothing: its machines are as it wants them", plan.release);
     }

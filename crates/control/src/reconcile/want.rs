@@ -1,14 +1,19 @@
 //! What is to be done for an app: the plan that is under way, or the one that is still to be made.
 
+use super::make::{desired, observe};
 use crate::failure::Failure;
 use crate::rows::{Row, key};
 use crate::{Ctx, now_ms, spec};
 use dunlin_model::desired::{AppRow, MachineRow, ReleaseRow, ReleaseStatus};
-use dunlin_planner::{Ended, Plan, Progress, Purpose};
+use dunlin_planner::{Ended, Observed, Plan, Progress, Purpose, drift};
 use std::collections::BTreeMap;
 
 /// A repair that failed, for lack of room for example, is tried again after this.
 const REPAIR_RETRY_MS: u64 = 30_000;
+
+/// After the end of any plan, and after control has started, machines stay where they are for so long: what a person just
+/// did settles first, hosts that were away speak, and nobody's machines move all the time.
+const REBALANCE_REST_MS: u64 = 600_000;
 
 /// The app's plan, if it is not ended and still wanted.
 pub(crate) async fn active(ctx: &Ctx, app: &AppRow) -> Result<Option<(Plan, Row<Progress>)>, Failure> {
@@ -47,13 +52,55 @@ pub(crate) async fn wants_plan(
             return Ok(Some((current, plan.purpose)));
         }
     }
-    let is_resting = last.is_some_and(|(plan, progress)| {
+    let is_resting = last.as_ref().is_some_and(|(plan, progress)| {
         let retry_at_ms = progress.since_ms.saturating_add(REPAIR_RETRY_MS);
         let failed = matches!(progress.ended, Some(Ended::Failed { .. }));
         plan.purpose == Purpose::Repair && failed && now_ms() < retry_at_ms
     });
-    let lacks = current.status == ReleaseStatus::Succeeded && !is_resting && !lacking(app, &current, machines).is_empty();
-    Ok(lacks.then_some((current, Purpose::Repair)))
+    if current.status != ReleaseStatus::Succeeded || is_resting {
+        return Ok(None);
+    }
+    // A move that was given up half-way leaves a machine too many.
+    let moved_half = last.as_ref().is_some_and(|(plan, progress)| {
+        plan.purpose == Purpose::Rebalance && progress.ended.as_ref().is_some_and(|ended| *ended != Ended::Done)
+    });
+    if !lacking(app, &current, machines).is_empty() || (moved_half && has_too_many(app, &current, machines)) {
+        return Ok(Some((current, Purpose::Repair)));
+    }
+    let ended_at_ms = last.map_or(0, |(_, progress)| progress.since_ms).max(ctx.started_ms);
+    let drifts = now_ms() >= ended_at_ms.saturating_add(REBALANCE_REST_MS) && has_drifted(ctx, app, &current).await?;
+    Ok(drifts.then_some((current, Purpose::Rebalance)))
+}
+
+/// Whether some machines of the app should move apart. Not looked at for every signal: it takes the whole fleet.
+async fn has_drifted(ctx: &Ctx, app: &AppRow, release: &ReleaseRow) -> Result<bool, Failure> {
+    if let Some(known) = ctx.room.drift(&app.name, now_ms()) {
+        return Ok(known);
+    }
+    let is_fleet = ctx.state.keys("hosts/").await?.len() > 1;
+    let found = is_fleet && {
+        let desired = desired(ctx, app, release, Purpose::Rebalance).await?;
+        let observed = Observed { refused: ctx.room.refused(&app.name, release.number, now_ms()), ..observe(ctx, &app.name).await? };
+        let moves = drift(&desired, &observed);
+        for moved in &moves {
+            tracing::debug!(app = %app.name, machine = %moved.machine, from = %moved.from, to = %moved.to, why = %moved.why, "spread has drifted");
+        }
+        !moves.is_empty()
+    };
+    ctx.room.looked_for_drift(&app.name, found, now_ms());
+    Ok(found)
+}
+
+fn has_too_many(app: &AppRow, release: &ReleaseRow, machines: &[Row<MachineRow>]) -> bool {
+    let wanted = spec::counts(&release.config, &app.scale);
+    let count = |group: &str| count(app, group, machines);
+    wanted.into_iter().any(|(group, wanted)| count(&group) > wanted as usize)
+}
+
+/// Of those that releases made.
+fn count(app: &AppRow, group: &str, machines: &[Row<MachineRow>]) -> usize {
+    let of_app = |row: &&Row<MachineRow>| row.value.spec.app == app.name && row.value.spec.release != 0;
+    machines.iter().filter(of_app).filter(|row| row.value.spec.process_group == group).count()
 }
 
 /// The process groups that have fewer machines than they should.
@@ -62,10 +109,8 @@ pub(crate) async fn wants_plan(
 /// back: reconcilers compare existence and count, an app does not end because its only machine was destroyed to be rid
 /// of its state, and to want fewer machines is said with `scale count`. The answer to the destroy says so.
 pub(crate) fn lacking(app: &AppRow, release: &ReleaseRow, machines: &[Row<MachineRow>]) -> BTreeMap<String, u32> {
-    let of_app = |row: &&Row<MachineRow>| row.value.spec.app == app.name && row.value.spec.release != 0;
-    let count = |group: &str| machines.iter().filter(of_app).filter(|row| row.value.spec.process_group == group).count();
     let wanted = spec::counts(&release.config, &app.scale);
-    wanted.into_iter().filter(|(group, wanted)| count(group) < *wanted as usize).collect()
+    wanted.into_iter().filter(|(group, wanted)| count(app, group, machines) < *wanted as usize).collect()
 }
 
 async fn release(ctx: &Ctx, app: &AppRow, number: u32) -> Result<Option<ReleaseRow>, Failure> {

@@ -419,17 +419,7 @@ impl World {
             domain: "localhost".into(),
             http_port: 8080,
             https_port: 443,
-            host: HostRow {
-                id: host_id(),
-                region: "local".parse().unwrap(),
-                prefix: Ipv4Prefix { network: "10.201.0.0".parse().unwrap(), length: 24 },
-                public_key: host_key().sealing_key().to_base64(),
-                cpus: 2,
-                memory_mb: 4096,
-                zone: None,
-                labels: BTreeMap::new(),
-                cordoned: false,
-            },
+            host: host_row(),
             org: "personal".parse().unwrap(),
             version: "0.1.0".into(),
             commit: "unknown".into(),
@@ -610,6 +600,29 @@ impl Answer {
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
     }
+}
+
+/// This host.
+pub fn host_row() -> HostRow {
+    HostRow {
+        id: host_id(),
+        region: "local".parse().unwrap(),
+        prefix: Ipv4Prefix { network: "10.201.0.0".parse().unwrap(), length: 24 },
+        public_key: host_key().sealing_key().to_base64(),
+        cpus: 2,
+        memory_mb: 4096,
+        zone: None,
+        labels: BTreeMap::new(),
+        cordoned: false,
+    }
+}
+
+/// A host that joined before control starts.
+pub async fn join(data: &Path, row: &HostRow) {
+    let store = open_store(data).await;
+    let put = dunlin_store::Op::Put(format!("hosts/{}", row.id), serde_json::to_vec(row).unwrap());
+    store.txn(vec![], vec![put]).await.unwrap();
+    store.close().await;
 }
 
 async fn open_store(data: &Path) -> dunlin_store::Store {

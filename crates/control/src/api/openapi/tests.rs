@@ -74,6 +74,9 @@ fn schemas_have_the_fields_of_their_types() {
     check_fields::<wire::Organization>("Organization");
     check_fields::<wire::CreateRelease>("CreateRelease");
     check_fields::<wire::Release>("Release");
+    check_fields::<wire::PlanRequest>("PlanRequest");
+    check_fields::<wire::PlanShown>("PlanShown");
+    check_fields::<wire::PlanStep>("PlanStep");
     check_fields::<wire::Rollback>("Rollback");
     check_fields::<wire::DeployEvent>("DeployEvent");
     check_fields::<LogLine>("LogLine");

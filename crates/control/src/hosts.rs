@@ -1,0 +1,131 @@
+//! Hosts: how control reaches them, and which one takes a machine that is made by hand.
+
+use crate::failure::Failure;
+use crate::rows::Row;
+use crate::{Ctx, reconcile};
+use dunlin_api::{ErrorCode, HostApi, Refusal, Reserve};
+use dunlin_model::desired::{HostRow, MachineRow};
+use dunlin_model::{AppName, HostId, MachineId, MachineSpec, RegionExpr};
+use dunlin_planner::{Ask, Capacity, Demand, For, Observed};
+use std::net::Ipv4Addr;
+
+/// Between reservation and assignment lies one transaction, then the start.
+const RESERVE_TTL_MS: u64 = 30_000;
+/// Hosts that are asked for one machine before the answer is no.
+const MOST_ASKED: usize = 20;
+/// Of them, those that have no room by their last word, which is seconds old: they may have by now.
+const MOST_ASKED_ANYWAY: usize = 3;
+
+/// The host's own ear.
+pub(crate) fn reach<'c>(ctx: &'c Ctx, host: &HostId) -> Result<&'c dyn HostApi, Refusal> {
+    if ctx.host.host_id() == host {
+        return Ok(&*ctx.host);
+    }
+    Err(Refusal::Failed(format!("host {host} cannot be reached from here")))
+}
+
+/// A machine that somebody makes by hand.
+pub(crate) struct Wanted<'w> {
+    pub app: &'w AppName,
+    pub id: &'w MachineId,
+    pub spec: &'w MachineSpec,
+    pub regions: &'w RegionExpr,
+    /// Where its volume is.
+    pub only: Option<&'w HostId>,
+}
+
+/// A host that has promised the room, and an address there. The best one is asked first; who refuses is left out.
+pub(crate) async fn promised(ctx: &Ctx, wanted: &Wanted<'_>) -> Result<(HostRow, Ipv4Addr), Failure> {
+    let hosts = ctx.state.list::<HostRow>("hosts/").await?;
+    let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).collect();
+    some_are_there(&hosts, wanted.regions)?;
+    let used = reconcile::addresses_in_use(ctx).await?;
+    let machines = ctx.state.machines_of(wanted.app).await?;
+    let mut observed = reconcile::observe(ctx, wanted.app).await?;
+    let mut asked_anyway = 0;
+    for _ in 0..MOST_ASKED {
+        let (best, no_room) = match best_host(&hosts, &observed, &machines, wanted) {
+            Ok(host) => (Some(host), None),
+            Err(no_room) => (unasked(&hosts, &observed, wanted).filter(|_| asked_anyway < MOST_ASKED_ANYWAY), Some(no_room)),
+        };
+        let Some(host) = best else {
+            let no_room = no_room.unwrap_or_default();
+            return Err(Failure::new(ErrorCode::InsufficientCapacity, no_room)
+                .hint("name more regions, for example `fra,eu,any`, ask for less, or stop machines that you do not need"));
+        };
+        asked_anyway += usize::from(no_room.is_some());
+        let free = (0u32..).map_while(|n| host.prefix.nth(n)).find(|address| !used.contains(address));
+        let refusal = match free {
+            None => {
+                let why = "it has no free address for another machine; those of destroyed ones are free again after a day".into();
+                Refusal::InsufficientCapacity { host: host.id.clone(), why }
+            }
+            Some(address) => match reserve(ctx, host, wanted).await {
+                Ok(()) => return Ok((host.clone(), address)),
+                Err(refusal) => refusal,
+            },
+        };
+        if hosts.len() == 1 {
+            return Err(refusal.into());
+        }
+        tracing::debug!(app = %wanted.app, machine = %wanted.id, host = %host.id, %refusal, "the next best host is asked");
+        let why = match refusal {
+            Refusal::InsufficientCapacity { why, .. } => why,
+            other => other.to_string(),
+        };
+        observed.refused.insert(host.id.clone(), why);
+    }
+    Err(Failure::new(ErrorCode::InsufficientCapacity, format!("{MOST_ASKED} hosts were asked, and each has refused the machine"))
+        .hint("try again in a moment: hosts say every few seconds what room they have"))
+}
+
+async fn reserve(ctx: &Ctx, host: &HostRow, wanted: &Wanted<'_>) -> Result<(), Refusal> {
+    let reserve = Reserve { machine: wanted.id.clone(), guest: wanted.spec.guest.clone(), ttl_ms: RESERVE_TTL_MS };
+    reach(ctx, &host.id)?.reserve(reserve).await
+}
+
+fn some_are_there(hosts: &[HostRow], regions: &RegionExpr) -> Result<(), Failure> {
+    if hosts.iter().any(|host| regions.rank(&host.region).is_some()) {
+        return Ok(());
+    }
+    Err(no_such_region(regions, hosts.iter().map(|host| &host.region)))
+}
+
+/// There are hosts, and none in what was asked for.
+pub(crate) fn no_such_region<'r>(
+    wanted: &RegionExpr,
+    there: impl Iterator<Item = &'r dunlin_model::Region>,
+) -> Failure {
+    let there: std::collections::BTreeSet<&str> = there.map(dunlin_model::Region::as_str).collect();
+    let there = there.into_iter().collect::<Vec<_>>().join(" or ");
+    Failure::invalid(format!("there is no host in region {wanted}"))
+        .hint(format!("use {there}, or leave the region out; GET /v1/platform/regions shows those there are"))
+}
+
+fn best_host<'h>(
+    hosts: &'h [HostRow],
+    observed: &Observed,
+    machines: &[Row<MachineRow>],
+    wanted: &Wanted<'_>,
+) -> Result<&'h HostRow, String> {
+    let mut capacity = Capacity::new(hosts, observed);
+    let group = &wanted.spec.process_group;
+    let peers = machines.iter().filter(|row| row.value.spec.process_group == *group);
+    let mut spread = capacity.spread(peers.map(|row| &row.value.host));
+    let ask = Ask { demand: Demand::of(wanted.spec, 0), regions: wanted.regions, only: wanted.only, purpose: For::New };
+    let found = capacity.place(&ask, &mut spread).map_err(|no_room| no_room.to_string())?;
+    hosts.iter().find(|host| host.id == found.id).ok_or_else(|| format!("host {} is gone", found.id))
+}
+
+/// The roomiest of those in question that have not been asked.
+fn unasked<'h>(hosts: &'h [HostRow], observed: &Observed, wanted: &Wanted<'_>) -> Option<&'h HostRow> {
+    let free_mb = |host: &HostRow| {
+        let fact = observed.hosts.get(&host.id);
+        fact.map_or(host.memory_mb, |fact| fact.memory_mb.saturating_sub(fact.memory_reserved_mb))
+    };
+    let in_question = hosts.iter().filter(|host| {
+        let is_asked_for = wanted.only.map_or_else(|| wanted.regions.rank(&host.region).is_some(), |only| *only == host.id);
+        is_asked_for && !host.cordoned && !observed.refused.contains_key(&host.id)
+    });
+    in_question.min_by_key(|host| (wanted.regions.rank(&host.region), std::cmp::Reverse(free_mb(host)), host.id.clone()))
+}
