@@ -33,7 +33,7 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
         return Err(PlanError::TooManyMachines { wanted });
     }
     let mut capacity = Capacity::new(&desired.hosts, observed);
-    capacity.limit_addresses(|host| pool.addresses.get(host).map_or(0, Vec::len));
+    capacity.limit_addresses(&pool.addresses);
     if desired.purpose == Purpose::Rebalance {
         return Ok(with_steps(desired, rebalance::steps(desired, observed, &mut capacity, &mut pool)?));
     }

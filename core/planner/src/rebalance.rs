@@ -9,6 +9,7 @@ use crate::plan::{Placed, addition, removal, serves};
 use crate::{Ask, Capacity, Demand, Desired, GroupTarget, Observed, PlanError, Pool, Spread, Step};
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::{HostId, MachineId, RegionExpr};
+use std::collections::BTreeSet;
 
 /// Of one plan. What moves is stopped once its successor serves; the fewer at once, the less is felt.
 pub const MAX_MOVES: usize = 2;
@@ -74,6 +75,15 @@ fn is_replaceable(group: &GroupTarget) -> bool {
     !spec.services.is_empty() && group.mount.is_none() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
 }
 
+/// A move between hosts, by index.
+struct Found {
+    /// Pairs that are spared in regions, zones and hosts; the first that differs decides.
+    gain: [i64; 3],
+    at: usize,
+    from: usize,
+    to: usize,
+}
+
 /// The move that spares most pairs, of one that serves: what sleeps is not woken for it, and what fails gains nothing.
 fn best_move(
     desired: &Desired,
@@ -86,25 +96,24 @@ fn best_move(
     let regions = RegionExpr::preferring(desired.primary_region.as_ref());
     let wishes = capacity.wishes(&regions);
     let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
-    let mut best: Option<((i64, i64, i64), usize, usize, usize)> = None;
+    let mut best: Option<Found> = None;
+    let mut looked_at = BTreeSet::new();
     for (at, row) in rows.iter().enumerate().filter(|(_, row)| serves(row, observed)) {
-        let Some(from) = capacity.index(&row.host) else { continue };
+        let Some(from) = capacity.index(&row.host).filter(|from| looked_at.insert(*from)) else { continue };
         let mut without = spread.clone();
         capacity.discount(&mut without, from);
         let Some(now) = capacity.cost_but_load(from, &wishes, &without) else { continue };
-        // The first that differs in spread, of the regions that are preferred as much as its own.
-        let there = capacity.by_cost(&ask, &wishes, &without).into_iter().find_map(|to| {
-            let cost = capacity.cost_but_load(to, &wishes, &without).filter(|cost| cost.rank == now.rank)?;
-            Some((to, cost))
-        });
-        let Some((to, then)) = there else { continue };
+        // Only to regions that are preferred as much as its own.
+        let wishes = wishes.of_rank(now.rank);
+        let Some(to) = capacity.best(&ask, &wishes, &without) else { continue };
+        let Some(then) = capacity.cost_but_load(to, &wishes, &without) else { continue };
         let gain = |before: u64, after: u64| before as i64 - after as i64;
-        let gain = (gain(now.region, then.region), gain(now.zone, then.zone), gain(now.host, then.host));
-        if gain > (0, 0, 0) && best.is_none_or(|(most, ..)| gain > most) {
-            best = Some((gain, at, from, to));
+        let gain = [gain(now.region, then.region), gain(now.zone, then.zone), gain(now.host, then.host)];
+        if gain > [0, 0, 0] && best.as_ref().is_none_or(|best| gain > best.gain) {
+            best = Some(Found { gain, at, from, to });
         }
     }
-    let (_, at, from, to) = best?;
+    let Found { at, from, to, .. } = best?;
     let why = format!("{name} has {}, and {}", capacity.told(from, spread), capacity.told(to, spread));
     let (from, to_row) = (rows[at].host.clone(), capacity.row(to));
     let moved = Move { machine: rows[at].id.clone(), group: name.to_owned(), from, to: to_row.id.clone(), why };

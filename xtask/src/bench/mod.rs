@@ -7,6 +7,7 @@ mod deploy;
 mod idle;
 mod machines;
 mod neighbours;
+mod placement;
 mod proxy;
 mod scale;
 
@@ -26,6 +27,7 @@ const BENCHES: &[Bench] = &[
     ("proxy", proxy::run),
     ("idle", idle::run),
     ("scale", scale::run),
+    ("placement", placement::run),
 ];
 
 pub fn run(names: &[&str]) -> anyhow::Result<()> {

@@ -18,6 +18,7 @@ use dunlin_model::desired::HostRow;
 use dunlin_model::{HostId, Region, RegionExpr};
 use room::Room;
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 /// Of each host's memory, this part is not given to machines that are new: those of a host that dies, and those that
 /// wake, find room in it. With eleven hosts alike it holds the machines of one; a larger part would be felt by everybody
@@ -102,31 +103,60 @@ pub(crate) struct Wishes {
     km: Vec<u32>,
 }
 
+/// A map that is asked for its keys in their order: for a thousand hosts much faster than looking each one up.
+struct InOrder<'m, V>(std::iter::Peekable<std::collections::btree_map::Iter<'m, HostId, V>>);
+
+impl<'m, V> InOrder<'m, V> {
+    fn of(map: &'m BTreeMap<HostId, V>) -> Self {
+        Self(map.iter().peekable())
+    }
+
+    fn at(&mut self, host: &HostId) -> Option<&'m V> {
+        while self.0.next_if(|(id, _)| *id < host).is_some() {}
+        self.0.next_if(|(id, _)| *id == host).map(|(_, value)| value)
+    }
+}
+
+impl Wishes {
+    /// Of these regions only those that are so far down the order.
+    pub fn of_rank(&self, rank: u64) -> Self {
+        let ranks = self.ranks.iter().map(|own| own.filter(|own| u64::from(*own) == rank)).collect();
+        Self { ranks, km: self.km.clone() }
+    }
+}
+
 impl<'a> Capacity<'a> {
     pub fn new(hosts: &'a [HostRow], observed: &'a Observed) -> Self {
         let mut rows: Vec<&HostRow> = hosts.iter().collect();
         rows.sort_by(|a, b| a.id.cmp(&b.id));
-        let (mut regions, mut zones): (BTreeMap<&Region, usize>, BTreeMap<_, usize>) = Default::default();
+        let mut regions: BTreeMap<&Region, usize> = BTreeMap::new();
+        // By region, as a zone's name means something in its region only.
+        let (mut zones, mut zones_in): (usize, Vec<BTreeMap<_, usize>>) = Default::default();
         let keeps = rows.len() > 1;
+        let mut facts = InOrder::of(&observed.hosts);
         let rooms = rows.into_iter().map(|row| {
-            let next = regions.len();
-            let region = *regions.entry(&row.region).or_insert(next);
-            let next = zones.len();
-            let zone = *zones.entry((&row.region, &row.zone)).or_insert(next);
-            let room = Room::new(row, observed, region, zone);
+            let region = *regions.entry(&row.region).or_insert_with(|| {
+                zones_in.push(BTreeMap::new());
+                zones_in.len() - 1
+            });
+            let zone = *zones_in[region].entry(&row.zone).or_insert_with(|| {
+                zones += 1;
+                zones - 1
+            });
+            let room = Room::new(row, facts.at(&row.id), observed, region, zone);
             if keeps { room.keeping(KEPT_FOR_RESTARTS_PERCENT) } else { room }
         });
         let hosts = rooms.collect();
-        let zones = zones.len();
         let mut by_index: Vec<(usize, &Region)> = regions.into_iter().map(|(region, index)| (index, region)).collect();
         by_index.sort_by_key(|(index, _)| *index);
         Self { hosts, regions: by_index.into_iter().map(|(_, region)| region).collect(), zones }
     }
 
-    /// So many addresses are free on each host.
-    pub fn limit_addresses(&mut self, free: impl Fn(&HostId) -> usize) {
+    /// Free addresses of each host; a host that is not there has none.
+    pub fn limit_addresses(&mut self, free: &BTreeMap<HostId, Vec<Ipv4Addr>>) {
+        let mut free = InOrder::of(free);
         for room in &mut self.hosts {
-            room.addresses = Some(free(&room.row.id));
+            room.addresses = Some(free.at(&room.row.id).map_or(0, Vec::len));
         }
     }
 

@@ -5,6 +5,8 @@ use crate::Observed;
 use dunlin_model::desired::HostRow;
 use dunlin_model::disk::{ROOTFS_DEFAULT_GB, TempStorage};
 use dunlin_model::{CpuKind, Guest, MachineSpec};
+use dunlin_view::HostFact;
+use std::sync::Arc;
 
 /// A shared cpu weighs as a sixteenth of a core: so many of them share one before they get less than they are promised.
 const SHARED_CPUS_OF_A_CORE: u64 = 16;
@@ -88,8 +90,7 @@ pub(super) struct Disk {
 }
 
 impl<'a> Room<'a> {
-    pub fn new(row: &'a HostRow, observed: &'a Observed, region: usize, zone: usize) -> Self {
-        let fact = observed.hosts.get(&row.id);
+    pub fn new(row: &'a HostRow, fact: Option<&Arc<HostFact>>, observed: &'a Observed, region: usize, zone: usize) -> Self {
         let room = fact.and_then(|fact| fact.room);
         let (memory_mb, reserved_mb) = match fact {
             // Those that sleep make room.
