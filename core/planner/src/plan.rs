@@ -122,7 +122,7 @@ fn keep_the_best<'d>(
     while kept.len() < count {
         let key = |row: &&MachineRow| {
             let cost = capacity.index(&row.host).and_then(|index| capacity.cost_but_load(index, &wishes, &spread));
-            (!serves(row, observed), cost, row.id.clone())
+            (!serves(row, observed), cost.is_none(), cost, row.id.clone()) // a host that is gone is the last
         };
         let Some(at) = (0..rows.len()).min_by_key(|at| key(&rows[*at])) else { break };
         let row = rows.remove(at);

@@ -178,7 +178,7 @@ fn no_capacity_names_the_nearest_region_that_has_it() {
     fleet.hosts[1].cordoned = true;
     check(&fleet, "fra", 256, "host f2 (fra) is cordoned; the nearest region with room is ams, 364 km from fra");
     check(&fleet, "fra,lhr", 4096, "; the nearest region with room is iad, 6549 km from fra");
-    check(&fleet, "eu", 4096, "409 MB are missing; region iad has room");
+    check(&fleet, "eu", 4096, "409 MB are missing; the nearest region with room is iad, 6549 km from fra");
     check(&fleet, "fra", 9000, "host f2 (fra) is cordoned");
     // Many hosts: a line a region.
     let many = (10..30).map(|n| host_row(&format!("g{n}"), "fra", None, 4, 100 + n));

@@ -28,7 +28,7 @@ pub struct NoCapacity {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nearest {
     pub region: Region,
-    /// The region that was asked for, and how far it is; `None`: the place of one of them is not known.
+    /// A region that was asked for, and how far it is; `None`: the place of one of them is not known.
     pub away: Option<(Region, u32)>,
 }
 
@@ -88,7 +88,9 @@ impl<'a> Capacity<'a> {
     }
 
     fn nearest(&self, ask: &Ask<'_>) -> Option<Nearest> {
-        let from = ask.regions.first();
+        // A word such as `eu` names none: then from one that it stands for.
+        let is_asked = |room: &&Room<'a>| ask.regions.rank(&room.row.region).is_some();
+        let from = ask.regions.first().or_else(|| self.hosts.iter().find(is_asked).map(|room| &room.row.region));
         let has_room = |room: &&Room<'a>| ask.regions.rank(&room.row.region).is_none() && room.fits(&ask.demand, ask.purpose);
         let away = |room: &Room<'a>| from.and_then(|from| distance_km(from, &room.row.region));
         let found = self.hosts.iter().filter(has_room);
