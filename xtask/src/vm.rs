@@ -13,7 +13,8 @@ use std::process::{Command, Stdio};
 
 const INIT: &str = include_str!("vm.sh");
 const SUITE: &str = "bookworm";
-const PACKAGES: &str = "linux-image-cloud-amd64,busybox-static,e2fsprogs,iproute2,iptables,kmod,nftables,procps,python3,libcap2-bin";
+const PACKAGES: &str =
+    "linux-image-cloud-amd64,busybox-static,cryptsetup-bin,e2fsprogs,iproute2,iptables,kmod,nftables,procps,python3,libcap2-bin";
 /// Free space of the disks beside their files.
 const ROOM_MB: u64 = 1024;
 const MEMORY_MB: u32 = 3072;

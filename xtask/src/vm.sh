@@ -11,6 +11,8 @@ mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 modprobe loop
+# Here is dm-crypt: tests of encrypted volumes fail if they do not find it.
+export DUNLIN_TEST_DM_CRYPT=1
 ip link set lo up
 echo 'nameserver 192.0.2.53' > /etc/resolv.conf
 # The paths that were compiled into the tests are the same here.

@@ -10,10 +10,13 @@
 //! ```
 //!
 //! Owns the file and, while mounted, its loop device, which the kernel frees with the last unmount (also when the mount
-//! namespace that holds it ends). Never mounts the same file twice. Tested in `tests/volume.rs`.
+//! namespace that holds it ends). Never mounts the same file twice. One that is encrypted has a device of device mapper
+//! in between, which nobody frees but [`close`]. Tested in `tests/volume`, encryption where the kernel has dm-crypt.
 
+mod crypt;
 mod reserved;
 
+pub use crypt::{Encryption, HEADER_BYTES, KEY_BYTES, Lacking, VolumeKey, close, forget, look, trial};
 pub use reserved::{Grown, Usage};
 pub(crate) use reserved::copy_data;
 
@@ -37,6 +40,7 @@ pub const SIZE_MAX_BYTES: u64 = 8 << 40;
 const TAKE_TRIES: usize = 32;
 /// Characters of mkfs's complaint that go into an error.
 const COMPLAINT_MAX: usize = 500;
+const MOUNT_OPTIONS: &str = "errors=remount-ro";
 
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
@@ -63,6 +67,8 @@ pub enum VolumeError {
     Format { path: PathBuf, output: String },
     #[error("{0} is needed for volumes but was not found; install e2fsprogs")]
     NoTool(&'static str),
+    #[error("cryptsetup is needed for encrypted volumes but was not found; install cryptsetup-bin")]
+    NoCryptsetup,
     #[error("{tool} could not make {path} fit for use: {output}")]
     Unsound { tool: &'static str, path: PathBuf, output: String },
     #[error("the disk has no room for the {size_bytes} bytes of {path}; free some space, or ask for less")]
@@ -77,6 +83,7 @@ pub type Result<T> = std::result::Result<T, VolumeError>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoopVolume {
     path: PathBuf,
+    encryption: Option<Encryption>,
 }
 
 /// A volume at its mount point. Dropping the value leaves it mounted.
@@ -95,42 +102,35 @@ impl LoopVolume {
 
     /// The same with more options for mkfs.
     pub(crate) fn create_as(path: &Path, size_bytes: u64, options: &[&str]) -> Result<Self> {
-        let sparse = |file: &File, path: &Path, size_bytes| file.set_len(size_bytes).map_err(failed("size", path));
-        Self::build(path, size_bytes, options, sparse)
+        let sparse = |file: &File, path: &Path| {
+            file.set_len(size_bytes).map_err(failed("size", path))?;
+            format(options, path)
+        };
+        Self::build(path, size_bytes, sparse).map(|()| Self { path: path.to_owned(), encryption: None })
     }
 
-    fn build(
-        path: &Path,
-        size_bytes: u64,
-        options: &[&str],
-        size: impl FnOnce(&File, &Path, u64) -> Result<()>,
-    ) -> Result<Self> {
+    /// `fill` sizes the file and makes a file system of it.
+    fn build(path: &Path, size_bytes: u64, fill: impl FnOnce(&File, &Path) -> Result<()>) -> Result<()> {
         if !(SIZE_MIN_BYTES..=SIZE_MAX_BYTES).contains(&size_bytes) {
             return Err(VolumeError::BadSize(size_bytes));
         }
-        let mkfs = find_program("mkfs.ext4").ok_or(VolumeError::NoMkfs)?;
         if path.exists() {
             return Err(VolumeError::AlreadyExists(path.to_owned()));
         }
         let unfinished = reserved::unfinished(path);
         // What a crash left of an earlier try is begun anew.
-        let made = File::create(&unfinished).map_err(failed("make", &unfinished)).and_then(|file| {
-            size(&file, &unfinished, size_bytes)?;
-            format(&mkfs, options, &unfinished)?;
-            file.sync_all().map_err(failed("sync", &unfinished))
-        });
-        match made.and_then(|()| name_it(&unfinished, path)) {
-            Ok(()) => Ok(LoopVolume { path: path.to_owned() }),
-            Err(error) => {
-                let _ = std::fs::remove_file(&unfinished); // the next try begins it anew
-                Err(error)
-            }
-        }
+        let make = || {
+            let file = reserved::create_file(&unfinished)?;
+            fill(&file, &unfinished)?;
+            file.sync_all().map_err(failed("sync", &unfinished))?;
+            name_it(&unfinished, path)
+        };
+        reserved::made_or_removed(make(), &unfinished)
     }
 
     pub fn open(path: &Path) -> Result<Self> {
         match std::fs::metadata(path) {
-            Ok(found) if found.is_file() => Ok(LoopVolume { path: path.to_owned() }),
+            Ok(found) if found.is_file() => Ok(LoopVolume { path: path.to_owned(), encryption: None }),
             Ok(_) => Err(VolumeError::NotFound(path.to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(VolumeError::NotFound(path.to_owned())),
             Err(source) => Err(failed("look at", path)(source)),
@@ -141,11 +141,23 @@ impl LoopVolume {
         &self.path
     }
 
+    /// The same volume, which was made with this encryption.
+    pub fn with_encryption(self, encryption: Option<Encryption>) -> Self {
+        Self { encryption, ..self }
+    }
+
     /// Mounts at a directory, in the mount namespace of the caller, without set-user-id programs and devices. A file system
     /// that is found broken takes no more writes.
     pub fn mount(&self, at: &Path) -> Result<MountedVolume> {
+        match &self.encryption {
+            None => self.mount_plain(at),
+            Some(encryption) => self.opened(encryption)?.mount(at),
+        }
+    }
+
+    fn mount_plain(&self, at: &Path) -> Result<MountedVolume> {
         let (device, held) = attach(&self.open_alone()?, &self.path)?;
-        mount_device(&device, at, MsFlags::MS_NOSUID, "errors=remount-ro")?;
+        mount_device(&device, at, MsFlags::MS_NOSUID, MOUNT_OPTIONS)?;
         // From here the mount keeps the device; when mounting failed, closing it frees it.
         drop(held);
         Ok(MountedVolume { at: at.to_owned(), device })
@@ -157,6 +169,44 @@ impl LoopVolume {
         match user_of(&backing, &self.path)? {
             Some(device) => Err(VolumeError::InUse { path: self.path.clone(), device }),
             None => Ok(backing),
+        }
+    }
+
+    /// Opens an encrypted volume that nobody uses.
+    fn opened<'a>(&self, encryption: &'a Encryption) -> Result<Opened<'a>> {
+        match close(&encryption.name) {
+            Err(VolumeError::Busy(device)) => {
+                return Err(VolumeError::InUse { path: self.path.clone(), device: device.display().to_string() });
+            }
+            left_by_a_crash => left_by_a_crash?,
+        }
+        let (device, held) = attach(&self.open_alone()?, &self.path)?;
+        encryption.open(&device)?;
+        drop(held); // the opened one keeps the device
+        Ok(Opened { encryption, device: encryption.device() })
+    }
+}
+
+/// An encrypted volume whose file system can be seen; it is closed with the value, unless it is mounted before.
+struct Opened<'a> {
+    encryption: &'a Encryption,
+    device: PathBuf,
+}
+
+impl Opened<'_> {
+    fn mount(self, at: &Path) -> Result<MountedVolume> {
+        mount_device(&self.device, at, MsFlags::MS_NOSUID, MOUNT_OPTIONS)?;
+        let device = self.device.clone();
+        std::mem::forget(self); // the mount keeps it
+        Ok(MountedVolume { at: at.to_owned(), device })
+    }
+}
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = crypt::close_unused(&self.encryption.name) {
+            // Whoever opens the volume next tries again.
+            tracing::warn!(device = %self.device.display(), %error, "an encrypted volume stays open");
         }
     }
 }
@@ -175,12 +225,17 @@ impl MountedVolume {
         &self.device
     }
 
+    /// A plain one's device frees itself; that of an encrypted one is closed, unless somebody has the mount still.
     pub fn unmount(self) -> Result<()> {
-        unmount(&self.at)
+        unmount(&self.at)?;
+        match self.device.strip_prefix("/dev/mapper").ok().and_then(Path::to_str) {
+            Some(name) => close(name),
+            None => Ok(()),
+        }
     }
 }
 
-/// Unmounts whatever is at `at`; the loop device frees itself.
+/// Unmounts whatever is at `at`; a loop device frees itself.
 pub fn unmount(at: &Path) -> Result<()> {
     match nix::mount::umount2(at, MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) => Ok(()),
@@ -200,14 +255,15 @@ fn name_it(unfinished: &Path, path: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("sync", dir))
 }
 
-fn format(mkfs: &Path, options: &[&str], path: &Path) -> Result<()> {
+fn format(options: &[&str], path: &Path) -> Result<()> {
+    let mkfs = find_program("mkfs.ext4").ok_or(VolumeError::NoMkfs)?;
     // No blocks kept for root: who fills the volume is the machine's root. Tables are written on first use.
-    let output = Command::new(mkfs)
+    let output = Command::new(&mkfs)
         .args(["-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
         .args(options)
         .arg(path)
         .output()
-        .map_err(failed("run", mkfs))?;
+        .map_err(failed("run", &mkfs))?;
     if output.status.success() {
         return Ok(());
     }

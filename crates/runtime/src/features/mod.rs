@@ -19,6 +19,7 @@ use nix::sched::{CloneFlags, unshare};
 use crate::cgroup::Cgroups;
 use crate::net::firewall::{Firewall, find_program};
 use crate::net::{self};
+use crate::volume;
 
 /// Id-mapped lower layers under overlayfs came with this kernel.
 const KERNEL_MIN: (u32, u32) = (5, 19);
@@ -82,6 +83,8 @@ pub fn check_all(data_dir: &Path) -> Vec<FeatureCheck> {
     add("free disk", false, "images and builds fail soon", free_disk(&near));
     add("loop devices", false, "builds have no cache and volumes no size limit", loop_devices());
     add("mkfs.ext4", false, "builds have no cache and volumes no size limit", program("mkfs.ext4", "apt-get install e2fsprogs"));
+    let encryption = volume::look().or_else(|lacking| missing(lacking.what, lacking.fix));
+    add("encryption", false, "volumes are not encrypted on the disk", encryption);
     add("buildah", false, "Dockerfiles are not built; images can still be deployed", program("buildah", "apt-get install buildah"));
     add("oom priority", false, "under memory pressure the server may be ended before machines are", oom_priority());
     checks
@@ -240,7 +243,7 @@ fn oom_priority() -> Outcome {
     missing("cannot be raised: CAP_SYS_RESOURCE is missing", "run outside of a container, or add that capability")
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

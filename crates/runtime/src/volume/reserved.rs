@@ -11,7 +11,10 @@ use std::process::Command;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::{COMPLAINT_MAX, LoopVolume, MountedVolume, Result, VolumeError, failed, name_it};
+use super::{
+    COMPLAINT_MAX, Encryption, HEADER_BYTES, LoopVolume, MountedVolume, Opened, Result, VolumeError, attach, crypt, failed, format, name_it,
+    user_of,
+};
 use crate::net::firewall::find_program;
 
 const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
@@ -22,6 +25,8 @@ const FITHAW: libc::c_ulong = 0xC004_5878;
 const CHUNK_BYTES: usize = 1 << 20;
 /// What ext4 keeps for itself: a fiftieth, or this.
 const KEPT_BLOCKS_MAX: u64 = 4096;
+/// Of sectors of 4096 bytes, as those of encrypted volumes are, no smaller blocks can be made.
+const ENCRYPTED: &[&str] = &["-b", "4096"];
 /// e2fsck's exit codes up to here leave a file system that is whole.
 const FSCK_MENDED: i32 = 1;
 
@@ -48,11 +53,32 @@ impl LoopVolume {
     /// As [`create`](Self::create), but takes all its blocks at once: what is written later never finds the disk of the
     /// host full, and who fills the volume fills nobody else's.
     pub fn create_reserved(path: &Path, size_bytes: u64) -> Result<Self> {
-        Self::build(path, size_bytes, &[], reserve)
+        let fill = |file: &File, path: &Path| {
+            reserve(file, path, size_bytes)?;
+            format(&[], path)
+        };
+        Self::build(path, size_bytes, fill).map(|()| Self { path: path.to_owned(), encryption: None })
     }
 
-    /// A volume of its own that begins as a copy of `source`, at least `size_bytes` long.
-    pub fn create_copy(path: &Path, source: &Path, size_bytes: u64) -> Result<Self> {
+    /// The same, encrypted: the file system has the size, and the file [`HEADER_BYTES`] more.
+    pub fn create_encrypted(path: &Path, size_bytes: u64, encryption: Encryption) -> Result<Self> {
+        let fill = |file: &File, path: &Path| {
+            reserve(file, path, size_bytes + HEADER_BYTES)?;
+            let (device, held) = attach(file, path)?;
+            encryption.format(&device)?;
+            encryption.open(&device)?;
+            drop(held); // the opened one keeps the device
+            let opened = Opened { encryption: &encryption, device: encryption.device() };
+            format(ENCRYPTED, &opened.device)
+        };
+        crypt::close_unused(&encryption.name)?; // a crash left it
+        Self::build(path, size_bytes, fill)?;
+        Ok(Self { path: path.to_owned(), encryption: Some(encryption) })
+    }
+
+    /// A volume of its own that begins as a copy of the file `source`, at least `file_bytes` long. One of an encrypted volume
+    /// is encrypted by the same key.
+    pub fn create_copy(path: &Path, source: &Path, file_bytes: u64) -> Result<Self> {
         if path.exists() {
             return Err(VolumeError::AlreadyExists(path.to_owned()));
         }
@@ -61,12 +87,12 @@ impl LoopVolume {
         let length = from.metadata().map_err(failed("look at", source))?.len();
         let make = || {
             let to = create_file(&unfinished)?;
-            reserve(&to, &unfinished, length.max(size_bytes))?;
+            reserve(&to, &unfinished, length.max(file_bytes))?;
             copy(&from, &to, Compare::No).map_err(failed("copy", source))?;
             to.sync_all().map_err(failed("sync", &unfinished))?;
             name_it(&unfinished, path)
         };
-        made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned() })
+        made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned(), encryption: None })
     }
 
     /// As [`create_copy`](Self::create_copy), with no more blocks than hold data.
@@ -79,7 +105,7 @@ impl LoopVolume {
             to.sync_all().map_err(failed("sync", &unfinished))?;
             name_it(&unfinished, path)
         };
-        made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned() })
+        made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned(), encryption: None })
     }
 
     /// Makes the file longer if it is shorter; the file system follows in [`ready`](Self::ready).
@@ -117,14 +143,35 @@ impl LoopVolume {
 
     /// Mends what a crash left of an unmounted volume, and brings the file system to the size of its file.
     pub fn ready(&self) -> Result<()> {
-        let backing = self.open_alone()?;
-        self.fsck("-p")?;
-        let file_bytes = backing.metadata().map_err(failed("look at", &self.path))?.len();
-        let Superblock { block_size, blocks, .. } = Superblock::read(&backing, &self.path)?;
-        if blocks * block_size + block_size <= file_bytes {
-            self.fsck("-pf")?; // resize2fs wants it
+        match &self.encryption {
+            None => self.mend(&self.open_alone()?, &self.path),
+            Some(encryption) => self.mend_opened(&self.opened(encryption)?),
+        }
+    }
+
+    /// [`ready`](Self::ready), then [`mount`](Self::mount); an encrypted volume is opened once for both.
+    pub fn mount_ready(&self, at: &Path) -> Result<MountedVolume> {
+        let Some(encryption) = &self.encryption else {
+            self.ready()?;
+            return self.mount_plain(at);
+        };
+        let opened = self.opened(encryption)?;
+        self.mend_opened(&opened)?;
+        opened.mount(at)
+    }
+
+    fn mend_opened(&self, opened: &Opened<'_>) -> Result<()> {
+        self.mend(&File::open(&opened.device).map_err(failed("open", &opened.device))?, &opened.device)
+    }
+
+    /// `at` is where the file system is: the file, or the device of an encrypted volume.
+    fn mend(&self, fs: &File, at: &Path) -> Result<()> {
+        self.fsck("-p", at)?;
+        let Superblock { block_size, blocks, .. } = Superblock::read(fs, &self.path)?;
+        if blocks * block_size + block_size <= self.size_bytes()? {
+            self.fsck("-pf", at)?; // resize2fs wants it
             let resize = find_program("resize2fs").ok_or(VolumeError::NoTool("resize2fs"))?;
-            let output = Command::new(&resize).arg(&self.path).output().map_err(failed("run", &resize))?;
+            let output = Command::new(&resize).arg(at).output().map_err(failed("run", &resize))?;
             if !output.status.success() {
                 return Err(self.complaint("resize2fs", &output.stderr));
             }
@@ -137,31 +184,48 @@ impl LoopVolume {
     pub fn grow(&self, mounted: Option<&MountedVolume>, size_bytes: u64) -> Result<Grown> {
         let backing = OpenOptions::new().read(true).write(true).open(&self.path).map_err(failed("open", &self.path))?;
         let before = backing.metadata().map_err(failed("look at", &self.path))?.len();
-        if before < size_bytes
-            && let Err(error) = reserve(&backing, &self.path, size_bytes)
+        let wanted = (size_bytes + self.header_bytes()).max(before);
+        if before < wanted
+            && let Err(error) = reserve(&backing, &self.path, wanted)
         {
             let _ = backing.set_len(before); // gives back what it got; the file system ends before it
             return Err(error);
         }
         let Some(mounted) = mounted else { return Ok(Grown::WhenMounted) };
-        mounted.grow_to(size_bytes.max(before))
+        let device = user_of(&backing, &self.path)?.map_or_else(|| mounted.device.clone(), PathBuf::from);
+        grow_device(&device)?;
+        if let Some(encryption) = &self.encryption {
+            encryption.resize()?;
+        }
+        mounted.grow_to(wanted - self.header_bytes())
     }
 
-    /// From the file: exact for a volume that is not mounted.
+    /// From the file: exact for a volume that is not mounted. An encrypted one is opened for it.
     pub fn usage(&self) -> Result<Usage> {
-        let file = File::open(&self.path).map_err(failed("open", &self.path))?;
+        let Some(encryption) = &self.encryption else { return self.usage_at(&self.path) };
+        self.usage_at(&self.opened(encryption)?.device)
+    }
+
+    fn usage_at(&self, at: &Path) -> Result<Usage> {
+        let file = File::open(at).map_err(failed("open", at))?;
         let Superblock { block_size, blocks, blocks_free } = Superblock::read(&file, &self.path)?;
         let kept = (blocks / 50).min(KEPT_BLOCKS_MAX);
         Ok(Usage { block_size, blocks, blocks_free, blocks_avail: blocks_free.saturating_sub(kept) })
     }
 
+    /// Of the volume; its file may be longer.
     pub fn size_bytes(&self) -> Result<u64> {
-        std::fs::metadata(&self.path).map(|meta| meta.len()).map_err(failed("look at", &self.path))
+        let length = std::fs::metadata(&self.path).map(|meta| meta.len()).map_err(failed("look at", &self.path))?;
+        Ok(length.saturating_sub(self.header_bytes()))
     }
 
-    fn fsck(&self, how: &str) -> Result<()> {
+    fn header_bytes(&self) -> u64 {
+        if self.encryption.is_some() { HEADER_BYTES } else { 0 }
+    }
+
+    fn fsck(&self, how: &str, at: &Path) -> Result<()> {
         let fsck = find_program("e2fsck").ok_or(VolumeError::NoTool("e2fsck"))?;
-        let output = Command::new(&fsck).arg(how).arg(&self.path).output().map_err(failed("run", &fsck))?;
+        let output = Command::new(&fsck).arg(how).arg(at).output().map_err(failed("run", &fsck))?;
         match output.status.code() {
             Some(code) if code <= FSCK_MENDED => Ok(()),
             _ => Err(self.complaint("e2fsck", &output.stdout)),
@@ -197,11 +261,7 @@ impl MountedVolume {
     }
 
     fn grow_to(&self, size_bytes: u64) -> Result<Grown> {
-        let device = OpenOptions::new().read(true).write(true).open(&self.device).map_err(failed("open", &self.device))?;
-        // SAFETY: the request takes no argument.
-        if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY as _, 0) } < 0 {
-            return Err(failed("grow", &self.device)(io::Error::last_os_error()));
-        }
+        let device = File::open(&self.device).map_err(failed("open", &self.device))?;
         let Superblock { block_size, .. } = Superblock::read(&device, &self.device)?;
         let blocks: u64 = size_bytes / block_size;
         let root = File::open(&self.at).map_err(failed("open", &self.at))?;
@@ -234,6 +294,16 @@ impl MountedVolume {
     }
 }
 
+/// A loop device, to the size of its file.
+fn grow_device(device: &Path) -> Result<()> {
+    let opened = OpenOptions::new().read(true).write(true).open(device).map_err(failed("open", device))?;
+    // SAFETY: the request takes no argument.
+    match unsafe { libc::ioctl(opened.as_raw_fd(), LOOP_SET_CAPACITY as _, 0) } {
+        0 => Ok(()),
+        _ => Err(failed("grow", device)(io::Error::last_os_error())),
+    }
+}
+
 struct Frozen(File);
 
 impl Drop for Frozen {
@@ -255,7 +325,7 @@ pub(super) fn unfinished(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn create_file(path: &Path) -> Result<File> {
+pub(super) fn create_file(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(true);
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
@@ -263,7 +333,7 @@ fn create_file(path: &Path) -> Result<File> {
 }
 
 /// What a failed try leaves is in the way of nobody, and takes up disk.
-fn made_or_removed(made: Result<()>, unfinished: &Path) -> Result<()> {
+pub(super) fn made_or_removed(made: Result<()>, unfinished: &Path) -> Result<()> {
     if made.is_err() {
         let _ = std::fs::remove_file(unfinished); // the next try begins it anew
     }

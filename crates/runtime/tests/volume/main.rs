@@ -1,5 +1,7 @@
 //! Loop volumes on the running kernel, as root. Every mount is made on a thread with its own mount namespace.
 
+mod encrypted;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
