@@ -35,6 +35,9 @@ pub struct VolumeRow {
     /// A snapshot a day. Volumes of before there were such have none.
     #[serde(default)]
     pub auto_backup: bool,
+    /// On the disk of its host, from when it was made.
+    #[serde(default)]
+    pub encrypted: bool,
     /// What it begins with; without one it begins empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<VolumeSource>,
@@ -174,7 +177,7 @@ mod tests {
         let row = r#"{"id":"vol_abababababababab","name":"data","org":"personal","app":"web","host":"h1",
             "region":"local","size_gb":1,"created_at_ms":0}"#;
         let row = serde_json::from_str::<VolumeRow>(row).unwrap();
-        assert_eq!((row.snapshot_retention, row.auto_backup), (5, false));
+        assert_eq!((row.snapshot_retention, row.auto_backup, row.encrypted), (5, false, false));
         let mount = r#"{"volume":"vol_abababababababab","name":"data","path":"/data"}"#;
         let mount = serde_json::from_str::<Mount>(mount).unwrap();
         assert_eq!(mount.extend, None);

@@ -83,6 +83,9 @@ pub struct MountTarget {
     /// A snapshot a day. Plans of before there were such made volumes without.
     #[serde(default)]
     pub auto_backup: bool,
+    /// `None`: where its host can.
+    #[serde(default)]
+    pub encrypted: Option<bool>,
     #[serde(default)]
     pub extend: Option<AutoExtend>,
 }

@@ -621,7 +621,7 @@ proptest! {
 #[test]
 fn machines_keep_their_volumes_and_new_ones_take_free_ones() {
     let target = |name: &str, path: &str| {
-        Some(MountTarget { name: name.into(), path: path.into(), size_gb: 1, snapshot_retention: 5, auto_backup: true, extend: None })
+        Some(MountTarget { name: name.into(), path: path.into(), size_gb: 1, snapshot_retention: 5, auto_backup: true, encrypted: None, extend: None })
     };
     let mut world = World::new();
     let plan_of = |world: &mut World, release, image, count, mount: Option<MountTarget>, free: &[VolumeId]| {
@@ -671,7 +671,7 @@ fn machines_keep_their_volumes_and_new_ones_take_free_ones() {
 fn a_machine_goes_to_the_host_of_its_volume_or_nowhere() {
     let mut world = World::new();
     let mut desired = world.desired(1, &spec(Image::Good, 1, true), 1, Purpose::Deploy);
-    let mount = MountTarget { name: "data".into(), path: "/data".into(), size_gb: 1, snapshot_retention: 5, auto_backup: true, extend: None };
+    let mount = MountTarget { name: "data".into(), path: "/data".into(), size_gb: 1, snapshot_retention: 5, auto_backup: true, encrypted: None, extend: None };
     desired.groups.get_mut("app").unwrap().mount = Some(mount);
     let elsewhere = VolumeRow { host: "h9".parse().unwrap(), ..volume_row(VolumeId::from_random([1; 8])) };
     desired.free_volumes = vec![elsewhere];
@@ -691,6 +691,7 @@ fn volume_row(id: VolumeId) -> VolumeRow {
         created_at_ms: 0,
         snapshot_retention: 5,
         auto_backup: true,
+        encrypted: false,
         source: None,
     }
 }

@@ -58,6 +58,9 @@ pub trait HostApi: Send + Sync {
     /// Whether the disk has room for so much more of volumes.
     async fn volume_room(&self, size_gb: u32) -> Result<(), Refusal>;
 
+    /// Whether volumes can be encrypted on this host.
+    async fn volume_encryption(&self) -> Result<VolumeEncryption, Refusal>;
+
     /// A volume's snapshots, oldest first.
     async fn snapshots(&self, id: &VolumeId) -> Result<Vec<VolumeSnapshot>, Refusal>;
 
@@ -172,6 +175,13 @@ pub struct VolumeStatus {
     pub blocks_avail: u64,
     /// It was extended, and its machine sees that from its next start on.
     pub needs_restart: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeEncryption {
+    Offered,
+    /// What the host lacks, and what an operator does about it.
+    Lacking { what: String, fix: String },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -17,6 +17,6 @@ pub use error::{ApiError, ErrorBody, ErrorCode};
 pub use host::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecControl, ExecOutput, ExecProgram, ExecRequest,
     ExecSession, ExecStdin, HostApi, ListenSocket, LogLine, LogQuery, LogStream, Process, ProcessSocket, Refusal,
-    Reserve, Source, VolumeSnapshot, VolumeStatus, WaitFor, WindowSize,
+    Reserve, Source, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor, WindowSize,
 };
 pub use last_hop::{Admission, AdmitRefusal, AdmitRequest, LastHop};

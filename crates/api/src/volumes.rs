@@ -20,7 +20,7 @@ pub struct CreateVolume {
     pub region: Option<Region>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_gb: Option<u32>,
-    /// `true` is refused: nothing here encrypts.
+    /// `None`: where the host can, and a copy as what it is of; `true` is refused by a host that cannot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub encrypted: Option<bool>,
     /// Only `ext4`.
@@ -106,7 +106,7 @@ impl Volume {
             size_gb: row.size_gb,
             region: row.region.clone(),
             zone: row.host.to_string(),
-            encrypted: false,
+            encrypted: row.encrypted,
             attached_machine_id: attached,
             attached_alloc_id: None,
             blocks: known.blocks,

@@ -304,6 +304,12 @@ pub enum VolumeCommand {
         /// A snapshot a day [default: true]
         #[arg(long, value_name = "BOOL")]
         scheduled_snapshots: Option<bool>,
+        /// Encrypt it on its host's disk [default: where the host can, and a copy as what it is of]
+        #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+        encrypted: Option<bool>,
+        /// The same as --encrypted=false
+        #[arg(long, conflicts_with = "encrypted")]
+        no_encryption: bool,
     },
     /// List an app's volumes, how full they are and which machines have them
     List(AppArgs),

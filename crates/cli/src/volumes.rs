@@ -10,12 +10,15 @@ use serde_json::{Value, json};
 
 pub async fn volume(session: &Session, command: VolumeCommand) -> Result<Exit, CliError> {
     match command {
-        VolumeCommand::Create { name, target, size, region, snapshot_id, snapshot_retention, scheduled_snapshots } => {
+        VolumeCommand::Create { name, target, size, region, snapshot_id, snapshot_retention, scheduled_snapshots, encrypted, no_encryption } => {
             let app = app_name(&target)?;
             // A copy is as large as what it is of.
             let size_gb = size.or(snapshot_id.is_none().then_some(dunlin_model::volume::SIZE_DEFAULT_GB));
             let auto_backup_enabled = scheduled_snapshots;
-            let body = CreateVolume { name, region, size_gb, snapshot_id, snapshot_retention, auto_backup_enabled, ..CreateVolume::default() };
+            let encrypted = if no_encryption { Some(false) } else { encrypted };
+            let body = CreateVolume {
+                name, region, size_gb, snapshot_id, snapshot_retention, auto_backup_enabled, encrypted, ..CreateVolume::default()
+            };
             create(session, &app, &body).await
         }
         VolumeCommand::List(args) => {
@@ -25,7 +28,7 @@ pub async fn volume(session: &Session, command: VolumeCommand) -> Result<Exit, C
                 ui::print_json(&volumes);
             } else {
                 let rows: Vec<_> = volumes.iter().map(row).collect();
-                ui::print_table(&["ID", "NAME", "SIZE", "USED", "REGION", "MACHINE", "STATE"], &rows);
+                ui::print_table(&["ID", "NAME", "SIZE", "USED", "REGION", "ENCRYPTED", "MACHINE", "STATE"], &rows);
             }
             Ok(Exit::Ok)
         }
@@ -133,7 +136,7 @@ fn show(session: &Session, volume: &Volume) -> Result<Exit, CliError> {
     line("region", volume.region.as_str());
     line("host", &volume.zone);
     line("machine", &machine(volume));
-    line("encrypted", if volume.encrypted { "yes" } else { "no" });
+    line("encrypted", encrypted(volume));
     let made = if volume.auto_backup_enabled { "one a day" } else { "when asked for" };
     line("snapshots", &format!("{made}, kept {} days", volume.snapshot_retention));
     line("created", &volume.created_at);
@@ -147,9 +150,14 @@ fn row(volume: &Volume) -> Vec<String> {
         format!("{} GB", volume.size_gb),
         used(volume),
         volume.region.to_string(),
+        encrypted(volume).to_owned(),
         machine(volume),
         volume.state.clone(),
     ]
+}
+
+fn encrypted(volume: &Volume) -> &'static str {
+    if volume.encrypted { "yes" } else { "no" }
 }
 
 fn machine(volume: &Volume) -> String {

@@ -5,7 +5,7 @@
 
 use crate::failure::Failure;
 use crate::rows::{Change, Outcome, Row, SecretsVersionRow, key};
-use crate::{Ctx, now_ms, reconcile, registry, spec};
+use crate::{Ctx, now_ms, reconcile, registry, spec, volumes};
 use dunlin_api::ErrorCode;
 use dunlin_api::wire::CreateRelease;
 use dunlin_model::config::AppConfig;
@@ -149,6 +149,9 @@ fn forget_old(app: &AppRow, releases: &[Row<ReleaseRow>]) -> Change {
 pub(crate) async fn deploy(ctx: &Ctx, name: &AppName, body: CreateRelease) -> Result<ReleaseRow, Failure> {
     load_app(ctx, name).await?;
     let body = CreateRelease { config: check_config(name, body.config)?, ..body };
+    for mount in body.config.mounts.iter().filter(|mount| mount.encrypted == Some(true)) {
+        volumes::encrypted(ctx, mount.encrypted).await?;
+    }
     let image = ctx.images.resolve(name, &body.image).await?;
     let found = registry::made_here(&ctx.content, ctx.base_images, &body.image);
     let is_made_here = found.ok().flatten().is_some_and(|(_, digest)| digest.as_str() == image.digest);

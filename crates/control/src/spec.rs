@@ -26,6 +26,7 @@ pub(crate) fn groups(app: &AppRow, release: &ReleaseRow) -> BTreeMap<String, Gro
             size_gb: mount.initial_size_gb.unwrap_or(SIZE_DEFAULT_GB),
             snapshot_retention: mount.snapshot_retention.unwrap_or(SNAPSHOT_RETENTION_DEFAULT),
             auto_backup: mount.scheduled_snapshots.unwrap_or(true),
+            encrypted: mount.encrypted,
             extend: mount.extend,
         });
         (group, GroupTarget { count, spec, mount })

@@ -6,6 +6,7 @@
 use crate::failure::Failure;
 use crate::rows::{Change, Row, key};
 use crate::{Ctx, now_ms};
+use dunlin_api::VolumeEncryption;
 use dunlin_model::desired::MachineRow;
 use dunlin_model::volume::{VolumeRow, VolumeTombstoneRow};
 use dunlin_model::{AppName, HostId, MachineId, MachineSpec, Region, VolumeId};
@@ -40,22 +41,48 @@ pub(crate) async fn claim(ctx: &Ctx, app: &AppName, id: &VolumeId) -> Result<Opt
     Ok(row.map(claim))
 }
 
+/// Whether a new volume is encrypted: as it was asked for, and otherwise wherever its host can.
+pub(crate) async fn encrypted(ctx: &Ctx, asked: Option<bool>) -> Result<bool, Failure> {
+    if asked == Some(false) {
+        return Ok(false);
+    }
+    match (ctx.host.volume_encryption().await?, asked) {
+        (VolumeEncryption::Offered, _) => Ok(true),
+        (VolumeEncryption::Lacking { .. }, None) => Ok(false),
+        (VolumeEncryption::Lacking { what, fix }, Some(_)) => {
+            Err(Failure::invalid(format!("encrypted: host {} cannot encrypt volumes: {what}", ctx.host.host_id())).hint(format!(
+                "{fix}; or leave it out, and put the server's data directory on an encrypted disk"
+            )))
+        }
+    }
+}
+
 /// The volume of a new machine.
-pub(crate) fn make(spec: &MachineSpec, mount: &MountTarget, id: VolumeId, host: &HostId, region: &Region) -> Change {
+pub(crate) fn make(spec: &MachineSpec, mount: &MountTarget, taken: &NewVolume<'_>) -> Change {
+    let NewVolume { id, host, region, encrypted } = taken;
     let row = VolumeRow {
-        id,
+        id: (*id).clone(),
         name: mount.name.clone(),
         org: spec.org.clone(),
         app: spec.app.clone(),
-        host: host.clone(),
-        region: region.clone(),
+        host: (*host).clone(),
+        region: (*region).clone(),
         size_gb: mount.size_gb,
         created_at_ms: now_ms(),
         snapshot_retention: mount.snapshot_retention,
         auto_backup: mount.auto_backup,
+        encrypted: *encrypted,
         source: None,
     };
     create(&row)
+}
+
+/// What a plan says of a volume that is made, and what its host can.
+pub(crate) struct NewVolume<'a> {
+    pub id: &'a VolumeId,
+    pub host: &'a HostId,
+    pub region: &'a Region,
+    pub encrypted: bool,
 }
 
 pub(crate) fn create(row: &VolumeRow) -> Change {

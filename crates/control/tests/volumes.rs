@@ -46,7 +46,7 @@ async fn volumes_are_made_shown_extended_and_destroyed() {
     assert_eq!(world.get(&path).await.json(), made);
     for (body, status, says) in [
         (json!({ "name": "Data" }), 422, "lower-case"),
-        (json!({ "name": "data", "encrypted": true }), 422, "cannot be encrypted"),
+        (json!({ "name": "data", "encrypted": true }), 422, "cannot encrypt volumes: cryptsetup is not installed"),
         (json!({ "name": "data", "fstype": "xfs" }), 422, "ext4"),
         (json!({ "name": "data", "iops": 9 }), 422, "iops"),
         (json!({ "name": "data", "region": "fra" }), 422, "no host in region fra"),
@@ -88,6 +88,44 @@ async fn volumes_are_made_shown_extended_and_destroyed() {
     world.call(Method::DELETE, "/v1/apps/web?force=true", &[], None).await;
     world.eventually("an app's volumes go with it", async || world.view.current().config.volumes.is_empty()).await;
     assert_eq!(world.view.current().config.volume_tombstones.len(), 2);
+    world.control.shutdown().await;
+}
+
+/// As asked for; otherwise where the host can, and a copy as what it is of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn volumes_are_encrypted_where_that_is_possible() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path()).await;
+    world.create_app("web").await;
+    let create = async |body: Value| world.post("/v1/apps/web/volumes", body).await;
+    let encrypted = async |body: Value| {
+        let made = create(body).await;
+        assert_eq!(made.status, 200, "{}", made.text);
+        made.json()
+    };
+    let plain = encrypted(json!({ "name": "data" })).await;
+    assert_eq!(plain["encrypted"], false, "who does not ask is not refused");
+    let answer = create(json!({ "name": "data", "encrypted": true })).await;
+    assert!(answer.json()["hint"].as_str().unwrap().contains("install it"), "{}", answer.text);
+    let mut body = world::release_body("web", 'a', "good");
+    body["config"]["mounts"] = json!([{ "source": "db", "destination": "/data", "encrypted": true }]);
+    check_error(&world.post("/v1/apps/web/releases", body.clone()).await, 422, "cannot encrypt volumes");
+
+    world.host.encrypts.store(true, std::sync::atomic::Ordering::SeqCst);
+    let made = encrypted(json!({ "name": "data" })).await;
+    assert_eq!(made["encrypted"], true);
+    assert_eq!(encrypted(json!({ "name": "data", "encrypted": false })).await["encrypted"], false);
+    for (of, is, not) in [(&plain, false, true), (&made, true, false)] {
+        let fork = json!({ "name": "copy", "source_volume_id": of["id"] });
+        assert_eq!(encrypted(fork.clone()).await["encrypted"], is);
+        let mut other = fork;
+        other["encrypted"] = json!(not);
+        check_error(&create(other).await, 422, "a copy is as what it is of");
+    }
+    assert_eq!(world.post("/v1/apps/web/releases", body).await.status, 201);
+    world.follow("web", 1).await;
+    let of_release = volumes(&world).await.into_iter().find(|volume| volume["name"] == "db").unwrap();
+    assert_eq!(of_release["encrypted"], true);
     world.control.shutdown().await;
 }
 

@@ -1,11 +1,11 @@
 //! The host's side of [`HostApi`].
 
 use crate::agent::{Input, No};
-use crate::{Host, builder, convert, exec, logs, ps, snapshots, volumes};
+use crate::{Host, builder, convert, exec, logs, ps, snapshots, volume_keys, volumes};
 use async_trait::async_trait;
 use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery,
-    LogStream, Process, Refusal, Reserve, VolumeSnapshot, VolumeStatus, WaitFor,
+    LogStream, Process, Refusal, Reserve, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor,
 };
 use dunlin_machine::{Order, Record};
 use dunlin_model::volume::VolumeRow;
@@ -195,6 +195,10 @@ impl HostApi for Host {
         let host = self.shared.config.id.clone();
         let room = volumes::room(&self.shared.config.data_dir, u64::from(size_gb) << 30);
         room.map_err(|why| Refusal::InsufficientCapacity { host, why })
+    }
+
+    async fn volume_encryption(&self) -> Result<VolumeEncryption, Refusal> {
+        self.of_volumes(|shared| Ok(volume_keys::offer(shared))).await
     }
 
     async fn snapshots(&self, id: &VolumeId) -> Result<Vec<VolumeSnapshot>, Refusal> {

@@ -33,6 +33,7 @@ mod sleep;
 mod snapshots;
 mod spec;
 mod tombstones;
+mod volume_keys;
 mod volumes;
 
 pub use journal::JournalError;

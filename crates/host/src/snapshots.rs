@@ -10,7 +10,6 @@ use crate::{Shared, digest, now_ms};
 use dunlin_api::VolumeSnapshot;
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{SnapshotId, VolumeId};
-use dunlin_runtime::volume::LoopVolume;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -112,12 +111,11 @@ pub fn make(shared: &Shared, row: &VolumeRow, id: &SnapshotId, whom: For) -> Res
         if there.len() >= SNAPSHOTS_MAX {
             return Err(format!("volume {} has {SNAPSHOTS_MAX} snapshots; wait until some expire", row.id));
         }
-        let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
+        let volume = volumes::open(shared, &row.id, place)?;
         let usage = match place.mounted()? {
-            Some(mounted) => mounted.usage(),
-            None => volume.usage(),
+            Some(mounted) => mounted.usage().map_err(|e| chain(&e))?,
+            None => volumes::usage_unmounted(shared, &row.id, &volume)?,
         };
-        let usage = usage.map_err(|e| chain(&e))?;
         room(&shared.config.data_dir, (usage.blocks - usage.blocks_free) * usage.block_size)?;
         let file = place.snapshots().join(format!("{id}.ext4"));
         point(shared, "volume.before-snapshot");

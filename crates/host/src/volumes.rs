@@ -1,27 +1,27 @@
 //! Volumes of this host: their files, and which machine has them.
 //!
-//! A volume is a directory `volumes/<id>` with `data.ext4` (the file system), `made` (it was whole once), `machine` (who
-//! has it), `mnt` and `snapshots/`. It is mounted on the host for as long as its machine lives, so that the agent can
+//! A volume is a directory `volumes/<id>` with `data.ext4` (the file system), `key` (sealed, of one that is encrypted),
+//! `made` (it was whole once), `machine` (who has it), `mnt` and `snapshots/`. It is mounted on the host for as long as its machine lives, so that the agent can
 //! ask how full it is, freeze and grow it; the machine gets an id-mapped view of that mount.
 //!
 //! Files are made and grown as config facts say, and removed on a tombstone only.
 
 use crate::agent::chain;
 use crate::kill::kill_point;
-use crate::{Shared, snapshots};
+use crate::{Shared, snapshots, volume_keys};
 use dunlin_machine::Record;
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{MachineId, VolumeId};
 use dunlin_runtime::Bind;
-use dunlin_runtime::volume::{Grown, LoopVolume, MountedVolume, Usage, VolumeError};
+use dunlin_runtime::volume::{Grown, HEADER_BYTES, LoopVolume, MountedVolume, Usage, VolumeError, close};
 use dunlin_view::ConfigState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 /// What a new volume leaves free on the disk: images, logs and the journal need room too.
 pub const DISK_KEPT_BYTES: u64 = 2 << 30;
@@ -40,7 +40,14 @@ const AGAIN: Duration = Duration::from_secs(5);
 pub struct Volumes {
     turns: Mutex<BTreeMap<VolumeId, Arc<Mutex<()>>>>,
     holders: Mutex<BTreeMap<VolumeId, MachineId>>,
+    /// How full encrypted volumes are that nobody has: opening one to look takes some tenths of a second.
+    looked: Mutex<BTreeMap<VolumeId, (Written, Usage)>>,
+    /// It was tried, and works.
+    pub(crate) encrypts: OnceLock<()>,
 }
+
+/// When a volume's file was last written to, and its length.
+type Written = (SystemTime, u64);
 
 /// How a volume is.
 #[derive(Debug, Clone, Copy)]
@@ -60,10 +67,13 @@ impl Volumes {
         let volumes = Self::default();
         for id in ids(data_dir) {
             let place = Place::of(data_dir, &id);
-            if let Ok(Some(mounted)) = MountedVolume::find(&place.mnt())
-                && let Err(error) = mounted.thaw()
-            {
-                tracing::error!(volume = %id, error = %chain(&error), "a volume may be frozen");
+            let mended = match MountedVolume::find(&place.mnt()) {
+                Ok(Some(mounted)) => mounted.thaw(),
+                Ok(None) => close(&volume_keys::device_name(&id)),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = mended {
+                tracing::error!(volume = %id, error = %chain(&error), "a volume may be frozen, or open without its machine");
             }
             let holder = fs::read_to_string(place.holder()).ok().and_then(|text| text.trim().parse().ok());
             if let Some(holder) = holder {
@@ -91,6 +101,9 @@ impl Place {
     }
     pub fn data(&self) -> PathBuf {
         self.0.join("data.ext4")
+    }
+    pub fn key(&self) -> PathBuf {
+        self.0.join("key")
     }
     fn made(&self) -> PathBuf {
         self.0.join("made")
@@ -149,7 +162,7 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
     if !place.made().exists() {
         write_synced(&place.made(), "").map_err(io)?;
     }
-    let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
+    let volume = open(shared, &row.id, place)?;
     let has = volume.size_bytes().map_err(|e| chain(&e))?;
     if has < size_bytes {
         room(&shared.config.data_dir, size_bytes - has)?;
@@ -162,9 +175,20 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
     Ok(())
 }
 
+/// The volume's file, and what opens it.
+pub(crate) fn open(shared: &Shared, id: &VolumeId, place: &Place) -> Result<LoopVolume, String> {
+    let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
+    Ok(volume.with_encryption(volume_keys::of(shared, id, place)?))
+}
+
 fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Result<(), String> {
+    let encryption = volume_keys::give(shared, row, place)?;
+    let file_bytes = size_bytes + if encryption.is_some() { HEADER_BYTES } else { 0 };
     let made = match &row.source {
-        None => LoopVolume::create_reserved(&place.data(), size_bytes).map(drop),
+        None => match encryption {
+            Some(encryption) => LoopVolume::create_encrypted(&place.data(), size_bytes, encryption).map(drop),
+            None => LoopVolume::create_reserved(&place.data(), size_bytes).map(drop),
+        },
         Some(source) => {
             let of = Place::of(&shared.config.data_dir, &source.volume);
             match &source.snapshot {
@@ -174,13 +198,13 @@ fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Res
                         return Err(format!("volume {} has no snapshot {snapshot} any more", source.volume));
                     }
                     snapshots::check(&of, snapshot)?;
-                    LoopVolume::create_copy(&place.data(), &file, size_bytes).map(drop)
+                    LoopVolume::create_copy(&place.data(), &file, file_bytes).map(drop)
                 }
                 None => {
                     let now = place.0.join("source.ext4");
                     alone(shared, &source.volume, |of| copy(of, &now))?;
                     point(shared, "volume.after-source-copy");
-                    let copied = LoopVolume::create_copy(&place.data(), &now, size_bytes).map(drop);
+                    let copied = LoopVolume::create_copy(&place.data(), &now, file_bytes).map(drop);
                     let _ = fs::remove_file(&now); // in nobody's way, and removed with the volume
                     copied
                 }
@@ -228,15 +252,29 @@ pub fn room(data_dir: &Path, size_bytes: u64) -> Result<(), String> {
 pub fn state(shared: &Shared, row: &VolumeRow) -> Result<State, String> {
     alone(shared, &row.id, |place| {
         ensure_alone(shared, row, place)?;
-        let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
-        let state = match place.mounted()? {
-            Some(mounted) => mounted.usage().and_then(|usage| {
-                Ok(State { usage, needs_restart: !mounted.fills(volume.size_bytes()?)? })
-            }),
-            None => volume.usage().map(|usage| State { usage, needs_restart: false }),
+        let volume = open(shared, &row.id, place)?;
+        let Some(mounted) = place.mounted()? else {
+            return Ok(State { usage: usage_unmounted(shared, &row.id, &volume)?, needs_restart: false });
         };
+        let fills = volume.size_bytes().and_then(|size_bytes| mounted.fills(size_bytes));
+        let state = fills.and_then(|fills| Ok(State { usage: mounted.usage()?, needs_restart: !fills }));
         state.map_err(|e| chain(&e))
     })
+}
+
+/// Of a volume that nobody has.
+pub(crate) fn usage_unmounted(shared: &Shared, id: &VolumeId, volume: &LoopVolume) -> Result<Usage, String> {
+    let meta = fs::metadata(volume.path()).map_err(|e| format!("volume {id}: {e}"))?;
+    let written = (meta.modified().map_err(|e| format!("volume {id}: {e}"))?, meta.len());
+    let looked = lock(&shared.volumes.looked).get(id).copied();
+    if let Some((_, usage)) = looked.filter(|(then, _)| *then == written) {
+        return Ok(usage);
+    }
+    let usage = volume.usage().map_err(|e| chain(&e))?;
+    if volume.is_encrypted() {
+        lock(&shared.volumes.looked).insert(id.clone(), (written, usage));
+    }
+    Ok(usage)
 }
 
 /// Mounts a machine's volumes for it. Nothing of an earlier attempt of the machine lives.
@@ -280,10 +318,10 @@ fn attach_alone(shared: &Shared, row: &VolumeRow, machine: &MachineId, place: &P
     write_synced(&place.holder(), machine.as_str()).map_err(|e| format!("volume {}: {e}", row.id))?;
     lock(&shared.volumes.holders).insert(row.id.clone(), machine.clone());
     point(shared, "volume.before-mount");
-    let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
+    let volume = open(shared, &row.id, place)?;
     let deadline = Instant::now() + LET_GO;
     loop {
-        match volume.ready().and_then(|()| volume.mount(&place.mnt())) {
+        match volume.mount_ready(&place.mnt()) {
             Err(VolumeError::InUse { .. }) if Instant::now() < deadline => std::thread::sleep(LOOK),
             Err(error) => return Err(format!("volume {}: {}", row.id, chain(&error))),
             Ok(_) => break,
@@ -300,7 +338,7 @@ pub fn release(shared: &Shared, machine: &MachineId) -> Result<(), String> {
     held.iter().try_for_each(|id| {
         alone(shared, id, |place| {
             point(shared, "volume.before-unmount");
-            unmount(place)?;
+            unmount(id, place)?;
             point(shared, "volume.after-unmount");
             match fs::remove_file(place.holder()) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(format!("volume {id}: {e}")),
@@ -323,22 +361,24 @@ pub fn release_strangers(shared: &Shared, known: &BTreeSet<MachineId>) {
     }
 }
 
-fn unmount(place: &Place) -> Result<(), String> {
+fn unmount(id: &VolumeId, place: &Place) -> Result<(), String> {
     let deadline = Instant::now() + LET_GO;
-    while let Some(mounted) = place.mounted()? {
-        match mounted.unmount() {
+    loop {
+        let mounted = place.mounted()?;
+        let is_last = mounted.is_none();
+        match mounted.map_or_else(|| close(&volume_keys::device_name(id)), MountedVolume::unmount) {
+            Ok(()) if is_last => return Ok(()),
             Ok(()) => {}
             Err(VolumeError::Busy(_)) if Instant::now() < deadline => std::thread::sleep(LOOK),
             Err(error) => return Err(chain(&error)),
         }
     }
-    Ok(())
 }
 
 /// Unmounts all volumes of a data directory whose machines were ended.
 pub fn unmount_all(data_dir: &Path) {
     for id in ids(data_dir) {
-        if let Err(error) = unmount(&Place::of(data_dir, &id)) {
+        if let Err(error) = unmount(&id, &Place::of(data_dir, &id)) {
             tracing::error!(volume = %id, error, "it stays mounted");
         }
     }
@@ -408,10 +448,12 @@ fn remove(shared: &Shared, id: &VolumeId) -> Result<Removed, String> {
         if shared.volumes.holder(id).is_some() {
             return Ok(Removed::NotYet);
         }
-        unmount(place)?;
+        unmount(id, place)?;
         point(shared, "volume.before-remove");
+        volume_keys::drop_key(id, place)?;
         dunlin_runtime::remove_tree(&place.0).map_err(|e| e.to_string())?;
         point(shared, "volume.after-remove");
+        lock(&shared.volumes.looked).remove(id);
         tracing::info!(volume = %id, "volume destroyed");
         Ok(Removed::Yes)
     })
@@ -422,8 +464,9 @@ fn ids(data_dir: &Path) -> Vec<VolumeId> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-fn write_synced(path: &Path, text: &str) -> io::Result<()> {
-    let mut file = File::create(path)?;
+/// For root alone.
+pub(crate) fn write_synced(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()

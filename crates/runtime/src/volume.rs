@@ -146,6 +146,10 @@ impl LoopVolume {
         Self { encryption, ..self }
     }
 
+    pub fn is_encrypted(&self) -> bool {
+        self.encryption.is_some()
+    }
+
     /// Mounts at a directory, in the mount namespace of the caller, without set-user-id programs and devices. A file system
     /// that is found broken takes no more writes.
     pub fn mount(&self, at: &Path) -> Result<MountedVolume> {

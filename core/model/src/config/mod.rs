@@ -249,6 +249,9 @@ pub struct MountConfig {
     /// A snapshot a day; `None`: yes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scheduled_snapshots: Option<bool>,
+    /// Of a volume that a deploy makes; `None`: where its host can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encrypted: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extend: Option<AutoExtend>,
     #[serde(skip_serializing_if = "Vec::is_empty")]

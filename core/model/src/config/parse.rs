@@ -56,7 +56,6 @@ const LATER_VM: &[(&str, &str)] = &[
     ("persist_rootfs", "a machine's root file system is new at every version"),
 ];
 const LATER_MOUNTS: &[(&str, &str)] = &[
-    ("encrypted", "volumes are not encrypted; put the server's data directory on an encrypted disk"),
     ("type", "only volumes can be mounted"),
 ];
 /// Most tries of a restart policy: more is `always`.
@@ -291,6 +290,7 @@ fn read_mount<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> Option<Moun
     let initial_size_gb = section.read(f, "initial_size", &size, read_gb);
     let snapshot_retention = section.read(f, "snapshot_retention", "days from 1 to 60", value::number(SNAPSHOT_RETENTION));
     let scheduled_snapshots = section.read(f, "scheduled_snapshots", "true or false", value::truth);
+    let encrypted = section.read(f, "encrypted", "true or false", value::truth);
     let percents = format!("a percentage from {} to {}", EXTEND_PERCENT.start(), EXTEND_PERCENT.end());
     let percent = section.read(f, "auto_extend_size_threshold", &percents, value::number(EXTEND_PERCENT));
     let add_gb = section.read(f, "auto_extend_size_increment", &size, read_gb);
@@ -306,7 +306,7 @@ fn read_mount<'t>(f: &mut Findings<'t>, mut section: Section<'t>) -> Option<Moun
         f.mistake(span, format!("{key}source and {key}destination are needed"));
     }
     let (source, destination) = (source?, destination?);
-    Some(MountConfig { source, destination, initial_size_gb, snapshot_retention, scheduled_snapshots, extend, processes })
+    Some(MountConfig { source, destination, initial_size_gb, snapshot_retention, scheduled_snapshots, encrypted, extend, processes })
 }
 
 fn read_gb(value: &Value) -> Result<u32, Refused> {

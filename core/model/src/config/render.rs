@@ -99,6 +99,9 @@ pub fn render(config: &AppConfig) -> String {
         if let Some(daily) = mount.scheduled_snapshots {
             out.raw("scheduled_snapshots", daily);
         }
+        if let Some(encrypted) = mount.encrypted {
+            out.raw("encrypted", encrypted);
+        }
         if let Some(extend) = mount.extend {
             out.raw("auto_extend_size_threshold", extend.percent);
             out.text("auto_extend_size_increment", &format!("{}gb", extend.add_gb));

@@ -208,7 +208,7 @@ fn unknown_keys_name_the_nearest() {
 
 #[test]
 fn known_keys_without_effect_are_named() {
-    let text = "[deploy]\nstrategy = \"bluegreen\"\nrelease_command = \"migrate\"\nmax_unavailable = 0.5\n[mounts]\nsource = \"data\"\ndestination = \"/data\"\nencrypted = true\n[http_service]\nauto_start_machines = true\n[http_service.tls_options]\nalpn = []\n[metrics]\nport = 1\n";
+    let text = "[deploy]\nstrategy = \"bluegreen\"\nrelease_command = \"migrate\"\nmax_unavailable = 0.5\n[mounts]\nsource = \"data\"\ndestination = \"/data\"\ntype = \"nfs\"\n[http_service]\nauto_start_machines = true\n[http_service.tls_options]\nalpn = []\n[metrics]\nport = 1\n";
     let parsed = parse(text, "fly.toml").unwrap();
     let named: Vec<(usize, &str)> = parsed.problems.iter().map(|p| (p.line(), p.key())).collect();
     assert_eq!(
@@ -217,7 +217,7 @@ fn known_keys_without_effect_are_named() {
             (2, "deploy.strategy"),
             (3, "deploy.release_command"),
             (4, "deploy.max_unavailable"),
-            (8, "mounts.encrypted"),
+            (8, "mounts.type"),
             (11, "http_service.tls_options"),
             (13, "metrics"),
         ]
@@ -343,11 +343,12 @@ memory = \"256mb\"
 fn machines_have_the_volume_of_their_group() {
     let text = "[processes]\napp = \"run\"\ndb = \"postgres\"\nworker = \"work\"\n\
                 [[mounts]]\nsource = \"files\"\ndestination = \"/files\"\n\
-                [[mounts]]\nsource = \"pg\"\ndestination = \"/var/lib/pg\"\ninitial_size = \"1536mb\"\nsnapshot_retention = 9\nscheduled_snapshots = false\nauto_extend_size_threshold = 80\nauto_extend_size_increment = \"1GB\"\nauto_extend_size_limit = 5\nprocesses = [\"db\"]\n";
+                [[mounts]]\nsource = \"pg\"\ndestination = \"/var/lib/pg\"\ninitial_size = \"1536mb\"\nsnapshot_retention = 9\nscheduled_snapshots = false\nencrypted = true\nauto_extend_size_threshold = 80\nauto_extend_size_increment = \"1GB\"\nauto_extend_size_limit = 5\nprocesses = [\"db\"]\n";
     let config = good(text);
     let mount = |group| config.mount_for(group).map(|mount| mount.source.as_str());
     assert_eq!([mount("app"), mount("db"), mount("worker")], [Some("files"), Some("pg"), None]);
     assert_eq!(config.mount_for("db").unwrap().initial_size_gb, Some(2), "rounded up");
+    assert_eq!(["app", "db"].map(|group| config.mount_for(group).unwrap().encrypted), [None, Some(true)]);
     assert_eq!(good(&render(&config)), config);
     assert_eq!(config.validate(), Ok(()));
     let twice = text.replace("processes = [\"db\"]", "processes = [\"app\", \"db\"]");

@@ -83,6 +83,10 @@ pub async fn create(
         return Err(Failure::invalid(format!("size_gb is {size_gb}; it must be from {least_gb} to {SIZE_MAX_GB}")));
     }
     let host = host(&ctx, body.region.as_ref()).await?;
+    let encrypted = match source.as_ref().and_then(|source| there.iter().find(|row| row.value.id == source.volume)) {
+        Some(of) => as_its_source(body.encrypted, &of.value)?,
+        None => volumes::encrypted(&ctx, body.encrypted).await?,
+    };
     let row = VolumeRow {
         id: VolumeId::from_random(crate::keys::random()),
         name: body.name,
@@ -94,6 +98,7 @@ pub async fn create(
         created_at_ms: now_ms(),
         snapshot_retention: body.snapshot_retention.unwrap_or(SNAPSHOT_RETENTION_DEFAULT),
         auto_backup: body.auto_backup_enabled.unwrap_or(true),
+        encrypted,
         source,
     };
     ctx.host.volume_room(size_gb).await.map_err(no_room)?;
@@ -119,14 +124,20 @@ fn can_be_honoured(body: &CreateVolume) -> Result<(), Failure> {
     if !is_volume_name(&body.name) {
         return Err(Failure::invalid(format!("name: {VOLUME_NAME_RULE}")));
     }
-    if body.encrypted == Some(true) {
-        return Err(Failure::invalid("encrypted: volumes cannot be encrypted here")
-            .hint("leave it out or send false, and put the server's data directory on an encrypted disk"));
-    }
     if body.fstype.as_deref().is_some_and(|fstype| fstype != "ext4") {
         return Err(Failure::invalid("fstype: volumes are ext4").hint("leave it out"));
     }
     check_retention(body.snapshot_retention)
+}
+
+/// What is copied is what is on the disk.
+fn as_its_source(asked: Option<bool>, of: &VolumeRow) -> Result<bool, Failure> {
+    if asked.is_some_and(|asked| asked != of.encrypted) {
+        let is = if of.encrypted { "is" } else { "is not" };
+        return Err(Failure::invalid(format!("encrypted: a copy is as what it is of, and volume {} {is} encrypted", of.id))
+            .hint("leave it out; for the other, make a new volume and copy the files in a machine"));
+    }
+    Ok(of.encrypted)
 }
 
 fn check_retention(snapshot_retention: Option<u32>) -> Result<(), Failure> {

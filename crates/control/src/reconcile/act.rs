@@ -5,7 +5,8 @@ use super::story::tell;
 use super::{Turn, record};
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Outcome, Row, key};
-use crate::{Ctx, destroyed, hosts, now_ms, volumes};
+use crate::volumes::{self, NewVolume};
+use crate::{Ctx, destroyed, hosts, now_ms};
 use dunlin_api::{Command, CommandKind, Refusal, Reserve, Source};
 use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::{Generation, MachineState, MachineVersion};
@@ -131,7 +132,11 @@ async fn assign(ctx: &Ctx, plan: &Plan, step: &Step) -> Result<Done, Failure> {
     let mut claimed = Change::default();
     if let Some((taken, mount)) = volume.as_ref().zip(plan.mounts.get(group)) {
         let claim = if taken.is_new {
-            Some(volumes::make(&spec, mount, taken.volume.clone(), host, region))
+            let encrypted = match volumes::encrypted(ctx, mount.encrypted).await {
+                Ok(encrypted) => encrypted,
+                Err(failure) => return Ok(Done::Failed(format!("volume {}: {failure}", mount.name))),
+            };
+            Some(volumes::make(&spec, mount, &NewVolume { id: &taken.volume, host, region, encrypted }))
         } else {
             volumes::claim(ctx, &plan.app, &taken.volume).await?
         };

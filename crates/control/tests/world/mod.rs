@@ -13,7 +13,7 @@ use base64::Engine;
 use dunlin_api::wire::{BuildEvent, CreateRelease, DeployEvent};
 use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecOutput, ExecRequest, ExecSession, HostApi,
-    ListenSocket, LogLine, LogQuery, LogStream, Refusal, Reserve, VolumeSnapshot, VolumeStatus, WaitFor,
+    ListenSocket, LogLine, LogQuery, LogStream, Refusal, Reserve, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor,
 };
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
@@ -71,6 +71,8 @@ pub struct SmallHost {
     /// Builds that were begun, in their order, and whether they are kept from ending.
     pub builds: Mutex<Vec<Job>>,
     pub builds_held: AtomicBool,
+    /// Volumes can be encrypted.
+    pub encrypts: AtomicBool,
     snapshots: Mutex<BTreeMap<VolumeId, Vec<VolumeSnapshot>>>,
     pub sessions_ended: Arc<AtomicUsize>,
     content: ContentStore,
@@ -105,6 +107,7 @@ impl SmallHost {
             commands: Mutex::default(),
             builds: Mutex::default(),
             builds_held: AtomicBool::new(false),
+            encrypts: AtomicBool::new(false),
             snapshots: Mutex::default(),
             sessions_ended: Arc::default(),
             content,
@@ -349,6 +352,11 @@ impl HostApi for SmallHost {
             return Err(Refusal::InsufficientCapacity { host: host_id(), why: "100 GiB are free".into() });
         }
         Ok(())
+    }
+
+    async fn volume_encryption(&self) -> Result<VolumeEncryption, Refusal> {
+        let lacking = VolumeEncryption::Lacking { what: "cryptsetup is not installed".into(), fix: "install it".into() };
+        Ok(if self.encrypts.load(Ordering::SeqCst) { VolumeEncryption::Offered } else { lacking })
     }
 
     async fn snapshots(&self, id: &VolumeId) -> Result<Vec<VolumeSnapshot>, Refusal> {

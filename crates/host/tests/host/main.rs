@@ -65,7 +65,8 @@ const TESTS: &[Test] = tests![
     tombstones: many_that_nobody_asked_for_wait_for_an_operator;
     volumes: a_volume_outlives_its_machines_and_goes_with_its_tombstone,
         a_volume_survives_the_ends_of_agents_and_supervisors, a_full_volume_is_its_tenants_problem_and_grows,
-        snapshots_are_restored_and_volumes_forked, lost_files_are_said_to_be_lost, a_snapshot_is_made_each_day_and_is_what_it_was;
+        snapshots_are_restored_and_volumes_forked, lost_files_are_said_to_be_lost,
+        what_is_to_be_encrypted_is_so_or_is_not_made, a_snapshot_is_made_each_day_and_is_what_it_was;
     life: a_signal_that_is_not_delivered_ends_nothing, a_machine_of_a_thousand_nested_directories_is_destroyed,
         a_server_that_opens_secrets_leaves_no_core_file;
 ];

@@ -1,11 +1,21 @@
 //! Volumes of machines, on the host that keeps them.
 
 use crate::setup::{PATIENCE, World};
-use dunlin_api::{CommandKind, HostApi, Refusal};
+use dunlin_api::{CommandKind, HostApi, Refusal, VolumeEncryption};
 use dunlin_model::volume::{VolumeRow, VolumeSource};
 use dunlin_model::{MachineId, MachineState, SnapshotId, VolumeId};
 use serde_json::json;
 use std::path::PathBuf;
+
+/// Encrypted wherever they can be, so that all that is said here holds for those as well.
+fn is_encrypted() -> bool {
+    dunlin_runtime::volume::look().is_ok()
+}
+
+/// Of the file of a volume of so many GiB.
+fn file_bytes(size_gb: u64) -> u64 {
+    (size_gb << 30) + if is_encrypted() { dunlin_runtime::volume::HEADER_BYTES } else { 0 }
+}
 
 fn volume(world: &mut World, n: u8, size_gb: u32, source: Option<VolumeSource>) -> VolumeId {
     let id = VolumeId::from_random([n; 8]);
@@ -20,6 +30,7 @@ fn volume(world: &mut World, n: u8, size_gb: u32, source: Option<VolumeSource>) 
         created_at_ms: 0,
         snapshot_retention: 5,
         auto_backup: false,
+        encrypted: is_encrypted(),
         source,
     };
     world.config.volumes.insert(id.clone(), row);
@@ -67,6 +78,70 @@ pub fn a_volume_outlives_its_machines_and_goes_with_its_tombstone() {
     world.until("its files are gone", || (!dir(&world, &id).exists()).then_some(()));
 }
 
+fn is_open(id: &VolumeId) -> bool {
+    let blocks = std::fs::read_dir("/sys/block").unwrap().flatten();
+    let names = blocks.filter_map(|entry| std::fs::read_to_string(entry.path().join("dm/name")).ok());
+    names.into_iter().any(|name| name.trim_end() == format!("dunlin-{id}"))
+}
+
+/// Where it can be encrypted; elsewhere there is none, and it is said why.
+pub fn what_is_to_be_encrypted_is_so_or_is_not_made() {
+    let mut world = World::new();
+    let id = volume(&mut world, 1, 1, None);
+    world.config.volumes.get_mut(&id).unwrap().encrypted = true;
+    world.publish();
+    let offer = world.block_on(world.host().volume_encryption()).unwrap();
+    let made = world.block_on(world.host().volume(&id, 1));
+    let VolumeEncryption::Offered = offer else {
+        let VolumeEncryption::Lacking { what, fix } = offer else { unreachable!() };
+        assert!(!is_encrypted() && !what.is_empty() && !fix.is_empty(), "{what}; {fix}");
+        let why = made.unwrap_err().to_string();
+        assert!(why.contains("cryptsetup"), "{why}");
+        assert!(!dir(&world, &id).join("data.ext4").exists());
+        return;
+    };
+    let status = made.unwrap();
+    assert_eq!(status.blocks * status.block_size, 1 << 30, "the header takes nothing from the tenant");
+    assert!(!is_open(&id), "while nobody has it, nobody reads it");
+    let sealed = std::fs::read_to_string(dir(&world, &id).join("key")).unwrap();
+    let key = world.host_config().key.open(&format!("volume/{id}"), &sealed).unwrap();
+    assert_eq!(key.len(), 32);
+    let machine = world.started(1, "echo 'nobody else reads this' > /data/file; /bin/busybox sync; echo up; exec sleep 1000", with(&id));
+    printed(&world, &machine, "up");
+    assert!(is_open(&id));
+    let (file, canary) = (dir(&world, &id).join("data.ext4"), b"nobody else reads this");
+    let beginning = &mut vec![0; 64 << 20];
+    std::io::Read::read_exact(&mut std::fs::File::open(&file).unwrap(), beginning).unwrap();
+    assert!(!beginning.windows(canary.len()).any(|window| window == canary));
+
+    // A copy has a key file of its own, which opens nothing under another name.
+    let forked = volume(&mut world, 2, 1, Some(VolumeSource { volume: id.clone(), snapshot: None }));
+    let other = world.ended(2, "cat /data/file", with(&forked));
+    assert_eq!(world.printed(&other), ["nobody else reads this"]);
+    world.until("it lets go", || (!is_open(&forked)).then_some(()));
+    let kept = std::fs::read_to_string(dir(&world, &forked).join("key")).unwrap();
+    std::fs::write(dir(&world, &forked).join("key"), &sealed).unwrap();
+    let why = world.block_on(world.host().volume(&forked, 1)).unwrap_err().to_string();
+    assert!(why.contains("cannot be opened") && why.contains("sealed"), "{why}");
+    std::fs::write(dir(&world, &forked).join("key"), kept).unwrap();
+
+    // An agent that starts again finds it open, and its machine writing.
+    world.stop_host();
+    world.start_host();
+    world.wait_for(&machine, MachineState::Started);
+    assert!(is_open(&id));
+    world.destroy(&machine);
+    world.until("it is closed", || (!is_open(&id)).then_some(()));
+    let host = world.config.volumes.remove(&id).unwrap().host;
+    let image = std::fs::File::open(&file).unwrap();
+    world.config.volume_tombstones.insert(id.clone(), host);
+    world.publish();
+    world.until("its files are gone", || (!dir(&world, &id).exists()).then_some(()));
+    let header = &mut [1; 4096];
+    std::os::unix::fs::FileExt::read_exact_at(&image, header, 0).unwrap();
+    assert_eq!(header, &[0; 4096], "who holds the file still holds nothing that a key opens");
+}
+
 pub fn a_volume_survives_the_ends_of_agents_and_supervisors() {
     let mut world = World::new();
     let id = volume(&mut world, 1, 1, None);
@@ -108,7 +183,7 @@ pub fn a_full_volume_is_its_tenants_problem_and_grows() {
     world.publish();
     let grown = world.until("it has its new size", || {
         let length = std::fs::metadata(dir(&world, &id).join("data.ext4")).unwrap().len();
-        (length == 2 << 30).then(|| world.block_on(world.host().volume(&id, 1)).unwrap())
+        (length == file_bytes(2)).then(|| world.block_on(world.host().volume(&id, 1)).unwrap())
     });
     let larger = |status: dunlin_api::VolumeStatus| status.blocks_avail * status.block_size > 900 << 20;
     // Where the kernel does not let this process resize, the next start does.

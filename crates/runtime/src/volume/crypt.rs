@@ -131,7 +131,11 @@ pub(super) fn close_unused(name: &str) -> Result<()> {
 fn is_open(name: &str) -> Result<Option<Vec<PathBuf>>> {
     let blocks = Path::new("/sys/block");
     for entry in std::fs::read_dir(blocks).map_err(failed("list", blocks))? {
-        let dir = entry.map_err(failed("list", blocks))?.path();
+        let entry = entry.map_err(failed("list", blocks))?;
+        if !entry.file_name().to_string_lossy().starts_with("dm-") {
+            continue;
+        }
+        let dir = entry.path();
         // Devices come and go while they are listed.
         if std::fs::read_to_string(dir.join("dm/name")).is_ok_and(|found| found.trim_end() == name) {
             let below = std::fs::read_dir(dir.join("slaves")).into_iter().flatten().flatten();
