@@ -125,11 +125,24 @@ pub enum Probe {
         path: String,
         #[serde(default)]
         headers: BTreeMap<String, String>,
+        /// Over TLS, that is https.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tls: Option<ProbeTls>,
     },
     /// Exit code 0 passes.
     Exec {
         command: Vec<String>,
     },
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeTls {
+    /// Whom the certificate has to name; without it, the address that is connected to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_name: Option<String>,
+    /// Take any certificate; otherwise one that the host's authorities vouch for.
+    #[serde(default)]
+    pub skip_verify: bool,
 }
 
 /// What a container is found in.

@@ -29,7 +29,7 @@ pub mod transfer;
 pub mod volume;
 
 pub use containers::{
-    Condition, Container, ContainerMount, ContainerState, ContainerStatus, Dependency, Healthcheck, MachineField, Probe, Program,
+    Condition, Container, ContainerMount, ContainerState, ContainerStatus, Dependency, Healthcheck, MachineField, Probe, ProbeTls, Program,
 };
 pub use events::{EventKind, Lease, MachineEvent, Source};
 pub use files::MachineFile;

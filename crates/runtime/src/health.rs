@@ -1,10 +1,13 @@
 //! Health checks of a container: commands beside its program, inside all of its namespaces and limits.
 
 use crate::exec::Session;
+use crate::tls;
 use crate::wire::ExecSpec;
 use dunlin_model::{Healthcheck, Probe};
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Until the first pass, so that who waits for it waits for the program and not for a timer.
@@ -52,6 +55,11 @@ impl<'a> Health<'a> {
         let nth = self.0.iter().position(|watched| watched.running.is_none() && now >= watched.next_at)?;
         let exec = match &self.0[nth].check.probe {
             Probe::Exec { command } => ExecSpec { command: command.clone(), ..ExecSpec::default() },
+            probe @ Probe::Http { tls: Some(of), .. } => {
+                // Here, where the authorities of the host can be read, and once for all checks: whoever asks has a copy.
+                tls::client(of.skip_verify);
+                ExecSpec { probe: Some(probe.clone()), ..ExecSpec::default() }
+            }
             probe => ExecSpec { probe: Some(probe.clone()), ..ExecSpec::default() },
         };
         Some((nth, exec))
@@ -145,20 +153,38 @@ impl<'a> Watched<'a> {
 pub(crate) fn ask(probe: &Probe, address: Option<Ipv4Addr>) -> i32 {
     let passes = match probe {
         Probe::Tcp { port } => connect(*port, address).map(|_| true),
-        Probe::Http { port, method, path, headers } => connect(*port, address).and_then(|mut stream| {
+        Probe::Http { port, method, path, headers, tls } => connect(*port, address).and_then(|stream| {
+            let server_name = tls.as_ref().and_then(|tls| tls.server_name.as_deref());
             let mut request = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
             if !headers.keys().any(|name| name.eq_ignore_ascii_case("host")) {
-                request.push_str("Host: localhost\r\n");
+                request.push_str(&format!("Host: {}\r\n", server_name.unwrap_or("localhost")));
             }
             headers.iter().for_each(|(name, value)| request.push_str(&format!("{name}: {value}\r\n")));
-            stream.write_all(format!("{request}\r\n").as_bytes())?;
-            let mut status = [0; STATUS_BYTES];
-            stream.read_exact(&mut status)?;
-            Ok(is_success(&status))
+            match tls {
+                None => answers(stream, &request),
+                Some(tls) => answers(encrypted(stream, server_name, tls::client(tls.skip_verify))?, &request),
+            }
         }),
         Probe::Exec { .. } => Ok(false), // a command of its own
     };
     i32::from(!passes.unwrap_or(false))
+}
+
+fn answers(mut stream: impl Read + Write, request: &str) -> io::Result<bool> {
+    stream.write_all(format!("{request}\r\n").as_bytes())?;
+    let mut status = [0; STATUS_BYTES];
+    stream.read_exact(&mut status)?;
+    Ok(is_success(&status))
+}
+
+/// The handshake comes with the first byte.
+fn encrypted(
+    stream: TcpStream,
+    server_name: Option<&str>,
+    config: Arc<ClientConfig>,
+) -> io::Result<StreamOwned<ClientConnection, TcpStream>> {
+    let name = tls::server_name(server_name, stream.peer_addr()?.ip()).map_err(io::Error::other)?;
+    Ok(StreamOwned::new(ClientConnection::new(config, name).map_err(io::Error::other)?, stream))
 }
 
 fn is_success(status: &[u8; STATUS_BYTES]) -> bool {
@@ -224,6 +250,45 @@ mod tests {
         assert_eq!(health.result(0, true, Duration::ZERO).as_deref(), Some("check up passes"));
         assert_eq!(health.result(0, false, Duration::from_secs(4)).as_deref(), Some("check up fails"), "it was up before");
         assert_eq!(Health::of(&[]).is_healthy(), None);
+    }
+
+    /// The name in the certificate counts, and the authority.
+    #[test]
+    fn a_certificate_is_compared_with_the_name() {
+        use rcgen::{CertificateParams, KeyPair};
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(vec!["web.internal".into()]).unwrap().self_signed(&key).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(certificate.der().clone()).unwrap();
+        let known = Arc::new(tls::verified(roots));
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let key = rustls::pki_types::PrivatePkcs8KeyDer::from(key.serialize_der());
+        let config = config.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key.into()).unwrap();
+        let config = Arc::new(config);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let connection = rustls::ServerConnection::new(config.clone()).unwrap();
+                let mut stream = StreamOwned::new(connection, stream.unwrap());
+                if stream.read(&mut [0; 4096]).is_ok() {
+                    let _ = stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").and_then(|()| stream.flush());
+                }
+            }
+        });
+        for (config, name, expected) in [
+            (known.clone(), Some("web.internal"), true),
+            (known.clone(), Some("other.internal"), false),
+            (known, None, false),
+            (Arc::new(tls::verified(rustls::RootCertStore::empty())), Some("web.internal"), false),
+            (Arc::new(tls::any()), Some("other.internal"), true),
+            (Arc::new(tls::any()), None, true),
+        ] {
+            let stream = TcpStream::connect(address).unwrap();
+            let passes = encrypted(stream, name, config).and_then(|stream| answers(stream, "GET / HTTP/1.1\r\n"));
+            assert_eq!(passes.unwrap_or(false), expected, "{name:?}");
+        }
     }
 
     #[test]

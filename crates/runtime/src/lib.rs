@@ -24,6 +24,7 @@ mod seccomp;
 mod spec;
 mod supervisor;
 mod sys;
+pub mod tls;
 mod transfer;
 pub mod volume;
 mod wire;

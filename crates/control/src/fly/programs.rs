@@ -3,7 +3,7 @@
 use super::{Fields, disk, read};
 use crate::failure::Failure;
 use dunlin_model::containers::{
-    Container, ContainerMount, Dependency, Healthcheck, MAX_HEALTHCHECKS, MAX_PROGRAMS, MachineField, Probe, Program,
+    Container, ContainerMount, Dependency, Healthcheck, MAX_HEALTHCHECKS, MAX_PROGRAMS, MachineField, Probe, ProbeTls, Program,
     check_containers, default_container,
 };
 use dunlin_model::disk::TempDir;
@@ -230,15 +230,16 @@ fn probe(check: &mut Fields) -> Result<Probe, Failure> {
             let port = port(&mut http)?;
             let (method, path) = (http.text("method")?, http.text("path")?);
             let (method, path) = read::request_line(&http, method, path)?;
-            match http.text("scheme")?.as_deref() {
-                None | Some("http") => {}
-                Some(_) => return Err(http.wrong("scheme", "checks of containers are made over http")),
-            }
-            http.not_honoured("tls_skip_verify", "checks of containers are made over http")?;
-            http.not_honoured("tls_server_name", "checks of containers are made over http")?;
+            let is_https = match http.text("scheme")?.as_deref() {
+                None | Some("http") => false,
+                Some("https") => true,
+                Some(_) => return Err(http.wrong("scheme", "use http or https")),
+            };
+            let tls = ProbeTls { server_name: read::server_name(&mut http)?, skip_verify: http.take("tls_skip_verify")?.unwrap_or(false) };
+            let tls = is_https.then_some(tls);
             let headers: BTreeMap<String, String> = read::headers(&mut http)?;
             http.finish()?;
-            Ok(Probe::Http { port, method, path, headers })
+            Ok(Probe::Http { port, method, path, headers, tls })
         }
         (None, Some(mut tcp), None) => {
             let port = port(&mut tcp)?;

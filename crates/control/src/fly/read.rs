@@ -470,10 +470,7 @@ fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, Check
     let (method, path) = (check.text("method")?, check.text("path")?);
     let protocol = check.text("protocol")?;
     let tls_skip_verify = check.take::<bool>("tls_skip_verify")?.unwrap_or(false);
-    let tls_server_name = check.text("tls_server_name")?;
-    if tls_server_name.as_deref().is_some_and(|name| !is_server_name(name)) {
-        return Err(check.wrong("tls_server_name", "that is no name of a server"));
-    }
+    let tls_server_name = server_name(check)?;
     let headers = headers(check)?;
     let kind = match kind.as_deref() {
         Some("tcp") => CheckKind::Tcp,
@@ -489,6 +486,15 @@ fn check_of(check: &mut Fields, default_port: Option<u16>) -> Result<(u16, Check
         _ => return Err(check.wrong("type", "use tcp or http")),
     };
     Ok((port, kind, times))
+}
+
+/// Whom a certificate has to name.
+pub(super) fn server_name(check: &mut Fields) -> Result<Option<String>, Failure> {
+    let name = check.text("tls_server_name")?;
+    if name.as_deref().is_some_and(|name| !is_server_name(name)) {
+        return Err(check.wrong("tls_server_name", "that is no name of a server"));
+    }
+    Ok(name)
 }
 
 /// What a check over HTTP asks for: a method and a path.

@@ -202,8 +202,10 @@ fn containers_that_cannot_be_run_are_refused_by_their_path() {
     wrong(json!({ "name": "b", "depends_on": [{ "name": "a", "condition": "healthy" }] }), "has no healthchecks");
     wrong(json!({ "name": "b", "mounts": [{ "name": "data", "path": "/d" }] }), "config.containers[1].mounts[0].name");
     wrong(json!({ "name": "b", "healthchecks": [{}] }), "config.containers[1].healthchecks[0].http");
-    let https = json!([{ "http": { "port": 443, "scheme": "https" } }]);
-    wrong(json!({ "name": "b", "healthchecks": https }), "config.containers[1].healthchecks[0].http.scheme");
+    let gopher = json!([{ "http": { "port": 443, "scheme": "gopher" } }]);
+    wrong(json!({ "name": "b", "healthchecks": gopher }), "config.containers[1].healthchecks[0].http.scheme");
+    let nobody = json!([{ "http": { "port": 443, "scheme": "https", "tls_server_name": "a b" } }]);
+    wrong(json!({ "name": "b", "healthchecks": nobody }), "config.containers[1].healthchecks[0].http.tls_server_name");
     let stopping = json!([{ "tcp": { "port": 1 }, "unhealthy": "stop" }]);
     wrong(json!({ "name": "b", "healthchecks": stopping }), "config.containers[1].healthchecks[0].unhealthy");
     wrong(json!({ "name": "b", "files": [{ "guest_path": "x", "raw_value": "" }] }), "config.containers[1].files[0].guest_path");

@@ -2,7 +2,7 @@
 
 use crate::setup::*;
 use dunlin_model::{
-    Condition, ContainerState, Dependency, Healthcheck, Probe, RestartPolicy, RestartWhen,
+    Condition, ContainerState, Dependency, Healthcheck, Probe, ProbeTls, RestartPolicy, RestartWhen,
 };
 use dunlin_runtime::logs::{LogPosition, LogRecord, read_logs};
 use dunlin_runtime::*;
@@ -271,7 +271,7 @@ fn who_waits_for_health_starts_once_the_checks_pass() {
     let mut spec = world.spec("ab09", "echo ready; sleep 1000");
     spec.own = rules("app", &[("web", Condition::Healthy)]);
     let script = "sleep 0.3; echo >/tmp/ready; mkdir /tmp/www; echo hi >/tmp/www/index.html; busybox httpd -f -p 127.0.0.1:8080 -h /tmp/www";
-    let http = |path: &str| Probe::Http { port: 8080, method: "GET".into(), path: path.into(), headers: [].into() };
+    let http = |path: &str| Probe::Http { port: 8080, method: "GET".into(), path: path.into(), headers: [].into(), tls: None };
     let checks = vec![
         check("port", Probe::Tcp { port: 8080 }),
         check("page", http("/index.html")),
@@ -290,6 +290,63 @@ fn who_waits_for_health_starts_once_the_checks_pass() {
     exec_in(&machine, "web", "busybox rm /tmp/www/index.html");
     until("unhealthy", || (state(&machine, "web") == ContainerState::Unhealthy).then_some(()));
     assert!(records(&machine).iter().any(|record| record.line == "container web: check page fails"));
+}
+
+/// Answers 200 to everything on 127.0.0.1:8443 of a network namespace, with a certificate of nobody's.
+fn serve_https(network: std::fs::File) {
+    use std::io::{Read, Write};
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(vec!["web.internal".into()]).unwrap().self_signed(&key).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let key = rustls::pki_types::PrivatePkcs8KeyDer::from(key.serialize_der());
+    let config = config.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key.into()).unwrap();
+    let config = std::sync::Arc::new(config);
+    let (tell, listens) = std::sync::mpsc::sync_channel(1);
+    std::thread::spawn(move || {
+        nix::sched::setns(&network, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:8443").unwrap();
+        tell.send(()).unwrap();
+        for stream in listener.incoming() {
+            let connection = rustls::ServerConnection::new(config.clone()).unwrap();
+            let mut stream = rustls::StreamOwned::new(connection, stream.unwrap());
+            // Who does not take the certificate goes away.
+            if stream.read(&mut [0; 4096]).is_ok() {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").and_then(|()| stream.flush());
+            }
+        }
+    });
+    listens.recv().unwrap();
+}
+
+/// Inside of all that confines the container, and with the authorities of the host.
+#[test]
+fn a_check_over_https_takes_a_certificate_only_from_whom_it_knows() {
+    let world = World::new();
+    let check = |name: &str, tls| Healthcheck {
+        name: name.into(),
+        probe: Probe::Http { port: 8443, method: "GET".into(), path: "/".into(), headers: [].into(), tls },
+        interval_ms: 100,
+        timeout_ms: 5000,
+        grace_period_ms: 0,
+        success_threshold: 1,
+        failure_threshold: 1,
+        stop_unhealthy: false,
+    };
+    let named = |skip_verify| Some(ProbeTls { server_name: Some("web.internal".into()), skip_verify });
+    let of = |name: &str, tls| container(&world, ContainerRules { healthchecks: vec![check("up", tls)], ..rules(name, &[]) }, "exec sleep 1000");
+    let mut spec = world.spec("ab12", "sleep 1000");
+    spec.own = rules("app", &[]);
+    spec.containers = vec![of("any", named(true)), of("known", named(false)), of("plain", None)];
+    let machine = world.run(SupervisorSpec { start: false, ..spec });
+    let network = format!("/proc/{}/ns/net", machine.client().status().unwrap().init_pid);
+    let up = std::process::Command::new("nsenter").args([&format!("--net={network}"), "ip", "link", "set", "lo", "up"]).status().unwrap();
+    assert!(up.success());
+    serve_https(std::fs::File::open(network).unwrap());
+    machine.client().start().unwrap();
+    for (name, expected) in [("any", ContainerState::Healthy), ("known", ContainerState::Unhealthy), ("plain", ContainerState::Unhealthy)] {
+        until(name, || (state(&machine, name) == expected).then_some(()));
+    }
 }
 
 #[test]
