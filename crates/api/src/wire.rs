@@ -35,12 +35,26 @@ pub struct VersionInfo {
     pub https_port: u16,
 }
 
+/// What is not known is refused: a wish that is dropped in silence may be the one that mattered.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CreateApp {
     #[serde(alias = "name")]
     pub app_name: AppName,
     #[serde(default)]
     pub org_slug: Option<OrgName>,
+    /// Only none, or `default`: no machine reaches another one, so that there is nothing to keep apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// Only `false`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enable_subdomains: Option<bool>,
+}
+
+impl CreateApp {
+    pub fn named(app_name: AppName) -> Self {
+        Self { app_name, org_slug: None, network: None, enable_subdomains: None }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ pub async fn apps(session: &Session, command: AppsCommand) -> Result<Exit, CliEr
     match command {
         AppsCommand::List => list(session).await,
         AppsCommand::Create { name } => {
-            let app: App = session.client.post("/v1/apps", &CreateApp { app_name: name, org_slug: None }).await?;
+            let app: App = session.client.post("/v1/apps", &CreateApp::named(name)).await?;
             if session.json {
                 ui::print_json(&app);
             } else {

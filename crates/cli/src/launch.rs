@@ -48,7 +48,7 @@ pub async fn launch(session: &Session, args: LaunchArgs) -> Result<Exit, CliErro
         return Ok(Exit::Ok);
     }
     if !exists {
-        let body = CreateApp { app_name: app.clone(), org_slug: None };
+        let body = CreateApp::named(app.clone());
         session.client.post::<App>("/v1/apps", &body).await?;
     }
     let path = existing.map_or_else(|| dir.join("dunlin.toml"), |loaded| loaded.path);

@@ -31,6 +31,11 @@ async fn every_error_is_json_with_a_request_id() {
     check_error(&world.get("/v1/apps/Bad_Name").await, 400, "bad_request", "is not valid");
     let method = world.call(Method::PUT, "/v1/apps", &[], None).await;
     check_error(&method, 405, "bad_request", "/v1/apps does not take PUT");
+    for method in [Method::PUT, Method::TRACE, Method::CONNECT] {
+        let answer = world.call(method.clone(), "/v1/apps", &[], None).await;
+        let allowed = answer.headers.get("allow").map(|methods| methods.to_str().unwrap());
+        assert!(answer.status == 405 && allowed.is_some_and(|methods| methods.contains("POST")), "{method}: {allowed:?}");
+    }
     check_error(&world.post("/v1/apps", json!({})).await, 422, "invalid", "app_name");
     check_error(&world.get("/v1/apps/web/machines/xyz").await, 400, "bad_request", "machine id");
     let too_large = json!({ "app_name": "x".repeat(9 << 20) });
@@ -38,6 +43,15 @@ async fn every_error_is_json_with_a_request_id() {
     world.create_app("web").await;
     check_error(&world.post("/v1/apps", json!({ "name": "web" })).await, 409, "name_taken", "the name web is taken");
     check_error(&world.post("/v1/apps", json!({ "name": "api" })).await, 422, "invalid", "platform's own");
+    for (wish, says) in [
+        (json!({ "name": "b", "colour": "red" }), "colour"),
+        (json!({ "name": "b", "network": "mine" }), "network"),
+        (json!({ "name": "b", "enable_subdomains": true }), "enable_subdomains"),
+    ] {
+        check_error(&world.post("/v1/apps", wish).await, 422, "invalid", says);
+    }
+    let wish = json!({ "name": "b", "network": "default", "enable_subdomains": false });
+    assert_eq!(world.post("/v1/apps", wish).await.status, 201);
     let body = json!({ "image": "web:none", "config": {} });
     check_error(&world.post("/v1/apps/web/releases", body).await, 404, "not_found", "no such image");
     let mut foreign = world::release_body("web", 'a', "good");

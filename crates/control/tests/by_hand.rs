@@ -42,6 +42,30 @@ fn refused(answer: &Answer, status: u16, code: &str, says: &str) {
     assert!(body["error"].as_str().unwrap().contains(says), "{body}");
 }
 
+/// A list asks as well, and both say the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn containers_are_shown_in_lists_too() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    world.create_app("web").await;
+    make(&world, json!({ "config": config() })).await;
+    let mut several = config();
+    several["containers"] = json!([{ "name": "app" }, { "name": "side" }]);
+    several.as_object_mut().unwrap().remove("init");
+    let made = make(&world, json!({ "config": several })).await;
+    let id = made["id"].as_str().unwrap();
+    state(&world, id, MachineState::Started).await;
+    let one = world.get(&format!("{MACHINES}/{id}")).await.json();
+    assert_eq!(one["containers"], json!([{ "name": "app", "state": "running" }, { "name": "side", "state": "running" }]));
+    let list = world.get(MACHINES).await.json();
+    let list = list.as_array().unwrap();
+    let shown = list.iter().find(|machine| machine["id"] == one["id"]).unwrap();
+    assert_eq!(shown["containers"], one["containers"]);
+    let other = list.iter().find(|machine| machine["id"] != one["id"]).unwrap();
+    assert!(other["containers"].as_array().is_none_or(Vec::is_empty), "{other}");
+    world.control.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_is_made_and_starts_and_no_release_touches_it() {
     let data = tempfile::tempdir().unwrap();
@@ -235,6 +259,11 @@ async fn a_lease_keeps_others_out() {
     let lease = world.get(&format!("{path}/lease")).await.json();
     assert_eq!((&lease["status"], &lease["data"]["owner"]), (&json!("success"), &json!("root")));
     assert_eq!(lease["data"]["nonce"], "", "it is nobody else's");
+    let long = "x".repeat(129);
+    for (method, path) in [(Method::POST, format!("{path}/stop")), (Method::DELETE, path.clone()), (Method::GET, format!("{path}/lease"))] {
+        let answer = world.call(method, &path, &[("fly-machine-lease-nonce", &long)], None).await;
+        refused(&answer, 400, "bad_request", "at most 128 characters");
+    }
     let other = world.post(&format!("{path}/lease?ttl=30"), json!({})).await;
     refused(&other, 409, "error", "is leased by root");
     assert!(other.json()["message"].as_str().unwrap().contains("is leased by root"));

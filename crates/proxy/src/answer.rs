@@ -14,6 +14,8 @@ use tokio::time::Instant;
 
 /// Seconds after which a client may try again.
 const RETRY_AFTER_S: &str = "2";
+/// What the edge takes to apps, among others: it forbids two.
+const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 
 pub(crate) fn fault(status: u16, code: &'static str, reason: impl Into<String>, hint: impl Into<String>) -> Reject {
     Reject { status, code, reason: reason.into(), hint: hint.into() }
@@ -48,6 +50,9 @@ pub(crate) async fn refuse(
 ) -> io::Result<()> {
     let (kind, text) = text(reject, request.form, request.id.as_str());
     let mut fields = vec![("content-type", kind), ("cache-control", "no-store"), ("dunlin-error", reject.code)];
+    if reject.status == 405 {
+        fields.push(("allow", METHODS));
+    }
     if reject.status == 503 {
         fields.push(("retry-after", RETRY_AFTER_S));
     }

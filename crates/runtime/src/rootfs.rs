@@ -278,7 +278,12 @@ pub(crate) fn place(
             }
             Err(e) => return Err(e.into()),
         };
+        let is_directory = nix::sys::stat::fstat(&at)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
         match next {
+            _ if !is_directory && (next.is_some() || directory) => {
+                let what = format!("the image has something else than a directory at /{}; take it out of the image", path.display());
+                return Err(io::Error::other(what));
+            }
             Some(following) => name = following,
             None => return Ok(at),
         }

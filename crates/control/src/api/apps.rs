@@ -70,6 +70,13 @@ pub async fn create(
     Body(body): Body<CreateApp>,
 ) -> Result<(StatusCode, Json<wire::App>), Failure> {
     let name = body.app_name;
+    if body.network.is_some_and(|network| !matches!(network.as_str(), "" | "default")) {
+        return Err(Failure::invalid("network: apps have no networks of their own, since no machine reaches another one")
+            .hint("leave it out"));
+    }
+    if body.enable_subdomains == Some(true) {
+        return Err(Failure::invalid("enable_subdomains: an app has one host name").hint("leave it out or send false"));
+    }
     if let Some(org) = body.org_slug.filter(|org| *org != ctx.org) {
         return Err(Failure::not_found(format!("there is no organization {org}")).hint(format!("use {}", ctx.org)));
     }

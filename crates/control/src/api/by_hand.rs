@@ -48,7 +48,7 @@ pub async fn update(
     headers: HeaderMap,
     Json(body): Json<Value>,
 ) -> Result<Json<wire::Machine>, Failure> {
-    let wish = Wish { nonce: leases::nonce(&headers), ..Wish::read(body)? };
+    let wish = Wish { nonce: leases::nonce(&headers)?, ..Wish::read(body)? };
     let row = machines::load(&ctx, &app, &id).await?;
     leases::check(&ctx, &id, &headers).await?;
     let lease_ttl_s = wish.lease_ttl_s;

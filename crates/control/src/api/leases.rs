@@ -16,9 +16,17 @@ use std::sync::Arc;
 /// As on Fly, where none is asked for.
 const DEFAULT_TTL_S: u64 = 3600;
 
-pub(super) fn nonce(headers: &HeaderMap) -> Option<String> {
-    let nonce = headers.get("fly-machine-lease-nonce").and_then(|value| value.to_str().ok());
-    nonce.filter(|nonce| !nonce.is_empty()).map(str::to_owned)
+/// Hosts make nonces of 32 characters.
+const MAX_NONCE_BYTES: usize = 128;
+
+/// What cannot be a nonce is not taken for one that has ended, nor carried to a host.
+pub(super) fn nonce(headers: &HeaderMap) -> Result<Option<String>, Failure> {
+    let Some(given) = headers.get("fly-machine-lease-nonce").filter(|given| !given.is_empty()) else { return Ok(None) };
+    let nonce = given.to_str().ok().filter(|nonce| nonce.len() <= MAX_NONCE_BYTES);
+    nonce.map(|nonce| Some(nonce.to_owned())).ok_or_else(|| {
+        Failure::bad_request(format!("the header fly-machine-lease-nonce is no text of at most {MAX_NONCE_BYTES} characters"))
+            .hint("send the nonce as it came with the lease")
+    })
 }
 
 /// Refuses what changes the machine in the store while somebody else has the lease.
@@ -28,7 +36,7 @@ pub(super) async fn check(ctx: &Ctx, id: &MachineId, headers: &HeaderMap) -> Res
         Err(Refusal::NoSuchMachine(_)) => None, // its host has not taken it up yet
         Err(refusal) => return Err(refusal.into()),
     };
-    match (lease, nonce(headers)) {
+    match (lease, nonce(headers)?) {
         (Some(lease), Some(nonce)) if lease.nonce == nonce => Ok(()),
         (Some(Lease { owner, expires_at_ms, .. }), _) => {
             Err(Refusal::Leased { machine: id.clone(), owner, expires_at_ms }.into())
@@ -112,7 +120,7 @@ pub async fn get(
         Failure::not_found(format!("nobody has a lease of machine {id}"))
             .hint("whoever may deploy the app may change it; a POST to the same path takes a lease")
     })?;
-    let is_own = nonce(&headers).as_ref() == Some(&lease.nonce);
+    let is_own = nonce(&headers)?.as_ref() == Some(&lease.nonce);
     Ok(Json(shown(&lease, row.value.spec.version.as_str(), is_own)))
 }
 
@@ -121,7 +129,7 @@ pub async fn release(
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
-    if nonce(&headers).is_none() {
+    if nonce(&headers)?.is_none() {
         return Err(Failure::bad_request("the request has no nonce")
             .hint("send the header fly-machine-lease-nonce with the nonce of the lease"));
     }

@@ -23,6 +23,7 @@ use dunlin_view::{CheckStatus, MachineFact, Snapshot};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// A host speaks of itself every 5 s: three times nothing is no accident.
@@ -34,6 +35,8 @@ const EXEC_TIMEOUT_S: u64 = 30;
 const MAX_EXEC_TIMEOUT_S: u64 = 3600;
 /// Of each stream; more ends the command.
 const MAX_EXEC_OUTPUT_BYTES: usize = 8 * 1024 * 1024;
+/// Supervisors, while machines are listed.
+const MAX_ASKED_AT_ONCE: usize = 16;
 const MAX_STOP_TIMEOUT_MS: u64 = 300_000;
 
 /// A machine as the API shows it: its row, and its newest fact if there is one, with its age.
@@ -77,7 +80,7 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Val
     }
 }
 
-/// As its host says, which is asked where one machine is shown. Of one that does not run, none does.
+/// As its host says, which is asked for that. Of one that does not run, none does.
 fn containers(spec: &MachineSpec, fact: Option<&MachineFact>) -> Vec<ContainerStatus> {
     match fact {
         Some(fact) if fact.state.is_running() => fact.containers.clone(),
@@ -138,6 +141,8 @@ pub async fn list(
     });
     let mut machines: Vec<_> =
         shown.filter(|(row, machine)| filter.takes(&row.value, machine)).map(|(_, machine)| machine).collect();
+    let has_containers = rows.iter().map(|row| &row.value).filter(|row| !row.spec.containers.is_empty()).map(|row| &row.id);
+    ask_for_containers(&ctx, &has_containers.collect(), &mut machines).await;
     if filter.with_destroyed {
         let gone = destroyed::of_app(&ctx, &app_row.value).await?.into_iter().map(|gone| {
             let config = if filter.is_summary { Value::Null } else { fly::show(&gone.machine.spec, &ctx.domain) };
@@ -150,6 +155,19 @@ pub async fn list(
         machines.extend(gone.filter(|(gone, shown)| filter.takes(&gone.machine, shown)).map(|(_, shown)| shown));
     }
     Ok(Json(machines))
+}
+
+/// Facts do not tell of containers, which come and go while the machine runs: the hosts of those that have some are asked.
+/// What a host does not say is not shown.
+async fn ask_for_containers(ctx: &Ctx, of: &BTreeSet<&MachineId>, machines: &mut [wire::Machine]) {
+    let mut asked: Vec<_> = machines.iter_mut().filter(|machine| machine.state.is_running() && of.contains(&machine.id)).collect();
+    for some in asked.chunks_mut(MAX_ASKED_AT_ONCE) {
+        let ids: Vec<MachineId> = some.iter().map(|machine| machine.id.clone()).collect();
+        let answers = futures_util::future::join_all(ids.iter().map(|id| ctx.host.machine(id))).await;
+        for (machine, answer) in some.iter_mut().zip(answers) {
+            machine.containers = answer.map(|fact| fact.containers).unwrap_or_default();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -296,7 +314,7 @@ pub(super) async fn send(
         generation: Some(row.value.placement),
         plan: None,
         expected_version: None,
-        nonce: leases::nonce(headers),
+        nonce: leases::nonce(headers)?,
         source: Source::User,
         request_id: super::request_id(),
         kind,

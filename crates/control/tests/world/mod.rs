@@ -22,7 +22,7 @@ use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{
-    CommandId, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId,
+    CommandId, ContainerState, ContainerStatus, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId,
 };
 use dunlin_registry::ContentStore;
 use dunlin_view::{HostFact, MachineFact};
@@ -273,7 +273,12 @@ impl HostApi for SmallHost {
     }
 
     async fn machine(&self, id: &MachineId) -> Result<MachineFact, Refusal> {
-        self.journal.lock().unwrap().machines.get(id).cloned().ok_or_else(|| Refusal::NoSuchMachine(id.clone()))
+        let fact = self.journal.lock().unwrap().machines.get(id).cloned().ok_or_else(|| Refusal::NoSuchMachine(id.clone()))?;
+        // Facts that are published have none.
+        let spec = self.view.current().config.machines.get(id).map(|machine| machine.spec.clone());
+        let runs = |name: String| ContainerStatus { name, state: ContainerState::Running };
+        let containers = spec.into_iter().flat_map(|spec| spec.containers).map(|container| runs(container.name)).collect();
+        Ok(MachineFact { containers, ..fact })
     }
 
     async fn events(&self, id: &MachineId) -> Result<Vec<MachineEvent>, Refusal> {

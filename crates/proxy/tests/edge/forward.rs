@@ -155,8 +155,12 @@ async fn smuggled_requests_never_reach_a_machine() {
         ("no host", "GET / HTTP/1.1\r\n\r\n".to_owned(), 400),
         ("user in host", format!("GET / HTTP/1.1\r\nhost: a@{HOST}\r\n\r\n"), 400),
         ("connect", "CONNECT web.example.test:80 HTTP/1.1\r\nhost: web.example.test\r\n\r\n".to_owned(), 405),
+        ("trace", format!("TRACE / HTTP/1.1\r\nhost: {HOST}\r\n\r\n"), 405),
     ] {
-        assert_eq!(raw(edge.http, &request).await.status, status, "{what}");
+        let answer = raw(edge.http, &request).await;
+        assert_eq!(answer.status, status, "{what}");
+        let says_what_is_allowed = header(&answer.head, "allow").is_some_and(|methods| methods.contains("GET"));
+        assert_eq!(says_what_is_allowed, status == 405, "{what}: {}", answer.head);
     }
     assert_eq!(heads.load(SeqCst), 0);
     // The machine's absolute-form host wins over the Host header, and is what the machine sees.

@@ -125,6 +125,30 @@ fn files_are_in_memory_and_links_of_the_image_lead_nowhere() {
     assert_no_secret_below(world.dir.path());
 }
 
+/// What an image has at a place of a directory is not put aside: it may be what its program looks for.
+#[test]
+fn a_file_of_the_image_where_a_directory_is_mounted_is_named() {
+    let world = World::new();
+    let (layer, api) = (world.dir.path().join("layer"), world.dir.path().join("api"));
+    fs::create_dir(&api).unwrap();
+    let mount = |target: &str| SupervisorSpec {
+        binds: vec![Bind { source: api.clone(), target: target.into(), readonly: true }],
+        ..world.spec("aa2f", "exec sleep 1000")
+    };
+    fs::write(layer.join(".fly"), "a file").unwrap();
+    for target in ["/.fly", "/.fly/deep", "/etc/passwd"] {
+        let spec = mount(target);
+        let error = spawn(&world.exe, &spec).unwrap_err().to_string();
+        let named = if target.starts_with("/.fly") { "/.fly" } else { target };
+        assert!(error.contains(&format!("something else than a directory at {named}; take it out of the image")), "{error}");
+        drop(Running { world: &world, spec });
+    }
+    fs::remove_file(layer.join(".fly")).unwrap();
+    symlink("/tmp", layer.join(".fly")).unwrap();
+    let machine = world.run(mount("/.fly"));
+    assert_eq!(machine.exec("cat /proc/mounts").0.lines().filter(|line| line.contains(" /tmp ")).count(), 1, "links are followed inside");
+}
+
 #[test]
 fn files_are_the_machines_own_and_lead_nowhere_else() {
     let world = World::new();
