@@ -118,7 +118,9 @@ impl LoopVolume {
             return Err(VolumeError::AlreadyExists(path.to_owned()));
         }
         let unfinished = reserved::unfinished(path);
-        // What a crash left of an earlier try is begun anew.
+        // What a crash left of an earlier try is begun anew, as another file: a tool that outlived who started it may write
+        // to the old one still.
+        let _ = std::fs::remove_file(&unfinished); // there may be none
         let make = || {
             let file = reserved::create_file(&unfinished)?;
             fill(&file, &unfinished)?;
@@ -178,16 +180,15 @@ impl LoopVolume {
 
     /// Opens an encrypted volume that nobody uses.
     fn opened<'a>(&self, encryption: &'a Encryption) -> Result<Opened<'a>> {
-        match close(&encryption.name) {
-            Err(VolumeError::Busy(device)) => {
-                return Err(VolumeError::InUse { path: self.path.clone(), device: device.display().to_string() });
-            }
-            left_by_a_crash => left_by_a_crash?,
-        }
+        let in_use = |error| match error {
+            VolumeError::Busy(device) => VolumeError::InUse { path: self.path.clone(), device: device.display().to_string() },
+            other => other,
+        };
+        close(&encryption.name).map_err(in_use)?; // a crash left it
         let (device, held) = attach(&self.open_alone()?, &self.path)?;
-        encryption.open(&device)?;
+        encryption.open(&device).map_err(in_use)?;
         drop(held); // the opened one keeps the device
-        Ok(Opened { encryption, device: encryption.device() })
+        Ok(Opened::new(encryption))
     }
 }
 
@@ -195,19 +196,26 @@ impl LoopVolume {
 struct Opened<'a> {
     encryption: &'a Encryption,
     device: PathBuf,
+    is_mounted: bool,
 }
 
-impl Opened<'_> {
-    fn mount(self, at: &Path) -> Result<MountedVolume> {
+impl<'a> Opened<'a> {
+    fn new(encryption: &'a Encryption) -> Self {
+        Self { encryption, device: encryption.device(), is_mounted: false }
+    }
+
+    fn mount(mut self, at: &Path) -> Result<MountedVolume> {
         mount_device(&self.device, at, MsFlags::MS_NOSUID, MOUNT_OPTIONS)?;
-        let device = self.device.clone();
-        std::mem::forget(self); // the mount keeps it
-        Ok(MountedVolume { at: at.to_owned(), device })
+        self.is_mounted = true;
+        Ok(MountedVolume { at: at.to_owned(), device: self.device.clone() })
     }
 }
 
 impl Drop for Opened<'_> {
     fn drop(&mut self) {
+        if self.is_mounted {
+            return;
+        }
         if let Err(error) = crypt::close_unused(&self.encryption.name) {
             // Whoever opens the volume next tries again.
             tracing::warn!(device = %self.device.display(), %error, "an encrypted volume stays open");

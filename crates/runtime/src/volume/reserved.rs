@@ -68,7 +68,7 @@ impl LoopVolume {
             encryption.format(&device)?;
             encryption.open(&device)?;
             drop(held); // the opened one keeps the device
-            let opened = Opened { encryption: &encryption, device: encryption.device() };
+            let opened = Opened::new(&encryption);
             format(ENCRYPTED, &opened.device)
         };
         crypt::close_unused(&encryption.name)?; // a crash left it
