@@ -111,7 +111,7 @@ pub fn make(shared: &Shared, row: &VolumeRow, id: &SnapshotId, whom: For) -> Res
         if there.len() >= SNAPSHOTS_MAX {
             return Err(format!("volume {} has {SNAPSHOTS_MAX} snapshots; wait until some expire", row.id));
         }
-        let volume = volumes::open(shared, &row.id, place)?;
+        let volume = volumes::open(shared, row, place)?;
         let usage = match place.mounted()? {
             Some(mounted) => mounted.usage().map_err(|e| chain(&e))?,
             None => volumes::usage_unmounted(shared, &row.id, &volume)?,

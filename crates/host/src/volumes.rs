@@ -1,8 +1,9 @@
 //! Volumes of this host: their files, and which machine has them.
 //!
 //! A volume is a directory `volumes/<id>` with `data.ext4` (the file system), `key` (sealed, of one that is encrypted),
-//! `made` (it was whole once), `machine` (who has it), `mnt` and `snapshots/`. It is mounted on the host for as long as its machine lives, so that the agent can
-//! ask how full it is, freeze and grow it; the machine gets an id-mapped view of that mount.
+//! `made` (it was whole once), `machine` (who has it), `mnt` and `snapshots/`. It is mounted on the host for as long as its
+//! machine lives, so that the agent can ask how full it is, freeze and grow it; the machine gets an id-mapped view of that
+//! mount.
 //!
 //! Files are made and grown as config facts say, and removed on a tombstone only.
 
@@ -162,7 +163,7 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
     if !place.made().exists() {
         write_synced(&place.made(), "").map_err(io)?;
     }
-    let volume = open(shared, &row.id, place)?;
+    let volume = open(shared, row, place)?;
     let has = volume.size_bytes().map_err(|e| chain(&e))?;
     if has < size_bytes {
         room(&shared.config.data_dir, size_bytes - has)?;
@@ -176,9 +177,14 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
 }
 
 /// The volume's file, and what opens it.
-pub(crate) fn open(shared: &Shared, id: &VolumeId, place: &Place) -> Result<LoopVolume, String> {
+pub(crate) fn open(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<LoopVolume, String> {
     let volume = LoopVolume::open(&place.data()).map_err(|e| chain(&e))?;
-    Ok(volume.with_encryption(volume_keys::of(shared, id, place)?))
+    let encryption = volume_keys::of(shared, &row.id, place)?;
+    if row.encrypted && encryption.is_none() {
+        let key = place.key();
+        return Err(format!("the key of volume {} is gone, without which nobody reads it; restore {}", row.id, key.display()));
+    }
+    Ok(volume.with_encryption(encryption))
 }
 
 fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Result<(), String> {
@@ -252,7 +258,7 @@ pub fn room(data_dir: &Path, size_bytes: u64) -> Result<(), String> {
 pub fn state(shared: &Shared, row: &VolumeRow) -> Result<State, String> {
     alone(shared, &row.id, |place| {
         ensure_alone(shared, row, place)?;
-        let volume = open(shared, &row.id, place)?;
+        let volume = open(shared, row, place)?;
         let Some(mounted) = place.mounted()? else {
             return Ok(State { usage: usage_unmounted(shared, &row.id, &volume)?, needs_restart: false });
         };
@@ -318,7 +324,7 @@ fn attach_alone(shared: &Shared, row: &VolumeRow, machine: &MachineId, place: &P
     write_synced(&place.holder(), machine.as_str()).map_err(|e| format!("volume {}: {e}", row.id))?;
     lock(&shared.volumes.holders).insert(row.id.clone(), machine.clone());
     point(shared, "volume.before-mount");
-    let volume = open(shared, &row.id, place)?;
+    let volume = open(shared, row, place)?;
     let deadline = Instant::now() + LET_GO;
     loop {
         match volume.mount_ready(&place.mnt()) {

@@ -123,6 +123,9 @@ pub fn what_is_to_be_encrypted_is_so_or_is_not_made() {
     std::fs::write(dir(&world, &forked).join("key"), &sealed).unwrap();
     let why = world.block_on(world.host().volume(&forked, 1)).unwrap_err().to_string();
     assert!(why.contains("cannot be opened") && why.contains("sealed"), "{why}");
+    std::fs::remove_file(dir(&world, &forked).join("key")).unwrap();
+    let why = world.block_on(world.host().volume(&forked, 1)).unwrap_err().to_string();
+    assert!(why.contains("is gone, without which nobody reads it"), "{why}");
     std::fs::write(dir(&world, &forked).join("key"), kept).unwrap();
 
     // An agent that starts again finds it open, and its machine writing.
