@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod disk;
+pub mod flock;
 mod host;
 pub mod mutation;
 mod promises;

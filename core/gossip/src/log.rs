@@ -1,0 +1,295 @@
+//! One origin's log as this host holds it: a verified head and exactly the rows that it signs.
+//!
+//! ```text
+//! head + rows after a cursor ---> new lanes, on the side ---> digest as signed? ---> swap
+//!                                                              no: nothing has changed
+//! ```
+
+use crate::beat::{Beat, Heard};
+use crate::head::{Certificate, Head};
+use crate::id::Key;
+use crate::lthash::LtHash;
+use crate::planted::planted;
+use crate::row::Row;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Above this the lanes (2 KiB) are kept; for fewer rows they are made again when they are needed.
+const KEEP_LANES_ABOVE: usize = 16;
+/// Of one origin. A host with more is broken; the rest of the cluster must not pay for it.
+pub const MAX_LOG_BYTES: usize = 64 << 20;
+/// The newest heads, so that a fork is seen a little later too, and can be shown.
+const REMEMBERED_HEADS: usize = 4;
+
+/// A place in a log: rows are ordered by sequence, then key. Rows of one sequence may be split between messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cursor {
+    pub seq: u64,
+    /// None: all rows of `seq` are behind it.
+    pub key: Option<Key>,
+}
+
+impl Cursor {
+    pub const START: Self = Self { seq: 0, key: None };
+
+    pub fn after(seq: u64) -> Self {
+        Self { seq, key: None }
+    }
+
+    pub(crate) fn is_before(&self, row: &Row) -> bool {
+        row.seq() > self.seq || (row.seq() == self.seq && self.key.as_ref().is_some_and(|key| row.key() > key))
+    }
+}
+
+pub struct Log {
+    pub certificate: Certificate,
+    pub head: Head,
+    rows: BTreeMap<Key, Row>,
+    by_seq: BTreeSet<(u64, Key)>,
+    tombstones: BTreeSet<(u64, Key)>,
+    lanes: Option<LtHash>,
+    bytes: usize,
+    /// Earlier heads of this epoch, oldest first.
+    earlier: VecDeque<Head>,
+    pub(crate) heard: Heard,
+    /// When something strictly newer was last heard: a head, or a beat of this one.
+    pub newer_at_ms: u64,
+    /// False for what came from a snapshot, until a live head or beat covers it.
+    pub confirmed: bool,
+}
+
+/// Why a batch was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Rows between are missing.
+    Gap,
+    /// The rows are not those that the head signs.
+    Mismatch,
+    TooBig,
+}
+
+/// What a verified batch changes.
+pub struct Change {
+    pub(crate) lanes: LtHash,
+    rows: BTreeMap<Key, Row>,
+    whole: bool,
+}
+
+impl Log {
+    /// A log of which nothing is known yet but its first head, which must be for the whole.
+    pub fn begin(certificate: Certificate, head: Head, rows: Vec<Row>, now_ms: u64) -> Result<Self, Refusal> {
+        let heard = Heard::anchor(head.is.anchor);
+        let mut log = Self {
+            certificate,
+            head: head.clone(),
+            rows: BTreeMap::new(),
+            by_seq: BTreeSet::new(),
+            tombstones: BTreeSet::new(),
+            lanes: None,
+            bytes: 0,
+            earlier: VecDeque::new(),
+            heard,
+            newer_at_ms: now_ms,
+            confirmed: true,
+        };
+        let change = log.check(&head, &Cursor::START, rows)?;
+        log.swap(head, change, now_ms);
+        log.earlier.clear();
+        Ok(log)
+    }
+
+    /// Whether `rows` after `after` lead from here to `head`, which the caller has found to be signed. Changes nothing.
+    pub fn check(&self, head: &Head, after: &Cursor, rows: Vec<Row>) -> Result<Change, Refusal> {
+        let change = self.prepare((head.is.seq, head.is.floor), after, rows)?;
+        if change.lanes.digest() != head.is.digest && !planted!(TrustDigest) {
+            return Err(Refusal::Mismatch);
+        }
+        Ok(change)
+    }
+
+    /// What the log would be with `rows`, worked out beside it.
+    pub(crate) fn prepare(&self, (seq, floor): (u64, u64), after: &Cursor, rows: Vec<Row>) -> Result<Change, Refusal> {
+        let whole = *after == Cursor::START;
+        if !whole && (after.seq > self.head.is.seq || after.key.is_some() || floor > self.head.is.seq) {
+            return Err(Refusal::Gap);
+        }
+        let held = |key: &Key| if whole { None } else { self.rows.get(key) };
+        let mut newest: BTreeMap<Key, Row> = BTreeMap::new();
+        for row in rows {
+            let known = newest.get(row.key()).or_else(|| held(row.key()));
+            if row.seq() > seq || !after.is_before(&row) {
+                return Err(Refusal::Mismatch);
+            }
+            if known.is_none_or(|known| known.seq() < row.seq()) {
+                newest.insert(row.key().clone(), row);
+            }
+        }
+        let mut lanes = if whole { LtHash::default() } else { self.lanes() };
+        let mut bytes = if whole { 0 } else { self.bytes };
+        for row in newest.values() {
+            if let Some(old) = held(row.key()) {
+                lanes.remove(old.raw());
+                bytes -= old.length();
+            }
+            if !is_over(row, floor) {
+                lanes.add(row.raw());
+                bytes += row.length();
+            }
+        }
+        for old in self.over(floor).filter(|old| !whole && !newest.contains_key(old.key())) {
+            lanes.remove(old.raw());
+            bytes -= old.length();
+        }
+        if bytes > MAX_LOG_BYTES { Err(Refusal::TooBig) } else { Ok(Change { lanes, rows: newest, whole }) }
+    }
+
+    /// Puts a checked change in place and gives the rows that readers have not seen.
+    pub fn swap(&mut self, head: Head, change: Change, now_ms: u64) -> Vec<Row> {
+        let floor = head.is.floor;
+        if change.whole {
+            self.rows.clear();
+            self.by_seq.clear();
+            self.tombstones.clear();
+            self.bytes = 0;
+        }
+        for row in change.rows.values() {
+            self.put(row.clone());
+        }
+        let over: Vec<Key> = self.over(floor).map(|row| row.key().clone()).collect();
+        over.iter().for_each(|key| self.take(key));
+        self.lanes = (self.rows.len() > KEEP_LANES_ABOVE).then_some(change.lanes);
+        self.follow(head, now_ms);
+        change.rows.into_values().collect()
+    }
+
+    /// The same rows under a head that differs only in its chain of beats.
+    pub fn follow(&mut self, head: Head, now_ms: u64) {
+        self.heard = Heard::anchor(head.is.anchor);
+        self.newer_at_ms = now_ms;
+        let old = std::mem::replace(&mut self.head, head);
+        if old.is.epoch == self.head.is.epoch && old.is.seq < self.head.is.seq {
+            self.earlier.push_back(old);
+            let surplus = self.earlier.len().saturating_sub(REMEMBERED_HEADS);
+            self.earlier.drain(..surplus);
+        }
+    }
+
+    pub fn hear(&mut self, beat: &Beat, now_ms: u64) -> bool {
+        let Some(heard) = self.heard.follows(beat) else { return false };
+        self.heard = heard;
+        self.newer_at_ms = now_ms;
+        self.confirmed = true;
+        true
+    }
+
+    /// The head of the same epoch and sequence that says something else, if one is remembered.
+    pub fn contradicts(&self, head: &Head) -> Option<&Head> {
+        if planted!(IgnoreForks) {
+            return None;
+        }
+        let (seq, digest) = (head.is.seq, head.is.digest);
+        let same_epoch = |known: &&Head| known.is.epoch == head.is.epoch && known.is.seq == seq && known.is.digest != digest;
+        std::iter::once(&self.head).chain(&self.earlier).find(same_epoch)
+    }
+
+    /// Rows behind the cursor in order, as many as fit into `max_bytes`, and whether those were all.
+    pub fn rows_after(&self, cursor: &Cursor, max_bytes: usize) -> (Vec<Row>, Option<Cursor>) {
+        let from = match &cursor.key {
+            Some(key) => (cursor.seq, key.clone()),
+            None => (cursor.seq.saturating_add(1), Key::new([]).expect("an empty key is short")),
+        };
+        let (mut rows, mut bytes) = (Vec::new(), 0);
+        for (_, key) in self.by_seq.range(from..) {
+            let row = &self.rows[key];
+            if !cursor.is_before(row) {
+                continue;
+            }
+            if bytes + row.length() > max_bytes {
+                let last = rows.last().map(|row: &Row| Cursor { seq: row.seq(), key: Some(row.key().clone()) });
+                return (rows, Some(last.unwrap_or_else(|| cursor.clone())));
+            }
+            bytes += row.length();
+            rows.push(row.clone());
+        }
+        (rows, None)
+    }
+
+    pub fn rows(&self) -> impl Iterator<Item = &Row> {
+        self.rows.values()
+    }
+
+    pub fn get(&self, key: &Key) -> Option<&Row> {
+        self.rows.get(key)
+    }
+
+    /// The sequence up to which tombstones go when all but the newest `keep` are dropped.
+    pub(crate) fn floor_that_keeps(&self, keep: usize) -> Option<u64> {
+        self.tombstones.iter().rev().nth(keep).map(|(seq, _)| *seq)
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Bytes of its rows on the wire.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the rows still are what the head signs: memory fails too.
+    pub fn is_sound(&self) -> bool {
+        let kept = self.lanes.as_ref().is_none_or(|lanes| *lanes == self.lanes_of_rows());
+        kept && self.lanes_of_rows().digest() == self.head.is.digest
+    }
+
+    /// Memory that fails, for the simulator: another value under the first key.
+    #[cfg(feature = "planted")]
+    pub(crate) fn flip_memory(&mut self) -> bool {
+        let Some(row) = self.rows.values_mut().find(|row| !row.is_dead()) else { return false };
+        let topic = crate::Topic::new("flipped").expect("short");
+        *row = Row::live(row.key().clone(), row.seq(), &topic, b"").expect("short");
+        true
+    }
+
+    fn lanes(&self) -> LtHash {
+        self.lanes.clone().unwrap_or_else(|| self.lanes_of_rows())
+    }
+
+    fn lanes_of_rows(&self) -> LtHash {
+        let mut lanes = LtHash::default();
+        self.rows.values().for_each(|row| lanes.add(row.raw()));
+        lanes
+    }
+
+    /// Tombstones that the floor has passed.
+    fn over(&self, floor: u64) -> impl Iterator<Item = &Row> {
+        let first = self.tombstones.iter().take_while(move |(seq, _)| *seq <= floor);
+        first.map(|(_, key)| &self.rows[key]).filter(move |row| is_over(row, floor))
+    }
+
+    fn put(&mut self, row: Row) {
+        self.take(row.key());
+        self.bytes += row.length();
+        self.by_seq.insert((row.seq(), row.key().clone()));
+        if row.is_dead() {
+            self.tombstones.insert((row.seq(), row.key().clone()));
+        }
+        self.rows.insert(row.key().clone(), row);
+    }
+
+    fn take(&mut self, key: &Key) {
+        if let Some(old) = self.rows.remove(key) {
+            self.bytes -= old.length();
+            let place = (old.seq(), key.clone());
+            self.by_seq.remove(&place);
+            self.tombstones.remove(&place);
+        }
+    }
+}
+
+fn is_over(row: &Row, floor: u64) -> bool {
+    row.is_dead() && row.seq() <= floor && !planted!(KeepTombstones)
+}

@@ -1,0 +1,345 @@
+//! News travel by push: who hears something for the first time tells four peers in its region and two anywhere, once.
+//!
+//! Pushes may be lost, dropped or come in any order. What comes too early is held for about a round trip, then the sender
+//! is asked; everything else is anti-entropy's.
+
+use crate::catalogue::{Bad, Taken};
+use crate::head::Scope;
+use crate::id::{Addr, OriginId};
+use crate::log::Cursor;
+use crate::message::{Batch, Fork, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Wanted};
+use crate::node::{Event, Node};
+use crate::planted::planted;
+use crate::row::Row;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+const PUSH_IN_REGION: usize = 4;
+const PUSH_ANYWHERE: usize = 2;
+/// Batches to be sent; the oldest is dropped, because anti-entropy repairs it.
+const MAX_QUEUED: usize = 4_096;
+/// Datagrams a flush: more would fill socket buffers only to be lost there.
+const MAX_DATAGRAMS_A_FLUSH: usize = 512;
+const FLUSH_MS: u64 = 1;
+/// Room for a version, a kind, a count.
+const OVERHEAD_BYTES: usize = 8;
+const MAX_HELD: usize = 512;
+/// A want is not repeated to the same peer before.
+const ASK_AGAIN_MS: u64 = 1_000;
+/// Rows that wait for the rest of their log, of all origins.
+const MAX_STAGED_BYTES: usize = 128 << 20;
+const STAGE_MS: u64 = 10_000;
+/// Parts that answer one want; the next is asked for when the last of these is here.
+const PARTS_A_WANT: usize = 8;
+
+#[derive(Default)]
+pub(crate) struct Pushes {
+    queue: VecDeque<(Addr, Arc<[u8]>)>,
+    next_flush_ms: u64,
+    held: Vec<Held>,
+    asked: BTreeMap<(OriginId, Addr), (u64, Cursor)>,
+    staged: BTreeMap<OriginId, Stage>,
+}
+
+struct Held {
+    batch: Batch,
+    from: Addr,
+    until_ms: u64,
+}
+
+/// Parts of a log that is longer than a message.
+struct Stage {
+    epoch: u32,
+    begin: Cursor,
+    cursor: Cursor,
+    rows: Vec<Row>,
+    bytes: usize,
+    touched_ms: u64,
+}
+
+impl Node {
+    /// Tells some peers, who tell others.
+    pub(crate) fn spread(&mut self, batch: Batch, except: Option<&Addr>) {
+        let Some(certificate) = self.catalogue.certificate(batch.head.is.id).filter(|_| !planted!(NoPush)) else { return };
+        if certificate.scope == Scope::Region && certificate.region != self.me.region {
+            return;
+        }
+        let targets = self.targets(certificate.scope, except);
+        let most = MAX_DATAGRAM_BYTES - OVERHEAD_BYTES;
+        let mut bytes = Vec::new();
+        // A head without its rows says that there is something to ask for.
+        let seq = batch.head.is.seq;
+        let bare = |batch: Batch| Batch { rows: vec![], after: Cursor::after(seq), certificate: None, ..batch };
+        let batch = Batch { certificate: None, ..batch };
+        if batch.length() > most { bare(batch).write(&mut bytes) } else { batch.write(&mut bytes) }
+        let bytes: Arc<[u8]> = bytes.into();
+        for to in targets {
+            if self.pushes.queue.len() == MAX_QUEUED {
+                self.pushes.queue.pop_front();
+                self.counters.dropped_pushes += 1;
+            }
+            self.pushes.queue.push_back((to, bytes.clone()));
+        }
+    }
+
+    fn targets(&mut self, scope: Scope, except: Option<&Addr>) -> Vec<Addr> {
+        let peers = self.peers();
+        let others = || peers.iter().filter(|peer| Some(&peer.addr) != except);
+        let near: Vec<&Addr> = others().filter(|peer| peer.region == self.me.region).map(|peer| &peer.addr).collect();
+        let anywhere: Vec<&Addr> = match scope {
+            Scope::Global => others().map(|peer| &peer.addr).collect(),
+            Scope::Region => near.clone(),
+        };
+        let chosen = self.rng.choose(PUSH_IN_REGION, near.len()).into_iter().map(|place| near[place]);
+        let mut targets: Vec<Addr> = chosen.cloned().collect();
+        targets.extend(self.rng.choose(PUSH_ANYWHERE, anywhere.len()).into_iter().map(|place| anywhere[place].clone()));
+        targets.sort_unstable();
+        targets.dedup();
+        targets
+    }
+
+    /// Packs what is queued into datagrams, several batches in each.
+    pub(crate) fn flush_pushes(&mut self) {
+        if self.pushes.queue.is_empty() || self.now_ms < self.pushes.next_flush_ms {
+            return;
+        }
+        self.pushes.next_flush_ms = self.now_ms + FLUSH_MS;
+        let mut open: BTreeMap<Addr, (u64, Vec<u8>)> = BTreeMap::new();
+        let mut full = vec![];
+        while full.len() + open.len() < MAX_DATAGRAMS_A_FLUSH {
+            let Some((to, batch)) = self.pushes.queue.pop_front() else { break };
+            let (count, bytes) = open.entry(to.clone()).or_default();
+            if bytes.len() + batch.len() > MAX_DATAGRAM_BYTES - OVERHEAD_BYTES {
+                full.push((to, std::mem::take(count), std::mem::take(bytes)));
+            }
+            *count += 1;
+            bytes.extend_from_slice(&batch);
+        }
+        full.extend(open.into_iter().map(|(to, (count, bytes))| (to, count, bytes)));
+        for (to, count, bytes) in full {
+            self.datagram_of_batches(to, count, &bytes);
+        }
+    }
+
+    pub(crate) fn pushes_next_ms(&self) -> u64 {
+        let flush = if self.pushes.queue.is_empty() { u64::MAX } else { self.pushes.next_flush_ms };
+        self.pushes.held.iter().map(|held| held.until_ms).min().unwrap_or(u64::MAX).min(flush)
+    }
+
+    pub(crate) fn receive_push(&mut self, from: &Addr, batch: Batch) {
+        self.receive_batch(from, batch, Route::Push);
+    }
+
+    /// A part of a log: whole logs are taken at once, longer ones are put together first.
+    pub(crate) fn receive_part(&mut self, from: &Addr, batch: Batch) {
+        let (id, epoch, more) = (batch.head.is.id, batch.head.is.epoch, batch.more);
+        let now_ms = self.now_ms;
+        self.pushes.staged.retain(|_, stage| now_ms.saturating_sub(stage.touched_ms) < STAGE_MS);
+        let goes_on = self.pushes.staged.get(&id).is_some_and(|stage| stage.epoch == epoch && stage.cursor == batch.after);
+        if !goes_on && more == More::Last {
+            return self.receive_batch(from, batch, Route::Repair);
+        }
+        let staged: usize = self.pushes.staged.values().map(|stage| stage.bytes).sum();
+        let bytes: usize = batch.rows.iter().map(Row::length).sum();
+        if staged + bytes > MAX_STAGED_BYTES {
+            self.counters.dropped_stages += 1;
+            return;
+        }
+        let begin = batch.after.clone();
+        let fresh = || Stage { epoch, begin, cursor: Cursor::START, rows: vec![], bytes: 0, touched_ms: now_ms };
+        if !goes_on {
+            self.pushes.staged.insert(id, fresh());
+        }
+        let stage = self.pushes.staged.get_mut(&id).expect("it was just put there");
+        if let Some(last) = batch.rows.last() {
+            stage.cursor = Cursor { seq: last.seq(), key: Some(last.key().clone()) };
+        }
+        (stage.bytes, stage.touched_ms) = (stage.bytes + bytes, now_ms);
+        stage.rows.extend(batch.rows);
+        match more {
+            More::Follows => {}
+            More::Ask => {
+                let after = stage.cursor.clone();
+                self.want(from, Wanted { id, epoch, after });
+            }
+            More::Last => {
+                let stage = self.pushes.staged.remove(&id).expect("it is there");
+                self.receive_batch(from, Batch { rows: stage.rows, after: stage.begin, ..stage_of(batch.certificate, batch.head) }, Route::Repair);
+            }
+        }
+    }
+
+    fn receive_batch(&mut self, from: &Addr, batch: Batch, route: Route) {
+        let id = batch.head.is.id;
+        if self.writes_alone(id) {
+            return self.receive_own(from, batch);
+        }
+        if !self.wants_origin(&batch) {
+            return;
+        }
+        let copy = batch.clone();
+        match self.catalogue.take(batch, self.now_ms) {
+            Taken::Changed { id, rows, whole } => {
+                self.pushes.asked.retain(|(asked, _), _| *asked != id);
+                self.changed(id, whole, rows);
+                if route == Route::Push {
+                    self.spread(copy, Some(from));
+                }
+                self.notify_subscribers(id);
+                self.try_held(id);
+            }
+            Taken::Renewed { .. } if route == Route::Push => self.spread(copy, Some(from)),
+            Taken::Renewed { .. } => {}
+            Taken::Known => {}
+            Taken::Gap { .. } | Taken::Stranger { .. } if route == Route::Push => self.hold(from, copy),
+            Taken::Gap { id } | Taken::Stranger { id } => {
+                self.want(from, Wanted { id, epoch: copy.head.is.epoch, after: Cursor::START });
+            }
+            Taken::Forked(fork) => self.tell_fork(&fork, Some(from)),
+            Taken::Bad { why, .. } => match why {
+                Bad::Certificate => self.counters.bad_certificates += 1,
+                Bad::Signature => self.counters.bad_signatures += 1,
+                Bad::Rows => self.counters.bad_rows += 1,
+                Bad::TooBig => self.counters.too_big += 1,
+            },
+        }
+    }
+
+    // ---- forks
+
+    pub(crate) fn receive_fork(&mut self, from: &Addr, fork: Fork) {
+        match self.catalogue.take_fork(fork.clone()) {
+            Ok(true) => self.tell_fork(&fork, Some(from)),
+            Ok(false) => {}
+            Err(_) => self.counters.bad_signatures += 1,
+        }
+    }
+
+    /// The evidence goes where the origin's rows would go, so that all quarantine.
+    pub(crate) fn tell_fork(&mut self, fork: &Fork, except: Option<&Addr>) {
+        let is = &fork.heads[0].is;
+        self.event(Event::Forked { origin: is.id, epoch: is.epoch, seq: is.seq });
+        for to in self.targets(fork.certificate.scope, except) {
+            self.stream(to, &Message::Fork(fork.clone()));
+        }
+    }
+
+    // ---- too early
+
+    fn hold(&mut self, from: &Addr, batch: Batch) {
+        if self.pushes.held.len() == MAX_HELD {
+            self.pushes.held.remove(0);
+            self.counters.dropped_held += 1;
+        }
+        let until_ms = self.now_ms + self.config.hold_ms;
+        self.pushes.held.push(Held { batch, from: from.clone(), until_ms });
+    }
+
+    fn try_held(&mut self, id: OriginId) {
+        let (mut of_it, others): (Vec<Held>, Vec<Held>) =
+            std::mem::take(&mut self.pushes.held).into_iter().partition(|held| held.batch.head.is.id == id);
+        self.pushes.held = others;
+        of_it.sort_by_key(|held| held.batch.head.is.seq);
+        let Some(seq) = self.catalogue.log(id).map(|log| log.head.is.seq) else { return };
+        for held in of_it {
+            if held.batch.head.is.seq <= seq {
+                continue;
+            }
+            if held.batch.after.seq <= seq {
+                // Taking it tries the others again.
+                return self.receive_batch(&held.from, held.batch, Route::Push);
+            }
+            self.pushes.held.push(held);
+        }
+    }
+
+    pub(crate) fn tick_held(&mut self) {
+        let now_ms = self.now_ms;
+        let (due, others) = std::mem::take(&mut self.pushes.held).into_iter().partition(|held: &Held| held.until_ms <= now_ms);
+        self.pushes.held = others;
+        for held in due {
+            let is = &held.batch.head.is;
+            let log = self.catalogue.log(is.id).filter(|log| log.head.is.epoch == is.epoch);
+            let seq = log.map_or(0, |log| log.head.is.seq);
+            if seq < is.seq {
+                let after = if is.floor > seq { Cursor::START } else { Cursor::after(seq) };
+                self.want(&held.from, Wanted { id: is.id, epoch: is.epoch, after });
+            }
+        }
+        self.pushes.asked.retain(|_, (at, _)| now_ms.saturating_sub(*at) < ASK_AGAIN_MS);
+    }
+
+    // ---- asking and giving
+
+    pub(crate) fn want(&mut self, from: &Addr, wanted: Wanted) {
+        let now_ms = self.now_ms;
+        let staged = self.pushes.staged.get(&wanted.id).filter(|stage| stage.epoch == wanted.epoch && !stage.rows.is_empty());
+        let wanted = staged.map_or(wanted.clone(), |stage| Wanted { after: stage.cursor.clone(), ..wanted });
+        let asked = self.pushes.asked.entry((wanted.id, from.clone())).or_insert((0, Cursor { seq: u64::MAX, key: None }));
+        if asked.1 == wanted.after && asked.0 + ASK_AGAIN_MS > now_ms {
+            return;
+        }
+        *asked = (now_ms, wanted.after.clone());
+        let wants = self.wants.entry(from.clone()).or_default();
+        if wants.len() < crate::message::MAX_ENTRIES {
+            wants.push(wanted);
+        }
+    }
+
+    pub(crate) fn give(&mut self, to: &Addr, wanted: Wanted) {
+        if let Some(fork) = self.catalogue.fork(wanted.id) {
+            let fork = fork.clone();
+            return self.stream(to.clone(), &Message::Fork(fork));
+        }
+        let Some(log) = self.catalogue.log(wanted.id) else { return };
+        let same_epoch = log.head.is.epoch == wanted.epoch;
+        let mut after = if !same_epoch || (wanted.after.key.is_none() && wanted.after.seq < log.head.is.floor) { Cursor::START } else { wanted.after };
+        let certificate = log.certificate.clone();
+        for part in 1..=PARTS_A_WANT {
+            let Some(log) = self.catalogue.log(wanted.id) else { return };
+            let (rows, next) = log.rows_after(&after, MAX_CHUNK_BYTES - 1_024);
+            let more = match next {
+                None => More::Last,
+                Some(_) if part == PARTS_A_WANT => More::Ask,
+                Some(_) => More::Follows,
+            };
+            let batch = Batch { certificate: Some(certificate.clone()), head: log.head.clone(), after, rows, more };
+            self.gives.entry(to.clone()).or_default().push(batch);
+            let Some(next) = next else { return };
+            after = next;
+        }
+    }
+
+    /// As many batches in a message as a chunk holds.
+    pub(crate) fn send_batches(&mut self, to: Addr, batches: Vec<Batch>) {
+        let (mut chunk, mut bytes) = (vec![], 0);
+        for batch in batches {
+            let length = batch.length();
+            if bytes + length > MAX_CHUNK_BYTES && !chunk.is_empty() {
+                self.stream(to.clone(), &Message::Batches(std::mem::take(&mut chunk)));
+                bytes = 0;
+            }
+            bytes += length;
+            chunk.push(batch);
+        }
+        self.stream(to, &Message::Batches(chunk));
+    }
+
+    fn datagram_of_batches(&mut self, to: Addr, count: u64, batches: &[u8]) {
+        let mut bytes = Message::push_prefix(count);
+        bytes.extend_from_slice(batches);
+        self.output(crate::Output::Datagram { to, bytes });
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Route {
+    /// To be told to others.
+    Push,
+    /// Asked for, or found by comparing.
+    Repair,
+}
+
+fn stage_of(certificate: Option<crate::Certificate>, head: crate::Head) -> Batch {
+    Batch { certificate, head, after: Cursor::START, rows: vec![], more: More::Last }
+}

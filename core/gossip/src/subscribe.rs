@@ -1,0 +1,134 @@
+//! Detail of another region: whole logs, because a digest covers the whole, of the hosts there that have to do with a topic.
+//!
+//! Who reads it asks some host there every two seconds, and hears of changes in between. After ten idle minutes it is dropped.
+
+use crate::beat::Beat;
+use crate::head::Scope;
+use crate::id::{Addr, OriginId, Region, Topic};
+use crate::log::Cursor;
+use crate::message::{Batch, Entry, Message, Wanted};
+use crate::node::{Event, Node};
+use crate::planted::planted;
+use std::collections::{BTreeMap, BTreeSet};
+
+const POLL_MS: u64 = 2_000;
+pub const IDLE_MS: u64 = 600_000;
+/// Without a poll for this long, nobody is told of changes any more.
+const SERVED_MS: u64 = 15_000;
+const MAX_SUBSCRIPTIONS: usize = 4_096;
+const MAX_SUBSCRIBERS: usize = 4_096;
+const BEATS_A_DATAGRAM: usize = 40;
+
+#[derive(Default)]
+pub(crate) struct Subscriptions {
+    used: BTreeMap<(Region, Topic), u64>,
+    pub next_ms: u64,
+    served: BTreeMap<(Addr, Topic), Served>,
+}
+
+#[derive(Default)]
+struct Served {
+    until_ms: u64,
+    origins: BTreeMap<OriginId, (u32, u64)>,
+}
+
+impl Node {
+    pub(crate) fn use_detail(&mut self, region: Region, topic: Topic) {
+        let at = (region, topic);
+        if at.0 == self.me.region || (self.subscriptions.used.len() >= MAX_SUBSCRIPTIONS && !self.subscriptions.used.contains_key(&at)) {
+            return;
+        }
+        if self.subscriptions.used.insert(at, self.now_ms).is_none() {
+            self.subscriptions.next_ms = self.now_ms;
+        }
+    }
+
+    pub(crate) fn tick_subscriptions(&mut self) {
+        if self.now_ms < self.subscriptions.next_ms {
+            return;
+        }
+        let now_ms = self.now_ms;
+        self.subscriptions.next_ms = now_ms + self.rng.around(POLL_MS);
+        self.subscriptions.served.retain(|_, served| served.until_ms > now_ms);
+        let is_idle = |used: &u64| now_ms.saturating_sub(*used) >= IDLE_MS && !planted!(SubscribeForEver);
+        let idle: Vec<(Region, Topic)> = self.subscriptions.used.iter().filter(|(_, used)| is_idle(used)).map(|(at, _)| at.clone()).collect();
+        idle.into_iter().for_each(|at| self.unsubscribe(at));
+        let peers = self.peers();
+        for (region, topic) in self.subscriptions.used.keys().cloned().collect::<Vec<_>>() {
+            let there: Vec<&Addr> = peers.iter().filter(|peer| peer.region == region).map(|peer| &peer.addr).collect();
+            let Some(to) = there.get(self.rng.below(there.len())) else { continue };
+            let held = self.catalogue.of_region(&region).map(|log| log.head.is.id);
+            let entries = held.filter_map(|id| self.catalogue.entry(id)).collect();
+            self.stream((*to).clone(), &Message::Subscribe { topic, entries });
+        }
+    }
+
+    fn unsubscribe(&mut self, at: (Region, Topic)) {
+        self.subscriptions.used.remove(&at);
+        let (region, topic) = at;
+        let left: Vec<&Topic> = self.subscriptions.used.keys().filter(|(of, _)| *of == region).map(|(_, topic)| topic).collect();
+        let is_used = |log: &&crate::Log| log.rows().any(|row| left.iter().any(|topic| row.has_topic(topic)));
+        let unused: Vec<OriginId> = self.catalogue.of_region(&region).filter(|log| !is_used(log)).map(|log| log.head.is.id).collect();
+        unused.into_iter().for_each(|id| self.catalogue.drop_log(id));
+        self.event(Event::Unsubscribed { region, topic });
+    }
+
+    /// Not every log is this host's to hold: the global ones, those of its region, those that it subscribed to.
+    pub(crate) fn wants_origin(&self, batch: &Batch) -> bool {
+        let known = self.catalogue.certificate(batch.head.is.id).or(batch.certificate.as_ref());
+        let Some(certificate) = known else { return true };
+        let region = &certificate.region;
+        let first = self.subscriptions.used.range((region.clone(), Topic::new([]).expect("an empty topic is short"))..).next();
+        certificate.scope == Scope::Global || *region == self.me.region || first.is_some_and(|((of, _), _)| of == region)
+    }
+
+    pub(crate) fn receive_subscribe(&mut self, from: Addr, topic: Topic, theirs: &[Entry]) {
+        let region = self.me.region.clone();
+        let with_topic = self.catalogue.of_region(&region).filter(|log| log.rows().any(|row| row.has_topic(&topic)));
+        let bearing: BTreeSet<OriginId> = with_topic.map(|log| log.head.is.id).collect();
+        let known: BTreeMap<OriginId, &Entry> = theirs.iter().map(|entry| (entry.id, entry)).collect();
+        let mut beats: Vec<Beat> = vec![];
+        let at = (from.clone(), topic);
+        if self.subscriptions.served.len() >= MAX_SUBSCRIBERS && !self.subscriptions.served.contains_key(&at) {
+            return;
+        }
+        let mut served = self.subscriptions.served.remove(&at).unwrap_or_default();
+        served.until_ms = self.now_ms + SERVED_MS;
+        for id in bearing.into_iter().chain(known.keys().copied()).collect::<BTreeSet<_>>() {
+            let Some(ours) = self.catalogue.entry(id) else { continue };
+            let theirs = known.get(&id);
+            if theirs.is_none_or(|theirs| theirs.at() < ours.at()) {
+                let after = theirs.map_or(Cursor::START, |theirs| Cursor::after(theirs.seq));
+                let epoch = theirs.map_or(ours.epoch, |theirs| theirs.epoch);
+                self.give(&from, Wanted { id, epoch, after });
+            }
+            served.origins.insert(id, (ours.epoch, ours.seq));
+            beats.extend(self.beat_of(id));
+        }
+        self.subscriptions.served.insert(at, served);
+        for beats in beats.chunks(BEATS_A_DATAGRAM) {
+            self.datagram(from.clone(), &Message::Beats(beats.to_vec()));
+        }
+    }
+
+    /// A log of this region has changed: who subscribed hears of it at once.
+    pub(crate) fn notify_subscribers(&mut self, id: OriginId) {
+        let Some(log) = self.catalogue.log(id).filter(|_| !self.subscriptions.served.is_empty()) else { return };
+        if log.certificate.scope == Scope::Global || log.certificate.region != self.me.region {
+            return;
+        }
+        let now = (log.head.is.epoch, log.head.is.seq);
+        let mut told = vec![];
+        for ((to, topic), served) in &mut self.subscriptions.served {
+            let known = served.origins.get(&id).copied();
+            if known.is_some() || log.rows().any(|row| row.has_topic(topic)) {
+                served.origins.insert(id, now);
+                told.push((to.clone(), known));
+            }
+        }
+        for (to, known) in told {
+            let after = known.map_or(Cursor::START, |(_, seq)| Cursor::after(seq));
+            self.give(&to, Wanted { id, epoch: known.map_or(now.0, |(epoch, _)| epoch), after });
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Anti-entropy: every 200 ms one peer is compared with, and beats are handed on.
+//!
+//! ```text
+//! Sync{root, recent} --> equal: Same        --> both remember that they were equal here
+//!                    --> differs, few know  --> Want, Batches, Entries: what changed since they were last equal
+//!                    --> differs otherwise  --> Buckets --> Entries of the buckets that differ --> Want, Batches
+//! ```
+//! Nobody ever sends all that it has. A lie about a root or an entry only keeps the liar behind: what is taken is signed.
+
+use crate::beat::{BEAT_BYTES, BEAT_MS, Beat};
+use crate::id::{Addr, OriginId};
+use crate::log::Cursor;
+use crate::message::{BUCKETS, Entry, MAX_ENTRIES, Message, Realm, Root, Wanted};
+use crate::node::Node;
+use crate::planted::planted;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+pub const SYNC_MS: u64 = 200;
+/// One round in so many goes to any region instead of the own one.
+const FAR_EVERY: u64 = 4;
+/// Recent changes that go into a datagram beside two roots and some beats.
+const MAX_RECENT: usize = 12;
+/// More changes than this are found by buckets.
+const MAX_DELTA: usize = 256;
+/// To how many peers each beat is handed on. Fewer would leave readers without two in a row too often.
+const BEAT_COPIES: u8 = 4;
+const BEAT_PEERS: usize = 3;
+const BEATS_A_DATAGRAM: usize = 1_150 / BEAT_BYTES;
+/// Beside roots and recent entries.
+const BEATS_A_SYNC: usize = 12;
+const MAX_QUEUED_BEATS: usize = 4_096;
+const MAX_PEERS: usize = 16_384;
+/// What others say they have is forgotten when nobody says it again.
+const BEHIND_MS: u64 = 10_000;
+
+#[derive(Default)]
+pub(crate) struct Syncs {
+    pub next_ms: u64,
+    pub next_beat_ms: u64,
+    round: u64,
+    peers: BTreeMap<(Addr, Realm), Equal>,
+    beats: VecDeque<(Beat, u8)>,
+    behind: BTreeMap<OriginId, Behind>,
+}
+
+/// When this host and a peer last had the same.
+#[derive(Default, Clone, Copy)]
+struct Equal {
+    /// The change after which it was so.
+    change: Option<u64>,
+    /// The delta since then was sent and did not do it.
+    tried: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Behind {
+    pub epoch: u32,
+    pub seq: u64,
+    pub since_ms: u64,
+    heard_ms: u64,
+}
+
+impl Syncs {
+    pub fn behind(&self, origin: OriginId) -> Option<&Behind> {
+        self.behind.get(&origin)
+    }
+}
+
+impl Node {
+    pub(crate) fn tick_sync(&mut self) {
+        if self.now_ms < self.syncs.next_ms {
+            return;
+        }
+        self.syncs.next_ms = self.now_ms + self.rng.around(SYNC_MS);
+        self.syncs.round += 1;
+        let now_ms = self.now_ms;
+        self.syncs.behind.retain(|_, behind| now_ms.saturating_sub(behind.heard_ms) < BEHIND_MS);
+        let peers = self.peers();
+        let near: Vec<usize> = (0..peers.len()).filter(|at| peers[*at].region == self.me.region).collect();
+        let far = near.is_empty() || self.syncs.round.is_multiple_of(FAR_EVERY);
+        let all: Vec<usize> = (0..peers.len()).collect();
+        let among = if far { &all } else { &near };
+        if among.is_empty() {
+            return;
+        }
+        let peer = &peers[among[self.rng.below(among.len())]];
+        if !planted!(NoAntiEntropy) {
+            let mut roots = vec![self.root(&peer.addr, Realm::Global)];
+            if peer.region == self.me.region {
+                roots.push(self.root(&peer.addr, Realm::Region(peer.region.clone())));
+            }
+            let beats = self.beats_to_tell(peer.region == self.me.region, BEATS_A_SYNC);
+            self.datagram(peer.addr.clone(), &Message::Sync { roots, beats });
+        }
+        for at in self.rng.choose(BEAT_PEERS, near.len()) {
+            let beats = self.beats_to_tell(true, BEATS_A_DATAGRAM);
+            if !beats.is_empty() {
+                self.datagram(peers[near[at]].addr.clone(), &Message::Beats(beats));
+            }
+        }
+    }
+
+    fn root(&self, peer: &Addr, realm: Realm) -> Root {
+        let root = self.catalogue.root(&realm);
+        let equal = self.syncs.peers.get(&(peer.clone(), realm.clone())).and_then(|equal| equal.change);
+        let delta = equal.and_then(|change| self.catalogue.changed_since(&realm, change));
+        let complete = delta.as_ref().is_some_and(|delta| delta.len() <= MAX_RECENT);
+        let mut recent = delta.unwrap_or_default();
+        recent.truncate(MAX_RECENT);
+        Root { realm, root, recent, complete }
+    }
+
+    pub(crate) fn receive_root(&mut self, from: &Addr, theirs: Root) {
+        let Root { realm, root, recent, complete } = theirs;
+        if !self.holds(&realm) {
+            return;
+        }
+        let at = (from.clone(), realm.clone());
+        if root == self.catalogue.root(&realm) {
+            self.remember_equal(at);
+            return self.datagram(from.clone(), &Message::Same { realm, root });
+        }
+        let differs = self.compare(from, &recent);
+        let equal = self.syncs.peers.get(&at).copied().unwrap_or_default();
+        let mine = equal.change.and_then(|change| self.catalogue.changed_since(&realm, change)).filter(|mine| mine.len() <= MAX_DELTA);
+        match mine {
+            Some(entries) if complete && !equal.tried && (differs || !entries.is_empty()) => {
+                self.syncs.peers.insert(at, Equal { tried: true, ..equal });
+                let told: BTreeSet<OriginId> = recent.iter().map(|entry| entry.id).collect();
+                let entries: Vec<Entry> = entries.into_iter().filter(|entry| !told.contains(&entry.id)).collect();
+                if !entries.is_empty() {
+                    self.stream(from.clone(), &Message::Entries { realm, buckets: vec![], entries });
+                }
+            }
+            _ if !planted!(NoBuckets) => {
+                self.counters.buckets_sent += 1;
+                let hashes = self.catalogue.buckets(&realm);
+                self.stream(from.clone(), &Message::Buckets { realm, hashes });
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn receive_same(&mut self, from: &Addr, realm: &Realm, root: u64) {
+        if self.holds(realm) && self.catalogue.root(realm) == root {
+            self.remember_equal((from.clone(), realm.clone()));
+        }
+    }
+
+    /// Answers with all that it has in the buckets that differ, as far as a message goes.
+    pub(crate) fn receive_buckets(&mut self, from: &Addr, realm: Realm, theirs: &[u32]) {
+        if !self.holds(&realm) || theirs.len() != BUCKETS {
+            return;
+        }
+        let ours = self.catalogue.buckets(&realm);
+        let differ = (0..BUCKETS).filter(|at| ours[*at] != theirs[*at]);
+        let (mut buckets, mut entries) = (vec![], vec![]);
+        for bucket in differ.map(|bucket| bucket as u8) {
+            let mut of_it: Vec<Entry> = self.catalogue.entries(&realm, bucket).collect();
+            if entries.len() + of_it.len() > MAX_ENTRIES {
+                break;
+            }
+            entries.append(&mut of_it);
+            buckets.push(bucket);
+        }
+        if !buckets.is_empty() {
+            self.stream(from.clone(), &Message::Entries { realm, buckets, entries });
+        }
+    }
+
+    pub(crate) fn receive_entries(&mut self, from: &Addr, realm: &Realm, buckets: &[u8], theirs: &[Entry]) {
+        if !self.holds(realm) {
+            return;
+        }
+        self.compare(from, theirs);
+        let known: BTreeSet<OriginId> = theirs.iter().map(|entry| entry.id).collect();
+        let missing = |bucket: &u8| self.catalogue.entries(realm, *bucket).filter(|entry| !known.contains(&entry.id)).collect::<Vec<_>>();
+        let missing: Vec<Entry> = buckets.iter().flat_map(missing).collect();
+        for entry in missing {
+            self.give(from, Wanted { id: entry.id, epoch: entry.epoch, after: Cursor::START });
+        }
+    }
+
+    /// Asks for what is newer there and gives what is newer here; whether there was anything.
+    pub(crate) fn compare(&mut self, from: &Addr, theirs: &[Entry]) -> bool {
+        let mut differs = false;
+        for theirs in theirs {
+            let ours = self.catalogue.entry(theirs.id);
+            // A log with foreign sequences may be newer by its chain alone; a fork is found by fetching the head.
+            let contradicts = ours.is_some_and(|ours| ours.at() == theirs.at() && ours.tag != theirs.tag);
+            if self.is_newer(theirs) || contradicts {
+                differs = true;
+                self.note_behind(theirs);
+                let same_epoch = ours.filter(|ours| ours.epoch == theirs.epoch && !ours.forked);
+                let after = same_epoch.map_or(Cursor::START, |ours| Cursor::after(ours.seq));
+                self.want(from, Wanted { id: theirs.id, epoch: theirs.epoch, after });
+            } else if ours.is_some_and(|ours| ours.at() > theirs.at()) {
+                differs = true;
+                self.give(from, Wanted { id: theirs.id, epoch: theirs.epoch, after: Cursor::after(theirs.seq) });
+            }
+        }
+        differs
+    }
+
+    fn note_behind(&mut self, theirs: &Entry) {
+        let now_ms = self.now_ms;
+        let fresh = Behind { epoch: theirs.epoch, seq: theirs.seq, since_ms: now_ms, heard_ms: now_ms };
+        let behind = self.syncs.behind.entry(theirs.id).or_insert(fresh);
+        behind.heard_ms = now_ms;
+        if (theirs.epoch, theirs.seq) > (behind.epoch, behind.seq) {
+            (behind.epoch, behind.seq) = (theirs.epoch, theirs.seq);
+        }
+    }
+
+    fn remember_equal(&mut self, at: (Addr, Realm)) {
+        if self.syncs.peers.len() >= MAX_PEERS && !self.syncs.peers.contains_key(&at) {
+            self.syncs.peers.pop_first();
+        }
+        self.syncs.peers.insert(at, Equal { change: Some(self.catalogue.change()), tried: false });
+    }
+
+    fn holds(&self, realm: &Realm) -> bool {
+        match realm {
+            Realm::Global => true,
+            Realm::Region(region) => *region == self.me.region,
+        }
+    }
+
+    // ---- signs of life
+
+    pub(crate) fn tick_beats(&mut self) {
+        if self.now_ms < self.syncs.next_beat_ms {
+            return;
+        }
+        // Evenly, with a little chance: two beats in one step of the chain are one.
+        self.syncs.next_beat_ms = self.now_ms + BEAT_MS - 50 + self.rng.draw() % 100;
+        if self.speaks() {
+            let beats = self.own_beats();
+            beats.into_iter().for_each(|beat| self.queue_beat(beat));
+        }
+    }
+
+    pub(crate) fn hear(&mut self, beats: &[Beat]) {
+        for beat in beats {
+            let now_ms = self.now_ms;
+            let Some(log) = self.catalogue.log_mut(beat.id) else { continue };
+            if planted!(AnyReceiptIsFresh) {
+                log.newer_at_ms = now_ms;
+            }
+            if log.hear(beat, now_ms) {
+                self.queue_beat(*beat);
+            }
+        }
+    }
+
+    fn queue_beat(&mut self, beat: Beat) {
+        self.syncs.beats.retain(|(queued, _)| queued.id != beat.id);
+        self.syncs.beats.push_back((beat, BEAT_COPIES));
+        if self.syncs.beats.len() > MAX_QUEUED_BEATS {
+            self.syncs.beats.pop_front();
+        }
+    }
+
+    /// The newest first. To other regions only what is held there.
+    fn beats_to_tell(&mut self, near: bool, max: usize) -> Vec<Beat> {
+        let mut told = vec![];
+        let catalogue = &self.catalogue;
+        self.syncs.beats.iter_mut().rev().for_each(|(beat, left)| {
+            let fits = near || catalogue.realm_of(beat.id) == Some(Realm::Global);
+            if fits && told.len() < max {
+                *left -= 1;
+                told.push(*beat);
+            }
+        });
+        self.syncs.beats.retain(|(_, left)| *left > 0);
+        told
+    }
+}
