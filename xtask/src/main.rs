@@ -24,6 +24,7 @@ usage: cargo xtask <command>
   test --vm       only the tests of the Linux side, on pure control groups v2 in QEMU
   sim --seed N    tell the story of one seed of the simulator (tests/sim)
   sim --minutes N look through as many seeds as that allows
+  sim --flock ... the same of hosts that share state; with --hosts N figures of so many
   endure          start and stop machines 2,000 times (--cycles N) under kills of the agent, and count what is left
   bench [NAME]    print figures beside their peers': deploy, create, machines, neighbours, proxy, idle, scale
   tidy            check the house rules";

@@ -1,60 +1,104 @@
-//! `cargo xtask sim`: tells one story, or looks through as many as a time allows.
+//! `cargo xtask sim`: tells one story, or looks through as many as a time allows; of machines, or of the flock.
 
 use anyhow::{Context, bail};
-use dunlin_sim::{Mutation, Options, run};
+use dunlin_sim::{Mutation, Options, Outcome, flock};
 use std::time::{Duration, Instant};
 
 const USAGE: &str = "\
-usage: cargo xtask sim --seed N [--steps N] [--mutation NAME]
-       cargo xtask sim --minutes N [--from SEED] [--steps N] [--mutation NAME]";
+usage: cargo xtask sim [--flock] --seed N [--steps N] [--mutation NAME]
+       cargo xtask sim [--flock] --minutes N [--from SEED] [--steps N] [--mutation NAME]
+       cargo xtask sim --flock --hosts N [--regions N]";
+
+/// What a run is of.
+#[derive(Clone, Copy)]
+enum Scene {
+    Machines(Options),
+    Flock(flock::Options),
+}
+
+impl Scene {
+    fn run(self, seed: u64, story: bool) -> Outcome {
+        match self {
+            Self::Machines(options) => dunlin_sim::run(Options { seed, story, ..options }),
+            Self::Flock(options) => flock::run(flock::Options { seed, story, ..options }),
+        }
+    }
+
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Machines(_) => "",
+            Self::Flock(_) => "--flock ",
+        }
+    }
+}
 
 pub fn command(args: &[&str]) -> anyhow::Result<()> {
-    let (mut options, mut seed, mut minutes, mut from) = (Options::of(0), None, None, 0);
+    let (mut of_flock, mut steps, mut broken, mut seed, mut minutes, mut from) = (false, None, None, None, None, 0);
+    let (mut hosts, mut regions) = (None, 30);
     let mut rest = args.iter();
     while let Some(flag) = rest.next() {
+        if *flag == "--flock" {
+            of_flock = true;
+            continue;
+        }
         let value = rest.next().with_context(|| format!("{flag} wants a value\n{USAGE}"))?;
         let number = || value.parse::<u64>().with_context(|| format!("{flag} wants a number, not {value:?}"));
         match *flag {
             "--seed" => seed = Some(number()?),
-            "--steps" => options.steps = number()?,
+            "--steps" => steps = Some(number()?),
             "--minutes" => minutes = Some(number()?),
             "--from" => from = number()?,
-            "--mutation" => options.mutation = Some(mutation(value)?),
+            "--mutation" => broken = Some(*value),
+            "--hosts" => hosts = Some(number()?),
+            "--regions" => regions = number()?,
             _ => bail!("{flag} is unknown\n{USAGE}"),
         }
     }
+    if let Some(hosts) = hosts.filter(|_| of_flock) {
+        let scale = flock::scale::Scale { hosts: hosts as usize, regions: regions as usize };
+        print!("{}", flock::scale::measure(scale));
+        return Ok(());
+    }
+    let scene = if of_flock {
+        let bug = broken.map(|name| named(name, flock::BUGS.iter().copied())).transpose()?;
+        Scene::Flock(flock::Options { steps: steps.unwrap_or(flock::STEPS), bug, ..flock::Options::of(0) })
+    } else {
+        let mutations = Mutation::ALL.iter().map(|mutation| (mutation.name(), *mutation));
+        let mutation = broken.map(|name| named(name, mutations)).transpose()?;
+        Scene::Machines(Options { steps: steps.unwrap_or(dunlin_sim::STEPS), mutation, ..Options::of(0) })
+    };
     match (seed, minutes) {
-        (Some(seed), None) => tell(Options { seed, ..options }),
-        (None, Some(minutes)) => look(from, Duration::from_secs(minutes * 60), options),
+        (Some(seed), None) => tell(scene, seed),
+        (None, Some(minutes)) => look(scene, from, Duration::from_secs(minutes * 60)),
         _ => bail!("{USAGE}"),
     }
 }
 
-fn mutation(name: &str) -> anyhow::Result<Mutation> {
-    let names = || Mutation::ALL.iter().map(|mutation| mutation.name()).collect::<Vec<_>>().join(", ");
-    let known = Mutation::ALL.iter().find(|mutation| mutation.name() == name);
-    known.copied().with_context(|| format!("there is no mutation {name:?}; there are {}", names()))
+fn named<T>(name: &str, known: impl Iterator<Item = (&'static str, T)> + Clone) -> anyhow::Result<T> {
+    let names = known.clone().map(|(name, _)| name).collect::<Vec<_>>().join(", ");
+    let mut known = known;
+    known.find(|(of, _)| *of == name).map(|(_, it)| it).with_context(|| format!("there is no mutation {name:?}; there are {names}"))
 }
 
-fn tell(options: Options) -> anyhow::Result<()> {
-    let outcome = run(Options { story: true, ..options });
+fn tell(scene: Scene, seed: u64) -> anyhow::Result<()> {
+    let outcome = scene.run(seed, true);
     for line in &outcome.story {
         println!("{line}");
     }
     match outcome.broken {
-        Some(broken) => bail!("seed {}: {broken}", outcome.seed),
-        None => println!("seed {}: every promise was kept, over {} inputs", outcome.seed, outcome.happened),
+        Some(broken) => bail!("seed {seed}: {broken}"),
+        None => println!("seed {seed}: every promise was kept, over {} inputs", outcome.happened),
     }
     Ok(())
 }
 
-fn look(from: u64, time: Duration, options: Options) -> anyhow::Result<()> {
+fn look(scene: Scene, from: u64, time: Duration) -> anyhow::Result<()> {
     let began = Instant::now();
     let (mut seeds, mut happened, mut virtual_ms) = (0, 0, 0);
     while began.elapsed() < time {
-        let outcome = run(Options { seed: from + seeds, ..options });
+        let outcome = scene.run(from + seeds, false);
         if let Some(broken) = outcome.broken {
-            bail!("seed {}: {broken}\nhint: tell it with: cargo xtask sim --seed {}", outcome.seed, outcome.seed);
+            bail!("seed {}: {broken}\nhint: tell it with: cargo xtask sim {}--seed {}", outcome.seed, scene.flag(), outcome.seed);
         }
         (seeds, happened, virtual_ms) = (seeds + 1, happened + outcome.happened, virtual_ms + outcome.at_ms);
     }

@@ -96,7 +96,7 @@ impl Catalogue {
                 return self.found_contradiction(certificate, [other, head]);
             }
         }
-        if !head.verify(&certificate) && !planted!(TrustHeads) && !planted!(OldEpoch) {
+        if !planted!(TrustHeads) && !planted!(OldEpoch) && !head.verify(&certificate) {
             return Taken::Bad { id, why: Bad::Signature };
         }
         let taken = match log {
@@ -234,6 +234,13 @@ impl Catalogue {
     pub(crate) fn drop_log(&mut self, id: OriginId) {
         self.logs.remove(&id);
         self.note(id);
+    }
+
+    /// Detail of other regions is fetched again when it is used.
+    pub(crate) fn drop_far(&mut self, region: &Region) {
+        let is_far = |log: &&Log| log.certificate.scope == Scope::Region && log.certificate.region != *region;
+        let far: Vec<OriginId> = self.logs.values().filter(is_far).map(|log| log.head.is.id).collect();
+        far.into_iter().for_each(|id| self.drop_log(id));
     }
 
     /// The origin is gone for good, by an order from outside: names are never used again.

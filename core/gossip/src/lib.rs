@@ -58,7 +58,7 @@ pub use head::{Certificate, Head, Scope, Statement, Subject};
 pub use id::{Addr, Key, Life, Name, OriginId, Peer, Region, Topic};
 pub use log::{Cursor, Log, MAX_LOG_BYTES};
 pub use lthash::LtHash;
-pub use message::{Alive, Batch, Entry, Fork, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Realm, Root, Wanted};
+pub use message::{Alive, Batch, Entry, Fork, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Realm, Recovered, Root, Wanted};
 pub use node::{At, Change, Config, Counters, Event, Identity, Input, Node, Output, Status};
 pub use row::{Body, MAX_ROW_BYTES, MAX_VALUE_BYTES, Row};
 pub use snapshot::Snapshot;

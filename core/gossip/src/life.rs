@@ -8,9 +8,9 @@
 //! ```
 //! So a disk that was rolled back does not quarantine its own host, and a clone of a living host says nothing.
 
-use crate::head::{Certificate, Head, alive};
+use crate::head::alive;
 use crate::id::{Addr, Life, OriginId, Peer};
-use crate::message::{Alive, Batch, MAX_OWN, Message};
+use crate::message::{Alive, Batch, MAX_OWN, Message, Recovered};
 use crate::node::{Event, Node};
 use crate::planted::planted;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,8 +19,11 @@ const ASKED: usize = 3;
 const ASK_MS: u64 = 500;
 /// With fewer answers than wanted, this long is enough; with none, nothing is.
 const PATIENCE_MS: u64 = 5_000;
-/// What an earlier life may have published that none of the three has heard. Sequences cost nothing.
+/// What an earlier life may have published that none of the three has heard.
 const GAP: u64 = 1 << 20;
+/// Each life begins somewhere else in 2^40 above that: of two lives that did not know each other none takes a sequence
+/// that the other took, or readers would see a fork. Sequences cost nothing; 2^23 starts fit.
+const LIFE_SHIFT: u32 = 24;
 /// How long an older life has to answer.
 const PROBE_MS: u64 = 1_000;
 /// Earlier lives of one identity that are remembered.
@@ -32,6 +35,8 @@ pub(crate) struct Own {
     state: State,
     nonce: u64,
     highest: BTreeMap<OriginId, u64>,
+    /// The latest start of an earlier life, by a clock that may have been lost with its disk.
+    earlier_ms: u64,
 }
 
 enum State {
@@ -42,7 +47,7 @@ enum State {
 
 impl Own {
     pub fn begin(nonce: u64, now_ms: u64) -> Self {
-        Self { state: State::asking(now_ms), nonce, highest: BTreeMap::new() }
+        Self { state: State::asking(now_ms), nonce, highest: BTreeMap::new(), earlier_ms: 0 }
     }
 
     pub fn is_silenced(&self) -> bool {
@@ -50,8 +55,9 @@ impl Own {
     }
 
     /// The sequence above which this life begins.
-    pub fn base(&self, origin: OriginId) -> u64 {
-        self.highest.get(&origin).map_or(0, |highest| if planted!(NoGap) { *highest } else { highest + GAP })
+    pub fn base(&self, origin: OriginId, life: Life) -> u64 {
+        let highest = self.highest.get(&origin).copied().unwrap_or_default();
+        if planted!(NoGap) { highest } else { highest + GAP + (life >> LIFE_SHIFT) }
     }
 
     pub fn next_ms(&self) -> u64 {
@@ -130,6 +136,12 @@ impl Node {
     /// The others have had their say.
     fn speak(&mut self) {
         self.own.state = State::Speaking;
+        if self.own.earlier_ms >= self.me.started_ms {
+            // Or the members would take the earlier life for the later one.
+            self.me.started_ms = self.own.earlier_ms.saturating_add(1);
+            let wishes = self.members.change_identity(self.me.clone(), self.now_ms);
+            self.grant(wishes);
+        }
         for origin in self.writers.keys().copied().collect::<Vec<_>>() {
             let epoch = self.writers[&origin].certificate.epoch;
             let here = self.catalogue.log(origin).filter(|log| log.head.is.epoch == epoch).map(|log| log.head.is.seq);
@@ -138,16 +150,18 @@ impl Node {
                 *highest = seq.max(*highest);
             }
         }
-        self.event(Event::Speaking { above_seq: self.own.base(self.me.id) });
+        self.event(Event::Speaking { above_seq: self.own.base(self.me.id, self.me.life) });
         self.writers.keys().copied().collect::<Vec<_>>().into_iter().for_each(|origin| self.say(origin));
     }
 
-    pub(crate) fn receive_recovered(&mut self, from: &Addr, (id, nonce): (OriginId, u64), heads: Vec<(Certificate, Head)>) {
+    pub(crate) fn receive_recovered(&mut self, from: &Addr, recovered: Recovered) {
+        let Recovered { id, nonce, earlier_ms, heads } = recovered;
         let State::Asking { answered, .. } = &mut self.own.state else { return };
         if id != self.me.id || nonce != self.own.nonce {
             return;
         }
         answered.insert(from.clone());
+        self.own.earlier_ms = self.own.earlier_ms.max(earlier_ms);
         for (certificate, head) in heads {
             let Some(writer) = self.writers.get(&head.is.id) else { continue };
             if certificate == writer.certificate && head.verify(&certificate) {
@@ -243,7 +257,9 @@ impl Node {
         let logs = origins.iter().filter_map(|id| self.catalogue.log(*id));
         let heads = logs.map(|log| (log.certificate.clone(), log.head.clone())).collect();
         let (id, to) = (of.id, of.addr.clone());
+        let lives = self.lives.known.get(&id).into_iter().flatten().chain(self.members.get(id));
+        let earlier_ms = lives.filter(|other| other.life != of.life).map(|other| other.started_ms).max().unwrap_or_default();
         self.lives.accept(of);
-        self.stream(to, &Message::Recovered { id, nonce, heads });
+        self.stream(to, &Message::Recovered(Recovered { id, nonce, earlier_ms, heads }));
     }
 }

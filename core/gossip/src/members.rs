@@ -11,6 +11,7 @@ use bytes::{Buf, BufMut};
 use foca::{Config, Foca, Header, Identity, Incarnation, Member, Message, NoCustomBroadcast, Notification, PeriodicParams, Runtime, State, Timer};
 use std::collections::BTreeMap;
 use std::num::{NonZeroU8, NonZeroUsize};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Below a datagram's limit by what goes around it.
@@ -28,6 +29,15 @@ pub(crate) struct Members {
     active: BTreeMap<OriginId, Peer>,
     saved: Vec<Peer>,
     next_announce_ms: u64,
+    others: Arc<Others>,
+}
+
+/// Whom there is to talk to: members, or before there are any those that were saved.
+#[derive(Default)]
+pub(crate) struct Others {
+    pub all: Vec<Peer>,
+    /// Places in `all` of those in the own region.
+    pub near: Vec<usize>,
 }
 
 /// What foca wants done.
@@ -43,7 +53,7 @@ pub(crate) struct Wishes {
 impl Members {
     pub fn new(me: Peer, saved: Vec<Peer>, rng: Rng) -> Self {
         let foca = Foca::new(me, config(), rng, Codec);
-        Self { foca, timers: BTreeMap::new(), timer: 0, active: BTreeMap::new(), saved, next_announce_ms: 0 }
+        Self { foca, timers: BTreeMap::new(), timer: 0, active: BTreeMap::new(), saved, next_announce_ms: 0, others: Arc::default() }
     }
 
     pub fn active(&self) -> impl Iterator<Item = &Peer> {
@@ -61,12 +71,25 @@ impl Members {
         self.active.values().chain(others).take(MAX_SAVED_PEERS).cloned().collect()
     }
 
+    pub fn others(&self) -> Arc<Others> {
+        self.others.clone()
+    }
+
+    fn look_around(&mut self) {
+        self.active = self.foca.iter_members().map(|member| (member.id().id, member.id().clone())).collect();
+        let all: Vec<Peer> = if self.active.is_empty() { self.known() } else { self.active.values().cloned().collect() };
+        let region = &self.foca.identity().region;
+        let near = (0..all.len()).filter(|at| all[*at].region == *region).collect();
+        self.others = Arc::new(Others { all, near });
+    }
+
     pub fn save(&mut self, peers: Vec<Peer>) {
         for peer in peers {
             if self.saved.len() < MAX_SAVED_PEERS && !self.saved.iter().any(|saved| saved.addr == peer.addr) {
                 self.saved.push(peer);
             }
         }
+        self.look_around();
     }
 
     pub fn receive(&mut self, bytes: &[u8], now_ms: u64) -> (Wishes, bool) {
@@ -95,6 +118,12 @@ impl Members {
         self.grant(wishes, now_ms)
     }
 
+    pub fn change_identity(&mut self, me: Peer, now_ms: u64) -> Wishes {
+        let mut wishes = Wishes::default();
+        let _ = self.foca.change_identity(me, &mut wishes);
+        self.grant(wishes, now_ms)
+    }
+
     pub fn leave(&mut self, now_ms: u64) -> Wishes {
         let mut wishes = Wishes::default();
         let _ = self.foca.leave_cluster(&mut wishes);
@@ -109,7 +138,6 @@ impl Members {
     fn grant(&mut self, mut wishes: Wishes, now_ms: u64) -> Wishes {
         self.schedule(&mut wishes, now_ms);
         for peer in &wishes.up {
-            self.active.insert(peer.id, peer.clone());
             let has_room = self.saved.len() < MAX_SAVED_PEERS;
             match self.saved.iter_mut().find(|saved| saved.id == peer.id) {
                 Some(saved) => *saved = peer.clone(),
@@ -117,10 +145,8 @@ impl Members {
                 None => {}
             }
         }
-        for peer in &wishes.down {
-            if self.active.get(&peer.id).is_some_and(|active| active.life == peer.life && active.renewed <= peer.renewed) {
-                self.active.remove(&peer.id);
-            }
+        if !(wishes.up.is_empty() && wishes.down.is_empty()) {
+            self.look_around();
         }
         wishes
     }

@@ -73,6 +73,16 @@ pub struct Fork {
     pub heads: [Head; 2],
 }
 
+/// What a peer has heard of a host that has just started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recovered {
+    pub id: OriginId,
+    pub nonce: u64,
+    /// The latest start of another life of it; 0 if none is known.
+    pub earlier_ms: u64,
+    pub heads: Vec<(Certificate, Head)>,
+}
+
 /// Proof that a life of a host answered to `nonce`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alive {
@@ -120,7 +130,7 @@ pub enum Message {
     Fork(Fork),
     /// After a start: what is the highest that you have of me, and does another life of mine answer?
     Recover { of: Peer, nonce: u64, origins: Vec<OriginId> },
-    Recovered { id: OriginId, nonce: u64, heads: Vec<(Certificate, Head)> },
+    Recovered(Recovered),
     AreYouAlive { id: OriginId, life: Life, nonce: u64 },
     IAmAlive(Alive),
     /// Handed on to the second process of one identity.
@@ -160,10 +170,10 @@ impl Message {
                 words(&mut out, [*nonce]);
                 out.list(origins, |out, id| out.extend_from_slice(&id.0));
             }
-            Self::Recovered { id, nonce, heads } => {
-                out.extend_from_slice(&id.0);
-                words(&mut out, [*nonce]);
-                out.list(heads, |out, (certificate, head)| {
+            Self::Recovered(recovered) => {
+                out.extend_from_slice(&recovered.id.0);
+                words(&mut out, [recovered.nonce, recovered.earlier_ms]);
+                out.list(&recovered.heads, |out, (certificate, head)| {
                     certificate.write(out);
                     head.write(out);
                 });
@@ -210,7 +220,8 @@ impl Message {
             11 => Self::Recover { of: Peer::read(r)?, nonce: word(r)?, origins: r.list(MAX_OWN, "origins", id)? },
             12 => {
                 let head = |r: &mut Reader<'_>| Ok((Certificate::read(r)?, Head::read(r)?));
-                Self::Recovered { id: id(r)?, nonce: word(r)?, heads: r.list(MAX_OWN, "heads", head)? }
+                let (id, nonce, earlier_ms) = (id(r)?, word(r)?, word(r)?);
+                Self::Recovered(Recovered { id, nonce, earlier_ms, heads: r.list(MAX_OWN, "heads", head)? })
             }
             13 => Self::AreYouAlive { id: id(r)?, life: word(r)?, nonce: word(r)? },
             14 => Self::IAmAlive(Alive::read(r)?),
@@ -240,7 +251,7 @@ impl Message {
             Self::Batches(_) => 9,
             Self::Fork(_) => 10,
             Self::Recover { .. } => 11,
-            Self::Recovered { .. } => 12,
+            Self::Recovered(_) => 12,
             Self::AreYouAlive { .. } => 13,
             Self::IAmAlive(_) => 14,
             Self::Duplicate(_) => 15,

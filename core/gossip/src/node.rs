@@ -177,10 +177,11 @@ impl Node {
     pub fn new(config: Config, identity: Identity, snapshot: Option<Snapshot>, now: Now) -> Self {
         let Identity { certificate, key, addr, life } = identity;
         let mut rng = Rng::new(config.seed);
-        let snapshot = snapshot.unwrap_or_else(|| Snapshot::empty(config.cluster));
+        let mut snapshot = snapshot.unwrap_or_else(|| Snapshot::empty(config.cluster));
         let mut clock = Clock::start(snapshot.clock_ms, now);
         let clock_ms = clock.read(now);
         let (id, region) = (certificate.id, certificate.region.clone());
+        snapshot.catalogue.drop_far(&region);
         let me = Peer { id, region, addr, life, started_ms: clock_ms, renewed: 0 };
         let mut peers = config.peers.clone();
         peers.extend(snapshot.peers);
@@ -332,7 +333,7 @@ impl Node {
             Message::Entries { realm, buckets, entries } => self.receive_entries(&from, &realm, &buckets, &entries),
             Message::Want(wanted) => wanted.into_iter().for_each(|wanted| self.give(&from, wanted)),
             Message::Recover { of, nonce, origins } => self.receive_recover(of, nonce, origins),
-            Message::Recovered { id, nonce, heads } => self.receive_recovered(&from, (id, nonce), heads),
+            Message::Recovered(recovered) => self.receive_recovered(&from, recovered),
             Message::AreYouAlive { id, life, nonce } => self.receive_are_you_alive(from, (id, life), nonce),
             Message::IAmAlive(alive) => self.receive_i_am_alive(alive),
             Message::Duplicate(alive) => self.receive_duplicate(alive),
@@ -416,12 +417,6 @@ impl Node {
 
     pub(crate) fn stream(&mut self, to: Addr, message: &Message) {
         self.out.push(Output::Stream { to, bytes: message.encode() });
-    }
-
-    /// Members, or before there are any those that were saved.
-    pub(crate) fn peers(&self) -> Vec<Peer> {
-        let active: Vec<Peer> = self.members.active().cloned().collect();
-        if active.is_empty() { self.members.known() } else { active }
     }
 
     fn takes_part(&self) -> bool {

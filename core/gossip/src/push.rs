@@ -60,7 +60,7 @@ struct Stage {
 impl Node {
     /// Tells some peers, who tell others.
     pub(crate) fn spread(&mut self, batch: Batch, except: Option<&Addr>) {
-        let Some(certificate) = self.catalogue.certificate(batch.head.is.id).filter(|_| !planted!(NoPush)) else { return };
+        let Some(certificate) = self.catalogue.certificate(batch.head.is.id).filter(|_| !planted!(NoPush)).cloned() else { return };
         if certificate.scope == Scope::Region && certificate.region != self.me.region {
             return;
         }
@@ -70,7 +70,9 @@ impl Node {
         // A head without its rows says that there is something to ask for.
         let seq = batch.head.is.seq;
         let bare = |batch: Batch| Batch { rows: vec![], after: Cursor::after(seq), certificate: None, ..batch };
-        let batch = Batch { certificate: None, ..batch };
+        // What begins a log comes with its certificate: nobody can know it yet.
+        let certificate = Some(certificate).filter(|_| batch.after == Cursor::START);
+        let batch = Batch { certificate, ..batch };
         if batch.length() > most { bare(batch).write(&mut bytes) } else { batch.write(&mut bytes) }
         let bytes: Arc<[u8]> = bytes.into();
         for to in targets {
@@ -83,16 +85,15 @@ impl Node {
     }
 
     fn targets(&mut self, scope: Scope, except: Option<&Addr>) -> Vec<Addr> {
-        let peers = self.peers();
-        let others = || peers.iter().filter(|peer| Some(&peer.addr) != except);
-        let near: Vec<&Addr> = others().filter(|peer| peer.region == self.me.region).map(|peer| &peer.addr).collect();
-        let anywhere: Vec<&Addr> = match scope {
-            Scope::Global => others().map(|peer| &peer.addr).collect(),
-            Scope::Region => near.clone(),
+        let others = self.members.others();
+        let addr = |place: usize| Some(&others.all[place].addr).filter(|addr| Some(*addr) != except).cloned();
+        let near = self.rng.choose(PUSH_IN_REGION, others.near.len()).into_iter().filter_map(|at| addr(others.near[at]));
+        let mut targets: Vec<Addr> = near.collect();
+        let anywhere = match scope {
+            Scope::Global => self.rng.choose(PUSH_ANYWHERE, others.all.len()),
+            Scope::Region => self.rng.choose(PUSH_ANYWHERE, others.near.len()).into_iter().map(|at| others.near[at]).collect(),
         };
-        let chosen = self.rng.choose(PUSH_IN_REGION, near.len()).into_iter().map(|place| near[place]);
-        let mut targets: Vec<Addr> = chosen.cloned().collect();
-        targets.extend(self.rng.choose(PUSH_ANYWHERE, anywhere.len()).into_iter().map(|place| anywhere[place].clone()));
+        targets.extend(anywhere.into_iter().filter_map(addr));
         targets.sort_unstable();
         targets.dedup();
         targets
@@ -199,7 +200,13 @@ impl Node {
             Taken::Bad { why, .. } => match why {
                 Bad::Certificate => self.counters.bad_certificates += 1,
                 Bad::Signature => self.counters.bad_signatures += 1,
-                Bad::Rows => self.counters.bad_rows += 1,
+                Bad::Rows => {
+                    self.counters.bad_rows += 1;
+                    // Either they lie, or what is held here is not what they build on: the whole tells.
+                    if copy.after != Cursor::START {
+                        self.want(from, Wanted { id, epoch: copy.head.is.epoch, after: Cursor::START });
+                    }
+                }
                 Bad::TooBig => self.counters.too_big += 1,
             },
         }

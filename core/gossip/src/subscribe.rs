@@ -53,9 +53,9 @@ impl Node {
         let is_idle = |used: &u64| now_ms.saturating_sub(*used) >= IDLE_MS && !planted!(SubscribeForEver);
         let idle: Vec<(Region, Topic)> = self.subscriptions.used.iter().filter(|(_, used)| is_idle(used)).map(|(at, _)| at.clone()).collect();
         idle.into_iter().for_each(|at| self.unsubscribe(at));
-        let peers = self.peers();
+        let others = self.members.others();
         for (region, topic) in self.subscriptions.used.keys().cloned().collect::<Vec<_>>() {
-            let there: Vec<&Addr> = peers.iter().filter(|peer| peer.region == region).map(|peer| &peer.addr).collect();
+            let there: Vec<&Addr> = others.all.iter().filter(|peer| peer.region == region).map(|peer| &peer.addr).collect();
             let Some(to) = there.get(self.rng.below(there.len())) else { continue };
             let held = self.catalogue.of_region(&region).map(|log| log.head.is.id);
             let entries = held.filter_map(|id| self.catalogue.entry(id)).collect();

@@ -75,15 +75,14 @@ impl Node {
         self.syncs.round += 1;
         let now_ms = self.now_ms;
         self.syncs.behind.retain(|_, behind| now_ms.saturating_sub(behind.heard_ms) < BEHIND_MS);
-        let peers = self.peers();
-        let near: Vec<usize> = (0..peers.len()).filter(|at| peers[*at].region == self.me.region).collect();
-        let far = near.is_empty() || self.syncs.round.is_multiple_of(FAR_EVERY);
-        let all: Vec<usize> = (0..peers.len()).collect();
-        let among = if far { &all } else { &near };
-        if among.is_empty() {
+        let others = self.members.others();
+        let far = others.near.is_empty() || self.syncs.round.is_multiple_of(FAR_EVERY);
+        let among = if far { others.all.len() } else { others.near.len() };
+        if among == 0 {
             return;
         }
-        let peer = &peers[among[self.rng.below(among.len())]];
+        let at = self.rng.below(among);
+        let peer = &others.all[if far { at } else { others.near[at] }];
         if !planted!(NoAntiEntropy) {
             let mut roots = vec![self.root(&peer.addr, Realm::Global)];
             if peer.region == self.me.region {
@@ -92,10 +91,10 @@ impl Node {
             let beats = self.beats_to_tell(peer.region == self.me.region, BEATS_A_SYNC);
             self.datagram(peer.addr.clone(), &Message::Sync { roots, beats });
         }
-        for at in self.rng.choose(BEAT_PEERS, near.len()) {
+        for at in self.rng.choose(BEAT_PEERS, others.near.len()) {
             let beats = self.beats_to_tell(true, BEATS_A_DATAGRAM);
             if !beats.is_empty() {
-                self.datagram(peers[near[at]].addr.clone(), &Message::Beats(beats));
+                self.datagram(others.all[others.near[at]].addr.clone(), &Message::Beats(beats));
             }
         }
     }

@@ -100,7 +100,7 @@ impl Node {
         writer.said = false;
         let changes: Vec<Change> = std::mem::take(&mut writer.pending).into_values().collect();
         let log = self.catalogue.log(origin).filter(|log| log.head.is.epoch == certificate.epoch);
-        let last = log.map_or(0, |log| log.head.is.seq).max(if writer.begun { 0 } else { self.own.base(origin) });
+        let last = log.map_or(0, |log| log.head.is.seq).max(if writer.begun { 0 } else { self.own.base(origin, self.me.life) });
         let plan = match writer.pending_at.take() {
             Some(at) if at.seq <= last && at.since > 0 => return,
             Some(at) if at.seq == last => return,

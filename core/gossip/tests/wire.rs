@@ -14,7 +14,7 @@ fn certificate(name: &str, epoch: u32) -> Certificate {
     Certificate::issue(&SigningKey::from_bytes(&[1; 32]), &subject)
 }
 
-fn rows() -> impl Strategy<Value = Vec<Row>> {
+fn rows() -> impl Strategy<Value = Vec<Row>> + Clone {
     let row = (prop::collection::vec(any::<u8>(), 0..128), any::<u64>(), prop::collection::vec(any::<u8>(), 0..300), any::<bool>());
     let row = row.prop_map(|(key, seq, value, dead)| {
         let key = Key::new(key).unwrap();
@@ -85,7 +85,7 @@ fn messages() -> impl Strategy<Value = Message> {
         (peer, any::<u64>()).prop_map(|(of, nonce)| Message::Recover { origins: vec![of.id], of, nonce }),
         any::<u64>().prop_map(|nonce| {
             let certificate = certificate("host/a", 1);
-            Message::Recovered { id: certificate.id, nonce, heads: vec![(certificate, head(4, 2))] }
+            Message::Recovered(Recovered { id: certificate.id, nonce, earlier_ms: 3, heads: vec![(certificate, head(4, 2))] })
         }),
         alive.clone().prop_map(Message::IAmAlive),
         alive.prop_map(Message::Duplicate),

@@ -33,17 +33,12 @@ impl Checks {
         self.truth.insert(state, rows);
     }
 
-    /// A reader is only ever told a state that the origin really had, whole; and never an older one than before.
-    pub fn told(&mut self, who: usize, process: &mut Process, (origin, whole, rows): (OriginId, bool, Vec<Row>)) {
-        let Some(log) = process.node.as_ref().and_then(|node| node.catalogue().log(origin)) else {
-            return self.fail(|| format!("process {who} was told of {origin:?}, which it does not hold"));
-        };
-        let is = &log.head.is;
-        let seen = process.reader.entry(origin).or_default();
-        if (is.epoch, is.seq) < seen.at {
-            return self.fail(|| format!("process {who}: {origin:?} went back from {:?} to {:?}", seen.at, (is.epoch, is.seq)));
+    /// A reader is never told an older state than before.
+    pub fn told(&mut self, who: usize, seen: &mut Seen, (origin, at, whole): (OriginId, (u32, u64), bool), rows: Vec<Row>) {
+        if at < seen.at {
+            self.fail(|| format!("process {who}: {origin:?} went back from {:?} to {at:?}", seen.at));
         }
-        seen.at = (is.epoch, is.seq);
+        seen.at = at;
         if whole {
             seen.rows.clear();
         }
@@ -53,7 +48,15 @@ impl Checks {
                 false => drop(seen.rows.insert(row.key().clone(), row)),
             }
         }
-        let floor = is.floor;
+    }
+
+    /// What a reader has been told is a state that the origin really had, whole.
+    pub fn is_true(&mut self, who: usize, process: &Process, origin: OriginId) {
+        let Some(log) = process.node.as_ref().and_then(|node| node.catalogue().log(origin)) else {
+            return self.fail(|| format!("process {who} was told of {origin:?}, which it does not hold"));
+        };
+        let seen = &process.reader[&origin];
+        let floor = log.head.is.floor;
         if let Some(row) = log.rows().find(|row| row.is_dead() && row.seq() <= floor) {
             return self.fail(|| format!("process {who}: {origin:?} keeps {row:?} though its floor is {floor}"));
         }

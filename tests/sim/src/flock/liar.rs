@@ -2,7 +2,7 @@
 //! sign for others.
 
 use crate::rng::Rng;
-use dunlin_gossip::{Batch, Certificate, Cursor, Head, LtHash, Message, More, Row, Statement, Subject, Topic};
+use dunlin_gossip::{Batch, Certificate, Cursor, Head, LtHash, Message, More, Recovered, Row, Statement, Subject, Topic};
 use ed25519_dalek::SigningKey;
 
 const KEPT: usize = 64;
@@ -41,7 +41,7 @@ impl Liar {
                 beats.iter_mut().for_each(|beat| beat.index = (beat.index + 1).min(256));
                 Message::Beats(beats)
             }
-            Message::Recovered { id, nonce, .. } => Message::Recovered { id, nonce, heads: vec![] },
+            Message::Recovered(recovered) => Message::Recovered(Recovered { heads: vec![], ..recovered }),
             other => other,
         };
         let bytes = lie.encode();

@@ -12,7 +12,7 @@ use dunlin_gossip::{
     Peer, Region, Row, Scope, Snapshot, Statement, Subject, Topic,
 };
 use ed25519_dalek::SigningKey;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub const HOSTS: usize = 6;
 /// Hosts 0 and 1 run control as well; the last host lies.
@@ -349,9 +349,15 @@ impl World {
                 self.checks.wrote(log);
             }
         }
+        let mut told = BTreeSet::new();
         for output in outputs {
+            if let Output::Changed { origin, .. } = &output {
+                told.insert(*origin);
+            }
             self.output(at, output);
         }
+        // Several changes of one log may come at once; the last of them is what it is now.
+        told.into_iter().for_each(|origin| self.checks.is_true(at, &self.processes[at], origin));
     }
 
     fn output(&mut self, at: usize, output: Output) {
@@ -363,8 +369,9 @@ impl World {
                 self.send(at, &to, false, bytes);
             }
             Output::Stream { to, bytes } => self.send(at, &to, true, bytes),
-            Output::Changed { origin, whole, rows, .. } => {
-                self.checks.told(at, &mut self.processes[at], (origin, whole, rows));
+            Output::Changed { origin, epoch, seq, whole, rows } => {
+                let seen = self.processes[at].reader.entry(origin).or_default();
+                self.checks.told(at, seen, (origin, (epoch, seq), whole), rows);
             }
             Output::Event(event) => self.event(at, event),
         }
