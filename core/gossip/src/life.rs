@@ -35,8 +35,6 @@ pub(crate) struct Own {
     state: State,
     nonce: u64,
     highest: BTreeMap<OriginId, u64>,
-    /// The latest start of an earlier life, by a clock that may have been lost with its disk.
-    earlier_ms: u64,
 }
 
 enum State {
@@ -47,7 +45,7 @@ enum State {
 
 impl Own {
     pub fn begin(nonce: u64, now_ms: u64) -> Self {
-        Self { state: State::asking(now_ms), nonce, highest: BTreeMap::new(), earlier_ms: 0 }
+        Self { state: State::asking(now_ms), nonce, highest: BTreeMap::new() }
     }
 
     pub fn is_silenced(&self) -> bool {
@@ -136,12 +134,6 @@ impl Node {
     /// The others have had their say.
     fn speak(&mut self) {
         self.own.state = State::Speaking;
-        if self.own.earlier_ms >= self.me.started_ms {
-            // Or the members would take the earlier life for the later one.
-            self.me.started_ms = self.own.earlier_ms.saturating_add(1);
-            let wishes = self.members.change_identity(self.me.clone(), self.now_ms);
-            self.grant(wishes);
-        }
         for origin in self.writers.keys().copied().collect::<Vec<_>>() {
             let epoch = self.writers[&origin].certificate.epoch;
             let here = self.catalogue.log(origin).filter(|log| log.head.is.epoch == epoch).map(|log| log.head.is.seq);
@@ -155,13 +147,12 @@ impl Node {
     }
 
     pub(crate) fn receive_recovered(&mut self, from: &Addr, recovered: Recovered) {
-        let Recovered { id, nonce, earlier_ms, heads } = recovered;
+        let Recovered { id, nonce, heads } = recovered;
         let State::Asking { answered, .. } = &mut self.own.state else { return };
         if id != self.me.id || nonce != self.own.nonce {
             return;
         }
         answered.insert(from.clone());
-        self.own.earlier_ms = self.own.earlier_ms.max(earlier_ms);
         for (certificate, head) in heads {
             let Some(writer) = self.writers.get(&head.is.id) else { continue };
             if certificate == writer.certificate && head.verify(&certificate) {
@@ -257,9 +248,7 @@ impl Node {
         let logs = origins.iter().filter_map(|id| self.catalogue.log(*id));
         let heads = logs.map(|log| (log.certificate.clone(), log.head.clone())).collect();
         let (id, to) = (of.id, of.addr.clone());
-        let lives = self.lives.known.get(&id).into_iter().flatten().chain(self.members.get(id));
-        let earlier_ms = lives.filter(|other| other.life != of.life).map(|other| other.started_ms).max().unwrap_or_default();
         self.lives.accept(of);
-        self.stream(to, &Message::Recovered(Recovered { id, nonce, earlier_ms, heads }));
+        self.stream(to, &Message::Recovered(Recovered { id, nonce, heads }));
     }
 }

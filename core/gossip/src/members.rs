@@ -118,12 +118,6 @@ impl Members {
         self.grant(wishes, now_ms)
     }
 
-    pub fn change_identity(&mut self, me: Peer, now_ms: u64) -> Wishes {
-        let mut wishes = Wishes::default();
-        let _ = self.foca.change_identity(me, &mut wishes);
-        self.grant(wishes, now_ms)
-    }
-
     pub fn leave(&mut self, now_ms: u64) -> Wishes {
         let mut wishes = Wishes::default();
         let _ = self.foca.leave_cluster(&mut wishes);
@@ -191,8 +185,15 @@ impl Identity for Peer {
     }
 
     fn win_addr_conflict(&self, other: &Self) -> bool {
-        (self.started_ms, self.life, self.renewed) > (other.started_ms, other.life, other.renewed)
+        (order_ms(self), self.life) > (order_ms(other), other.life)
     }
+}
+
+/// Later starts win. A clock that was lost with its disk may say that this start came before the last: each renewal
+/// doubles what is added, so a living process soon stands above any dead life of its own.
+fn order_ms(peer: &Peer) -> u64 {
+    let added_ms = if peer.renewed == 0 { 0 } else { 1_000 << peer.renewed.min(40) };
+    peer.started_ms.saturating_add(added_ms).saturating_add(peer.renewed.into())
 }
 
 impl Runtime<Peer> for Wishes {

@@ -78,8 +78,6 @@ pub struct Fork {
 pub struct Recovered {
     pub id: OriginId,
     pub nonce: u64,
-    /// The latest start of another life of it; 0 if none is known.
-    pub earlier_ms: u64,
     pub heads: Vec<(Certificate, Head)>,
 }
 
@@ -172,7 +170,7 @@ impl Message {
             }
             Self::Recovered(recovered) => {
                 out.extend_from_slice(&recovered.id.0);
-                words(&mut out, [recovered.nonce, recovered.earlier_ms]);
+                words(&mut out, [recovered.nonce]);
                 out.list(&recovered.heads, |out, (certificate, head)| {
                     certificate.write(out);
                     head.write(out);
@@ -220,8 +218,8 @@ impl Message {
             11 => Self::Recover { of: Peer::read(r)?, nonce: word(r)?, origins: r.list(MAX_OWN, "origins", id)? },
             12 => {
                 let head = |r: &mut Reader<'_>| Ok((Certificate::read(r)?, Head::read(r)?));
-                let (id, nonce, earlier_ms) = (id(r)?, word(r)?, word(r)?);
-                Self::Recovered(Recovered { id, nonce, earlier_ms, heads: r.list(MAX_OWN, "heads", head)? })
+                let (id, nonce) = (id(r)?, word(r)?);
+                Self::Recovered(Recovered { id, nonce, heads: r.list(MAX_OWN, "heads", head)? })
             }
             13 => Self::AreYouAlive { id: id(r)?, life: word(r)?, nonce: word(r)? },
             14 => Self::IAmAlive(Alive::read(r)?),

@@ -226,7 +226,14 @@ impl Node {
     pub(crate) fn tell_fork(&mut self, fork: &Fork, except: Option<&Addr>) {
         let is = &fork.heads[0].is;
         self.event(Event::Forked { origin: is.id, epoch: is.epoch, seq: is.seq });
-        for to in self.targets(fork.certificate.scope, except) {
+        let mut to = self.targets(fork.certificate.scope, except);
+        // Found by a reader far away: its region has to know first of all.
+        let others = self.members.others();
+        let there: Vec<&Addr> = others.all.iter().filter(|peer| peer.region == fork.certificate.region).map(|peer| &peer.addr).collect();
+        to.extend(self.rng.choose(PUSH_IN_REGION, there.len()).into_iter().map(|at| there[at].clone()));
+        to.sort_unstable();
+        to.dedup();
+        for to in to {
             self.stream(to, &Message::Fork(fork.clone()));
         }
     }

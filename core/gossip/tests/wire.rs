@@ -85,7 +85,7 @@ fn messages() -> impl Strategy<Value = Message> {
         (peer, any::<u64>()).prop_map(|(of, nonce)| Message::Recover { origins: vec![of.id], of, nonce }),
         any::<u64>().prop_map(|nonce| {
             let certificate = certificate("host/a", 1);
-            Message::Recovered(Recovered { id: certificate.id, nonce, earlier_ms: 3, heads: vec![(certificate, head(4, 2))] })
+            Message::Recovered(Recovered { id: certificate.id, nonce, heads: vec![(certificate, head(4, 2))] })
         }),
         alive.clone().prop_map(Message::IAmAlive),
         alive.prop_map(Message::Duplicate),
