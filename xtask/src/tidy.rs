@@ -17,6 +17,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("dunlin-planner", &["dunlin-model", "dunlin-view"]),
     ("dunlin-machine", &["dunlin-model", "dunlin-view"]),
     ("dunlin-routing", &["dunlin-model", "dunlin-view"]),
+    ("dunlin-gossip", &[]),
     ("dunlin-api", &["dunlin-model", "dunlin-view"]),
     ("dunlin-store", &["dunlin-model"]),
     ("dunlin-cluster", &["dunlin-model", "dunlin-view"]),
@@ -51,7 +52,7 @@ const MAX_LINES: usize = 700;
 /// Longer files, each with its reason.
 const LONGER: &[(&str, &str)] = &[];
 const CORES: &[&str] =
-    &["dunlin-model", "dunlin-view", "dunlin-scan", "dunlin-planner", "dunlin-machine", "dunlin-routing"];
+    &["dunlin-model", "dunlin-view", "dunlin-scan", "dunlin-planner", "dunlin-machine", "dunlin-routing", "dunlin-gossip"];
 
 pub fn run() -> anyhow::Result<()> {
     let mut problems = Vec::new();

@@ -5,9 +5,11 @@
 //!             |  a peer finds that an older life still answers, and shows its proof
 //!             +--------------------------------------------------------> silent, until the process is ended
 //! speaking --> asking again, when somebody else has written above
+//! any      --> silent, when the identity goes on in a newer epoch elsewhere
 //! ```
 //! So a disk that was rolled back does not quarantine its own host, and a clone of a living host says nothing.
 
+use crate::catalogue::MAX_ORIGINS;
 use crate::head::alive;
 use crate::id::{Addr, Life, OriginId, Peer};
 use crate::message::{Alive, Batch, MAX_OWN, Message, Recovered};
@@ -93,6 +95,9 @@ impl Lives {
     }
 
     fn accept(&mut self, peer: Peer) {
+        if self.known.len() >= MAX_ORIGINS && !self.known.contains_key(&peer.id) {
+            self.known.pop_first();
+        }
         let lives = self.known.entry(peer.id).or_default();
         lives.retain(|known| known.life != peer.life);
         lives.push(peer);
@@ -113,6 +118,11 @@ impl Node {
 
     pub(crate) fn tick_own(&mut self) {
         let now_ms = self.now_ms;
+        let certified = self.writers.get(&self.me.id).map(|writer| writer.certificate.epoch);
+        if let Some(epoch) = self.catalogue.epoch(self.me.id).filter(|epoch| certified.is_some_and(|certified| certified < *epoch)) {
+            self.own.state = State::Silenced;
+            return self.event(Event::Superseded { epoch });
+        }
         let State::Asking { since_ms, next_ms, answered } = &mut self.own.state else { return };
         let known = self.members.known();
         let enough = answered.len() >= ASKED.min(known.len()) || (!answered.is_empty() && now_ms >= *since_ms + PATIENCE_MS);

@@ -18,6 +18,8 @@ use std::time::Duration;
 const MAX_PACKET_BYTES: usize = 1_190;
 /// A saved peer that is not a member is announced to this often.
 pub(crate) const ANNOUNCE_MS: u64 = 2_000;
+/// One time in so many when nobody is missing.
+const ANNOUNCE_ANYWAY: usize = 4;
 /// Saved for the next start.
 pub(crate) const MAX_SAVED_PEERS: usize = 256;
 const MAX_TIMERS: usize = 65_536;
@@ -47,7 +49,6 @@ pub(crate) struct Wishes {
     pub up: Vec<Peer>,
     pub down: Vec<Peer>,
     timers: Vec<(Duration, Timer<Peer>)>,
-    renewed: Option<Peer>,
 }
 
 impl Members {
@@ -109,8 +110,11 @@ impl Members {
         if now_ms >= self.next_announce_ms && !(planted!(NeverAnnounceAgain) && self.next_announce_ms > 0) {
             self.next_announce_ms = now_ms + rng.around(ANNOUNCE_MS);
             let me = self.foca.identity().id;
-            let missing: Vec<&Peer> = self.saved.iter().filter(|peer| peer.id != me && !self.active.contains_key(&peer.id)).collect();
-            if let Some(peer) = missing.get(rng.below(missing.len())) {
+            let others = || self.saved.iter().filter(|peer| peer.id != me);
+            let missing: Vec<&Peer> = others().filter(|peer| !self.active.contains_key(&peer.id)).collect();
+            // Now and then anybody: they may have lost this host though it has not lost them.
+            let among = if missing.is_empty() && rng.below(ANNOUNCE_ANYWAY) == 0 { others().collect() } else { missing };
+            if let Some(peer) = among.get(rng.below(among.len())) {
                 let peer = (*peer).clone();
                 let _ = self.foca.announce(peer, &mut wishes);
             }
@@ -205,8 +209,7 @@ impl Runtime<Peer> for Wishes {
                 self.down.push(before.clone());
                 self.up.push(after.clone());
             }
-            Notification::Rejoin(me) => self.renewed = Some(me.clone()),
-            Notification::Active | Notification::Idle | Notification::Defunct => {}
+            Notification::Active | Notification::Idle | Notification::Defunct | Notification::Rejoin(_) => {}
         }
     }
 

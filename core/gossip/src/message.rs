@@ -14,7 +14,8 @@ pub const MAX_DATAGRAM_BYTES: usize = 1_200;
 pub const MAX_CHUNK_BYTES: usize = 256 << 10;
 const VERSION: u8 = 1;
 const MAX_BATCHES: usize = 4_096;
-pub(crate) const MAX_ENTRIES: usize = 8_192;
+/// Each has at most 34 bytes: they fit a chunk.
+pub(crate) const MAX_ENTRIES: usize = 7_168;
 /// Origins that one process writes.
 pub(crate) const MAX_OWN: usize = 256;
 const MAX_BEATS: usize = 1_024;

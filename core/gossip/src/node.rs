@@ -102,6 +102,8 @@ pub enum Event {
     Speaking { above_seq: u64 },
     /// Another process has this identity and answers: this one stays silent until it is ended.
     DuplicateIdentity { other: Life },
+    /// The cluster has certified this identity anew, elsewhere: this process stays silent.
+    Superseded { epoch: u32 },
     /// Two signed heads of one sequence contradict each other; the epoch is quarantined everywhere.
     Forked { origin: OriginId, epoch: u32, seq: u64 },
     /// Memory no longer was what its head signs; the log was dropped and is fetched again.
@@ -350,10 +352,12 @@ impl Node {
     // ---- what time brings
 
     fn tick(&mut self) {
+        if !self.own.is_silenced() {
+            self.tick_own();
+        }
         if self.own.is_silenced() {
             return;
         }
-        self.tick_own();
         self.tick_lives();
         if self.takes_part() {
             let wishes = self.members.tick(self.now_ms, &mut self.rng);

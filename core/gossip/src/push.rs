@@ -31,6 +31,9 @@ const MAX_STAGED_BYTES: usize = 128 << 20;
 const STAGE_MS: u64 = 10_000;
 /// Parts that answer one want; the next is asked for when the last of these is here.
 const PARTS_A_WANT: usize = 8;
+/// What one input may make this host send: a small message must not cause a flood.
+const MAX_GIVEN_BYTES: usize = 4 << 20;
+const MAX_ASKED: usize = 65_536;
 
 #[derive(Default)]
 pub(crate) struct Pushes {
@@ -39,6 +42,7 @@ pub(crate) struct Pushes {
     held: Vec<Held>,
     asked: BTreeMap<(OriginId, Addr), (u64, Cursor)>,
     staged: BTreeMap<OriginId, Stage>,
+    given_bytes: usize,
 }
 
 struct Held {
@@ -101,6 +105,7 @@ impl Node {
 
     /// Packs what is queued into datagrams, several batches in each.
     pub(crate) fn flush_pushes(&mut self) {
+        self.pushes.given_bytes = 0;
         if self.pushes.queue.is_empty() || self.now_ms < self.pushes.next_flush_ms {
             return;
         }
@@ -175,8 +180,14 @@ impl Node {
         if self.writes_alone(id) {
             return self.receive_own(from, batch);
         }
-        if !self.wants_origin(&batch) {
+        let certificate = self.catalogue.certificate(id).or(batch.certificate.as_ref());
+        if certificate.is_some_and(|certificate| !self.wants_origin(certificate)) {
             return;
+        }
+        if let Some(fork) = self.catalogue.fork(id).filter(|fork| fork.certificate.epoch == batch.head.is.epoch) {
+            // Whoever still tells it has lost the evidence.
+            let fork = fork.clone();
+            return self.show_fork(from, fork);
         }
         let copy = batch.clone();
         match self.catalogue.take(batch, self.now_ms) {
@@ -215,6 +226,9 @@ impl Node {
     // ---- forks
 
     pub(crate) fn receive_fork(&mut self, from: &Addr, fork: Fork) {
+        if !self.wants_origin(&fork.certificate) {
+            return;
+        }
         match self.catalogue.take_fork(fork.clone()) {
             Ok(true) => self.tell_fork(&fork, Some(from)),
             Ok(false) => {}
@@ -226,15 +240,26 @@ impl Node {
     pub(crate) fn tell_fork(&mut self, fork: &Fork, except: Option<&Addr>) {
         let is = &fork.heads[0].is;
         self.event(Event::Forked { origin: is.id, epoch: is.epoch, seq: is.seq });
-        let mut to = self.targets(fork.certificate.scope, except);
-        // Found by a reader far away: its region has to know first of all.
-        let others = self.members.others();
-        let there: Vec<&Addr> = others.all.iter().filter(|peer| peer.region == fork.certificate.region).map(|peer| &peer.addr).collect();
-        to.extend(self.rng.choose(PUSH_IN_REGION, there.len()).into_iter().map(|at| there[at].clone()));
-        to.sort_unstable();
-        to.dedup();
+        let certificate = &fork.certificate;
+        let to = if certificate.scope == Scope::Global || certificate.region == self.me.region {
+            self.targets(certificate.scope, except)
+        } else {
+            // Found by a reader far away: its region has to know.
+            let others = self.members.others();
+            let there: Vec<&Addr> = others.all.iter().filter(|peer| peer.region == certificate.region).map(|peer| &peer.addr).collect();
+            self.rng.choose(PUSH_IN_REGION, there.len()).into_iter().map(|at| there[at].clone()).collect()
+        };
         for to in to {
             self.stream(to, &Message::Fork(fork.clone()));
+        }
+    }
+
+    fn show_fork(&mut self, to: &Addr, fork: Fork) {
+        let now_ms = self.now_ms;
+        let shown = self.pushes.asked.entry((fork.certificate.id, to.clone())).or_insert((0, Cursor::START));
+        if shown.0 + ASK_AGAIN_MS <= now_ms || shown.0 == 0 {
+            shown.0 = now_ms;
+            self.stream(to.clone(), &Message::Fork(fork));
         }
     }
 
@@ -287,6 +312,9 @@ impl Node {
 
     pub(crate) fn want(&mut self, from: &Addr, wanted: Wanted) {
         let now_ms = self.now_ms;
+        if self.pushes.asked.len() >= MAX_ASKED {
+            return;
+        }
         let staged = self.pushes.staged.get(&wanted.id).filter(|stage| stage.epoch == wanted.epoch && !stage.rows.is_empty());
         let wanted = staged.map_or(wanted.clone(), |stage| Wanted { after: stage.cursor.clone(), ..wanted });
         let asked = self.pushes.asked.entry((wanted.id, from.clone())).or_insert((0, Cursor { seq: u64::MAX, key: None }));
@@ -309,6 +337,9 @@ impl Node {
         let same_epoch = log.head.is.epoch == wanted.epoch;
         let mut after = if !same_epoch || (wanted.after.key.is_none() && wanted.after.seq < log.head.is.floor) { Cursor::START } else { wanted.after };
         let certificate = log.certificate.clone();
+        if self.pushes.given_bytes > MAX_GIVEN_BYTES {
+            return; // it asks again
+        }
         for part in 1..=PARTS_A_WANT {
             let Some(log) = self.catalogue.log(wanted.id) else { return };
             let (rows, next) = log.rows_after(&after, MAX_CHUNK_BYTES - 1_024);
@@ -318,6 +349,7 @@ impl Node {
                 Some(_) => More::Follows,
             };
             let batch = Batch { certificate: Some(certificate.clone()), head: log.head.clone(), after, rows, more };
+            self.pushes.given_bytes += batch.length();
             self.gives.entry(to.clone()).or_default().push(batch);
             let Some(next) = next else { return };
             after = next;

@@ -3,10 +3,10 @@
 //! Who reads it asks some host there every two seconds, and hears of changes in between. After ten idle minutes it is dropped.
 
 use crate::beat::Beat;
-use crate::head::Scope;
+use crate::head::{Certificate, Scope};
 use crate::id::{Addr, OriginId, Region, Topic};
 use crate::log::Cursor;
-use crate::message::{Batch, Entry, Message, Wanted};
+use crate::message::{Entry, Message, Wanted};
 use crate::node::{Event, Node};
 use crate::planted::planted;
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,9 +74,7 @@ impl Node {
     }
 
     /// Not every log is this host's to hold: the global ones, those of its region, those that it subscribed to.
-    pub(crate) fn wants_origin(&self, batch: &Batch) -> bool {
-        let known = self.catalogue.certificate(batch.head.is.id).or(batch.certificate.as_ref());
-        let Some(certificate) = known else { return true };
+    pub(crate) fn wants_origin(&self, certificate: &Certificate) -> bool {
         let region = &certificate.region;
         let first = self.subscriptions.used.range((region.clone(), Topic::new([]).expect("an empty topic is short"))..).next();
         certificate.scope == Scope::Global || *region == self.me.region || first.is_some_and(|((of, _), _)| of == region)

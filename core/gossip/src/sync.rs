@@ -8,6 +8,7 @@
 //! Nobody ever sends all that it has. A lie about a root or an entry only keeps the liar behind: what is taken is signed.
 
 use crate::beat::{BEAT_BYTES, BEAT_MS, Beat};
+use crate::catalogue::MAX_ORIGINS;
 use crate::id::{Addr, OriginId};
 use crate::log::Cursor;
 use crate::message::{BUCKETS, Entry, MAX_ENTRIES, Message, Realm, Root, Wanted};
@@ -204,6 +205,9 @@ impl Node {
     fn note_behind(&mut self, theirs: &Entry) {
         let now_ms = self.now_ms;
         let fresh = Behind { epoch: theirs.epoch, seq: theirs.seq, since_ms: now_ms, heard_ms: now_ms };
+        if self.syncs.behind.len() >= MAX_ORIGINS {
+            return; // somebody makes them up
+        }
         let behind = self.syncs.behind.entry(theirs.id).or_insert(fresh);
         behind.heard_ms = now_ms;
         if (theirs.epoch, theirs.seq) > (behind.epoch, behind.seq) {

@@ -295,9 +295,18 @@ impl World {
         self.checks.may_fork.insert(host.id);
         self.forked = true;
         self.tell(|| format!("the key of host {at} signs two heads of one sequence"));
+        let (seq, first_epoch) = (batch.head.is.seq, batch.head.is.epoch);
         let bytes = dunlin_gossip::Message::Batches(vec![batch]).encode();
-        let to = self.rng.pick(&[0, 1, LIAR]).expect("three");
+        // Somebody of its region, who may hold the first of the two; the others are to hear of it.
+        let to = if at % 2 == 0 { 0 } else { self.rng.pick(&[1, LIAR]).expect("two") };
+        let id = self.hosts[at].id;
+        let state = |world: &Self| world.processes[to].node.as_ref().and_then(|node| node.catalogue().log(id).map(|log| (log.head.at(), log.head.is.epoch)));
+        let both = state(self).is_some_and(|(held, epoch)| held.0 == seq && epoch == first_epoch);
         self.handle(to, Input::Stream { from: addr(at), bytes });
+        let knows = self.processes[to].node.as_ref().is_some_and(|node| node.catalogue().fork(id).is_some());
+        if both && !knows {
+            self.checks.fail(|| format!("process {to} holds two heads of {id:?} at {seq} and does not mind"));
+        }
     }
 
     fn subscribe(&mut self, at: usize) {
@@ -381,7 +390,7 @@ impl World {
         self.tell(|| format!("process {at}: {event:?}"));
         match event {
             Event::Forked { origin, .. } => self.checks.forked(at, origin),
-            Event::DuplicateIdentity { .. } => {
+            Event::DuplicateIdentity { .. } | Event::Superseded { .. } => {
                 let host = self.processes[at].host;
                 if !self.checks.may_fork.contains(&self.hosts[host].id) {
                     self.checks.fail(|| format!("process {at} is called a duplicate, but there is no other"));

@@ -42,6 +42,11 @@ impl World {
     /// Of one identity at most one process speaks; the others know that they are duplicates.
     fn one_speaks(&mut self) {
         for host in 0..HOSTS {
+            let id = self.hosts[host].id;
+            // Of a quarantined identity nobody takes anything any more, whoever speaks.
+            if self.processes.iter().any(|process| process.node.as_ref().is_some_and(|node| node.catalogue().fork(id).is_some())) {
+                continue;
+            }
             let speaks = |at: &usize| self.processes[*at].host == host && self.processes[*at].node.as_ref().is_some_and(|node| node.speaks());
             let speaking: Vec<usize> = (0..self.processes.len()).filter(speaks).collect();
             if speaking.len() != 1 {
@@ -56,10 +61,9 @@ impl World {
             let id = self.hosts[host].id;
             let up: Vec<usize> = (0..self.processes.len()).filter(|at| self.processes[*at].is_up()).collect();
             let knows = |at: &&usize| self.processes[**at].node.as_ref().is_some_and(|node| node.catalogue().fork(id).is_some());
-            let forked = up.iter().filter(knows).count();
             let near = |at: &&usize| self.processes[**at].host % 2 == host % 2;
             let in_region = up.iter().filter(near).filter(knows).count();
-            if forked == 0 && !(self.forked && self.checks.may_fork.len() == 1 && self.checks.may_fork.contains(&id) && self.contradicted(id)) {
+            if in_region == 0 && !(self.forked && self.checks.may_fork.len() == 1 && self.checks.may_fork.contains(&id) && self.contradicted(id)) {
                 continue;
             }
             if in_region != up.iter().filter(near).count() {
