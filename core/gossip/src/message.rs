@@ -126,7 +126,7 @@ pub enum Message {
     Entries { realm: Realm, buckets: Vec<u8>, entries: Vec<Entry> },
     Want(Vec<Wanted>),
     Batches(Vec<Batch>),
-    Fork(Fork),
+    Fork(Box<Fork>),
     /// After a start: what is the highest that you have of me, and does another life of mine answer?
     Recover { of: Peer, nonce: u64, origins: Vec<OriginId> },
     Recovered(Recovered),
@@ -215,7 +215,7 @@ impl Message {
             },
             8 => Self::Want(r.list(MAX_ENTRIES, "what is wanted", Wanted::read)?),
             9 => Self::Batches(r.list(MAX_BATCHES, "batches", Batch::read)?),
-            10 => Self::Fork(Fork::read(r)?),
+            10 => Self::Fork(Box::new(Fork::read(r)?)),
             11 => Self::Recover { of: Peer::read(r)?, nonce: word(r)?, origins: r.list(MAX_OWN, "origins", id)? },
             12 => {
                 let head = |r: &mut Reader<'_>| Ok((Certificate::read(r)?, Head::read(r)?));

@@ -53,7 +53,7 @@ pub enum Input {
     /// The first of a life is the whole truth of the origin: what it leaves out is gone.
     Publish { origin: OriginId, schema: u32, changes: Vec<Change>, at: Option<At> },
     /// Another origin is this process's to write, or an old one in a new epoch.
-    Own { certificate: Certificate, key: SigningKey },
+    Own { certificate: Box<Certificate>, key: Box<SigningKey> },
     Peers(Vec<Peer>),
     /// Somebody reads what bears on the topic in a region far away. Say so again while it is used.
     Use { region: Region, topic: Topic },
@@ -223,7 +223,7 @@ impl Node {
             Input::Datagram { from, bytes } | Input::Stream { from, bytes } => self.receive(from, &bytes),
             Input::Tick => {}
             Input::Publish { origin, schema, changes, at } => self.publish(origin, schema, changes, at),
-            Input::Own { certificate, key } => self.own(certificate, key),
+            Input::Own { certificate, key } => self.own(*certificate, *key),
             Input::Peers(peers) => self.members.save(peers),
             Input::Use { region, topic } => self.use_detail(region, topic),
             Input::Remove(origin) => self.catalogue.remove(origin),
@@ -324,7 +324,7 @@ impl Node {
         match message {
             Message::Push(batches) => batches.into_iter().for_each(|batch| self.receive_push(&from, batch)),
             Message::Batches(batches) => batches.into_iter().for_each(|batch| self.receive_part(&from, batch)),
-            Message::Fork(fork) => self.receive_fork(&from, fork),
+            Message::Fork(fork) => self.receive_fork(&from, *fork),
             Message::Sync { roots, beats } => {
                 self.hear(&beats);
                 roots.into_iter().for_each(|root| self.receive_root(&from, root));

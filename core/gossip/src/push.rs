@@ -250,7 +250,7 @@ impl Node {
             self.rng.choose(PUSH_IN_REGION, there.len()).into_iter().map(|at| there[at].clone()).collect()
         };
         for to in to {
-            self.stream(to, &Message::Fork(fork.clone()));
+            self.stream(to, &Message::Fork(Box::new(fork.clone())));
         }
     }
 
@@ -259,7 +259,7 @@ impl Node {
         let shown = self.pushes.asked.entry((fork.certificate.id, to.clone())).or_insert((0, Cursor::START));
         if shown.0 + ASK_AGAIN_MS <= now_ms || shown.0 == 0 {
             shown.0 = now_ms;
-            self.stream(to.clone(), &Message::Fork(fork));
+            self.stream(to.clone(), &Message::Fork(Box::new(fork)));
         }
     }
 
@@ -331,7 +331,7 @@ impl Node {
     pub(crate) fn give(&mut self, to: &Addr, wanted: Wanted) {
         if let Some(fork) = self.catalogue.fork(wanted.id) {
             let fork = fork.clone();
-            return self.stream(to.clone(), &Message::Fork(fork));
+            return self.stream(to.clone(), &Message::Fork(Box::new(fork)));
         }
         let Some(log) = self.catalogue.log(wanted.id) else { return };
         let same_epoch = log.head.is.epoch == wanted.epoch;

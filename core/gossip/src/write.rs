@@ -102,8 +102,7 @@ impl Node {
         let log = self.catalogue.log(origin).filter(|log| log.head.is.epoch == certificate.epoch);
         let last = log.map_or(0, |log| log.head.is.seq).max(if writer.begun { 0 } else { self.own.base(origin, self.me.life) });
         let plan = match writer.pending_at.take() {
-            Some(at) if at.seq <= last && at.since > 0 => return,
-            Some(at) if at.seq == last => return,
+            Some(at) if at.seq <= last => return, // others have said it already
             Some(at) if at.since > last => {
                 return self.event(Event::NeedWhole { origin, seq: at.seq });
             }

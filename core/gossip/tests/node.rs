@@ -175,7 +175,7 @@ fn config_is_one_whoever_publishes_it() {
     let mut flock = Flock::of(&["fra", "fra", "iad", "iad"]);
     let (certificate, key) = certify("config/3", 1, 77, ("", Scope::Global));
     for at in [0, 2] {
-        flock.handle(at, Input::Own { certificate: certificate.clone(), key: key.clone() });
+        flock.handle(at, Input::Own { certificate: certificate.clone().into(), key: key.clone().into() });
     }
     let change = |key: &str, seq: u64| {
         let value = Some((Topic::new("shop").unwrap(), seq.to_string().into_bytes()));

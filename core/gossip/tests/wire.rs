@@ -81,7 +81,7 @@ fn messages() -> impl Strategy<Value = Message> {
         (any::<[u8; 8]>(), any::<u64>()).prop_map(|(id, seq)| {
             Message::Want(vec![Wanted { id: OriginId(id), epoch: 3, after: Cursor { seq, key: None } }])
         }),
-        any::<u64>().prop_map(|seq| Message::Fork(Fork { certificate: certificate("host/a", 1), heads: [head(seq, 0), head(seq, 1)] })),
+        any::<u64>().prop_map(|seq| Message::Fork(Box::new(Fork { certificate: certificate("host/a", 1), heads: [head(seq, 0), head(seq, 1)] }))),
         (peer, any::<u64>()).prop_map(|(of, nonce)| Message::Recover { origins: vec![of.id], of, nonce }),
         any::<u64>().prop_map(|nonce| {
             let certificate = certificate("host/a", 1);

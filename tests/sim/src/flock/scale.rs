@@ -62,7 +62,7 @@ pub fn measure(scale: Scale) -> String {
         })
         .collect();
     for (at, origin) in &global {
-        flock.handle(*at, Input::Own { certificate: origin.certificate.clone(), key: origin.key.clone() });
+        flock.handle(*at, Input::Own { certificate: origin.certificate.clone().into(), key: origin.key.clone().into() });
     }
     flock.pass(2_000);
     for (n, (at, origin)) in global.iter().enumerate() {

@@ -232,7 +232,7 @@ impl World {
         process.node = Some(node);
         self.tell(|| format!("process {at} starts from {}", snapshot_of.map_or("nothing".into(), |which| format!("snapshot {which}"))));
         if CONTROLS.contains(&at) {
-            let (certificate, key) = (self.config.certificate.clone(), self.config.key.clone());
+            let (certificate, key) = (self.config.certificate.clone().into(), self.config.key.clone().into());
             self.handle(at, Input::Own { certificate, key });
         }
         let facts = self.processes[at].facts.iter();

@@ -75,8 +75,9 @@ impl World {
             let subject = Subject { name: old.name.clone(), epoch: old.epoch + 1, key: old.key, region: old.region.clone(), scope: Scope::Region };
             let certificate = Certificate::issue(&self.cluster, &subject);
             self.hosts[host].certificate = certificate.clone();
+            let certificate = Box::new(certificate);
             self.tell(|| format!("host {host} gets epoch {}", subject.epoch));
-            let key = self.hosts[host].key.clone();
+            let key = Box::new(self.hosts[host].key.clone());
             self.handle(at, Input::Own { certificate, key });
             self.publish_all(at);
         }
