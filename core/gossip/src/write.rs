@@ -100,10 +100,14 @@ impl Node {
         writer.said = false;
         let changes: Vec<Change> = std::mem::take(&mut writer.pending).into_values().collect();
         let log = self.catalogue.log(origin).filter(|log| log.head.is.epoch == certificate.epoch);
-        let last = log.map_or(0, |log| log.head.is.seq).max(if writer.begun { 0 } else { self.own.base(origin, self.me.life) });
+        let held = log.map_or(0, |log| log.head.is.seq);
+        let last = held.max(if writer.begun { 0 } else { self.own.base(origin, self.me.life) });
         let plan = match writer.pending_at.take() {
-            Some(at) if at.seq <= last => return, // others have said it already
-            Some(at) if at.since > last => {
+            Some(at) if at.seq <= held => {
+                writer.begun = true; // others have said it already; this process beats for it too
+                return;
+            }
+            Some(at) if at.since > held => {
                 return self.event(Event::NeedWhole { origin, seq: at.seq });
             }
             Some(at) => foreign(at, changes, log.is_none()),

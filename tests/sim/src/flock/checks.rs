@@ -23,10 +23,7 @@ impl Checks {
     }
 
     pub fn wrote(&mut self, log: &Log) {
-        let state = state_of(log);
-        if !self.truth.contains_key(&state) {
-            self.truth.insert(state, log.rows().cloned().collect());
-        }
+        self.truth.entry(state_of(log)).or_insert_with(|| log.rows().cloned().collect());
     }
 
     pub fn wrote_state(&mut self, state: State, rows: Vec<Row>) {

@@ -298,7 +298,7 @@ impl World {
         let (seq, first_epoch) = (batch.head.is.seq, batch.head.is.epoch);
         let bytes = dunlin_gossip::Message::Batches(vec![batch]).encode();
         // Somebody of its region, who may hold the first of the two; the others are to hear of it.
-        let to = if at % 2 == 0 { 0 } else { self.rng.pick(&[1, LIAR]).expect("two") };
+        let to = if at.is_multiple_of(REGIONS.len()) { 0 } else { self.rng.pick(&[1, LIAR]).expect("two") };
         let id = self.hosts[at].id;
         let state = |world: &Self| world.processes[to].node.as_ref().and_then(|node| node.catalogue().log(id).map(|log| (log.head.at(), log.head.is.epoch)));
         let both = state(self).is_some_and(|(held, epoch)| held.0 == seq && epoch == first_epoch);
