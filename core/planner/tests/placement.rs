@@ -17,7 +17,7 @@ fn host(id: &str) -> HostId {
 }
 
 fn mount(size_gb: u32) -> MountTarget {
-    MountTarget { name: "data".into(), path: "/data".into(), size_gb, snapshot_retention: 5, auto_backup: true, extend: None }
+    MountTarget { name: "data".into(), path: "/data".into(), size_gb, snapshot_retention: 5, auto_backup: true, encrypted: None, extend: None }
 }
 
 /// Two zones in fra, one host in ams; 4 GiB each.
@@ -101,6 +101,7 @@ fn a_machine_goes_where_its_volume_is_and_new_ones_are_apart() {
         created_at_ms,
         snapshot_retention: 5,
         auto_backup: true,
+        encrypted: false,
         source: None,
     };
     fleet.free_volumes = vec![row(1, "m1", "ams", 2), row(2, "f2", "fra", 1)];
