@@ -150,8 +150,10 @@ async fn disks_of(shared: &Arc<Shared>, spec: &MachineSpec) -> Result<(), String
 
 async fn spawn(shared: Arc<Shared>, inputs: Inputs, record: Record, attempt: u64) {
     let id = record.assignment.id.clone();
-    let cgroups = shared.cgroups.clone();
-    tokio::task::spawn_blocking(move || cgroups.hasten_moves());
+    if !shared.ready.has(&id) {
+        let cgroups = shared.cgroups.clone();
+        tokio::task::spawn_blocking(move || cgroups.hasten_moves());
+    }
     let result = match spec::supervisor_spec(&shared, &record, attempt).await {
         Ok(mut spec) => {
             spec.kill_at = shared.supervisor_kill_at.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -28,6 +28,10 @@ impl Ready {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
     }
 
+    pub fn has(&self, id: &MachineId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(id)
+    }
+
     fn put(&self, id: MachineId, made_of: Digest) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, made_of);
     }

@@ -158,3 +158,45 @@ pub(crate) fn socket() -> io::Result<OwnedFd> {
 pub(crate) fn address(machine_dir: &std::fs::File) -> io::Result<nix::sys::socket::UnixAddr> {
     Ok(nix::sys::socket::UnixAddr::new(format!("/proc/self/fd/{}/sock", machine_dir.as_raw_fd()).as_str())?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::WIRE_VERSION;
+    use serde_json::Value;
+
+    /// What an agent sends and a supervisor says in version 1, a line each. A supervisor of a release lives on under every
+    /// later agent: lines may be added, none may change.
+    const VERSION_1: &str = include_str!("../golden/wire-1.jsonl");
+
+    fn read<T: for<'de> Deserialize<'de>>(key: &str) -> Vec<(Value, T)> {
+        let lines = VERSION_1.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter(|line| line.get(key).is_some()).map(|line| (line.clone(), serde_json::from_value(line).unwrap())).collect()
+    }
+
+    #[test]
+    fn an_agent_asks_and_understands_as_in_the_first_version() {
+        assert_eq!(WIRE_VERSION, 1, "another version has a file of its own beside this one, and both are tried");
+        let asked = read::<Request>("ask");
+        for (line, request) in &asked {
+            assert_eq!(serde_json::to_value(request).unwrap(), *line);
+        }
+        let kinds: Vec<u8> = asked.iter().map(|(_, request)| match request.ask {
+            Ask::Status => 0,
+            Ask::Start => 1,
+            Ask::Signal { .. } => 2,
+            Ask::Stop { .. } => 3,
+            Ask::Kill => 4,
+            Ask::Exec(_) => 5,
+            Ask::SignalExec { .. } => 6,
+        }).collect();
+        assert!((0..7).all(|kind| kinds.contains(&kind)), "{kinds:?}");
+        let said = read::<Say>("say");
+        assert_eq!(asked.len() + said.len(), VERSION_1.lines().count());
+        for (line, say) in &said {
+            let again = serde_json::to_value(say).unwrap();
+            // An answer of an older supervisor has fewer fields than ours.
+            assert!(line.as_object().unwrap().iter().all(|(key, value)| again[key] == *value), "{line} became {again}");
+        }
+    }
+}

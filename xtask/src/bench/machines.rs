@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use dunlin_e2e::Server;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -45,6 +45,9 @@ pub fn run(table: &mut Table) -> anyhow::Result<()> {
         Err(error) => println!("    crun: NOT MEASURED, {error}"),
     }
     peers.push(("podman", podman(&dir.join("podman"), &root)?));
+    let bare = bare(&root)?;
+    row(table, "start of one that stands ready to first byte, p50", ready.started.p50(), Some(("a process", bare.p50())), "<= 2 ms");
+    row(table, "the same, p99", ready.started.p99(), Some(("a process", bare.p99())), "-");
 
     for (name, (start, peers_exec)) in &peers {
         row(table, "create to first byte, p50", cold.started.p50(), Some((name, start.p50())), "<= 12 ms");
@@ -120,6 +123,27 @@ fn rest(api: &mut Api, path: &str, verb: &str, state: &str) -> anyhow::Result<()
     api.call("GET", &format!("{path}/wait?state={state}&timeout=30"), "")?;
     thread::sleep(CLEARED);
     Ok(())
+}
+
+/// The same program as a process of the host: what no isolation could be faster than.
+fn bare(root: &Path) -> anyhow::Result<Times> {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    Times::of(ROUNDS, |_| {
+        let mut child = None;
+        let took = time(|| {
+            let mut command = Command::new(SERVE[0]);
+            command.args(["httpd", "-f", "-p", &at.to_string(), "-h"]).arg(root.join("www"));
+            child = Some(command.spawn()?);
+            first_byte(at, "bench")
+        });
+        if let Some(mut child) = child {
+            child.kill()?;
+            child.wait()?;
+        }
+        thread::sleep(CLEARED);
+        took
+    })
 }
 
 /// Asks until somebody answers: a program that starts does not listen at once.
