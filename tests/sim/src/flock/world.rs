@@ -105,6 +105,7 @@ impl World {
             94..95 => self.clone_host(),
             95..96 => self.contradict(),
             96..98 => self.subscribe(at),
+            98..99 => self.churn(at),
             _ => {}
         }
         let pause_ms = self.rng.between(20, 800);
@@ -212,7 +213,7 @@ impl World {
 
     pub fn start(&mut self, at: usize, snapshot: Option<usize>) {
         let process = &mut self.processes[at];
-        process.lives += 1;
+        (process.lives, process.silenced) = (process.lives + 1, false);
         (process.started_ms, process.published_revision) = (self.now_ms, 0);
         let now = now(self.now_ms, process);
         let snapshot_of = snapshot;
@@ -307,6 +308,19 @@ impl World {
         if both && !knows {
             self.checks.fail(|| format!("process {to} holds two heads of {id:?} at {seq} and does not mind"));
         }
+    }
+
+    /// So many rows come and go that tombstones fall below the floor.
+    fn churn(&mut self, at: usize) {
+        if !self.processes[at].is_up() {
+            return;
+        }
+        let origin = self.hosts[self.processes[at].host].id;
+        for value in [Some((topic(), vec![])), None] {
+            let change = |n| Change { key: Key::new(format!("t{n}")).expect("short"), value: value.clone(), seq: None };
+            self.handle(at, Input::Publish { origin, schema: 1, changes: (0..300).map(change).collect(), at: None });
+        }
+        self.change(at);
     }
 
     fn subscribe(&mut self, at: usize) {
