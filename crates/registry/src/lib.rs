@@ -27,4 +27,4 @@ pub use manifest::{ImageConfig, MAX_MANIFEST_BYTES};
 pub use pull::{Login, PullError, pull};
 pub use server::{Access, Authorizer, Credentials, Denied, RegistryState, router, serve_unix};
 pub use store::{ContentStore, Gc, StoreError};
-pub use unpack::{ImageRecord, Images, UnpackError};
+pub use unpack::{ImageRecord, Images, Owners, UnpackError};

@@ -13,7 +13,7 @@ mod write;
 use crate::digest::{Digest, Repo};
 use crate::manifest::{Manifest, OCI_CONFIG, OCI_LAYER_GZIP, OCI_MANIFEST, architecture};
 use crate::store::{ContentStore, StoreError};
-use crate::unpack::{Packed, UnpackError, unpack_layer};
+use crate::unpack::{Owners, Packed, UnpackError, unpack_layer};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -297,7 +297,7 @@ fn make_on_debian(kind: Kind, store: &ContentStore, base: &Manifest, work_dir: &
     };
     let (blob, compressed_bytes) = store.open_blob(&layer.digest)?;
     let packed = Packed { blob, compressed_bytes, media_type: &layer.media_type };
-    let Some(diff_id) = unpack_layer(packed, &lower, Some(&[]))? else {
+    let Some(diff_id) = unpack_layer(packed, &lower, Some(&[]), Owners::default())? else {
         return Err(StoreError::Invalid("the debian image needs another below it".into()).into());
     };
     if !store.mount(&debian, &repo, &layer.digest)? {

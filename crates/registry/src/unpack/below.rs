@@ -6,8 +6,9 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// Tells overlayfs to show nothing of the lower layers' folder of the same name.
-pub(super) const OPAQUE_XATTR: &str = "trusted.overlay.opaque";
+/// Tell overlayfs to show nothing of the lower layers' folder of the same name: the first where root of the computer mounts
+/// it, the second where root of a user namespace does. No image brings either.
+pub(super) const OPAQUE_XATTRS: [&str; 2] = ["trusted.overlay.opaque", "user.overlay.opaque"];
 /// A list of attribute names has 64 KiB at most.
 const MAX_XATTR_BYTES: usize = 64 << 10;
 
@@ -94,12 +95,15 @@ fn open_folder(dir: impl std::os::fd::AsFd, name: impl rustix::path::Arg) -> io:
 }
 
 pub(super) fn is_opaque(folder: &OwnedFd) -> io::Result<bool> {
-    let mut value = [0; 8];
-    match rustix::fs::getxattr(by_descriptor(folder), OPAQUE_XATTR, &mut value[..]) {
-        Ok(len) => Ok(&value[..len] == b"y"),
-        Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => Ok(false),
-        Err(e) => Err(e.into()),
+    for name in OPAQUE_XATTRS {
+        let mut value = [0; 8];
+        match rustix::fs::getxattr(by_descriptor(folder), name, &mut value[..]) {
+            Ok(len) if &value[..len] == b"y" => return Ok(true),
+            Ok(_) | Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(e.into()),
+        }
     }
+    Ok(false)
 }
 
 /// The attributes of a file that a copy of it keeps; links are not followed.

@@ -85,7 +85,7 @@ pub(super) fn collect(inner: &Inner, keep: &[Digest], grace: Duration) -> Result
     let needed = needed(inner, keep)?;
     let mut removed = 0;
     let io = || UnpackError::io("remove an unpacked layer");
-    for entry in fs::read_dir(inner.dir.join("layers")).map_err(io())? {
+    for entry in fs::read_dir(inner.layers()).map_err(io())? {
         let entry = entry.map_err(io())?;
         // No layer of ours has a name that is no text.
         let Ok(name) = entry.file_name().into_string() else { continue };

@@ -1,7 +1,6 @@
 //! One layer: decompressed, bounded, its digest taken, its entries made.
 
-use super::UnpackError;
-use super::below::OPAQUE_XATTR;
+use super::{Owners, UnpackError};
 use super::entry::{Entry, Extensions};
 use super::root::{Place, Root, failed};
 use crate::digest::Digest;
@@ -36,9 +35,14 @@ pub(crate) struct Packed<'a> {
 /// Unpacks into the empty folder `target` and returns the digest of what was unpacked. `below` are the layers that
 /// it lies on, lowest first. Most layers list every folder that they use and mean the same on any other; without
 /// `below`, `None` says that this one does not.
-pub(crate) fn unpack_layer(packed: Packed<'_>, target: &Path, below: Option<&[PathBuf]>) -> Result<Option<Digest>, UnpackError> {
+pub(crate) fn unpack_layer(
+    packed: Packed<'_>,
+    target: &Path,
+    below: Option<&[PathBuf]>,
+    owners: Owners,
+) -> Result<Option<Digest>, UnpackError> {
     let Packed { blob, compressed_bytes, media_type } = packed;
-    let root = Root::open(target, below)?;
+    let root = Root::open(target, below, owners)?;
     let reading = || UnpackError::io("read a layer");
     let mut blob = BufReader::with_capacity(256 << 10, blob);
     let magic = blob.fill_buf().map_err(reading())?;
@@ -126,7 +130,7 @@ fn unpack_archive(reader: &mut Measured<'_>, root: &Root) -> Result<(), UnpackEr
             continue;
         };
         if place.name.starts_with(WHITEOUT) {
-            white_out(place, &entry)?;
+            white_out(root, place, &entry)?;
             continue;
         }
         make(root, &place, &entry, &mut raw).map_err(|e| name_path(e, &entry))?;
@@ -177,7 +181,7 @@ fn make<R: Read>(root: &Root, place: &Place, entry: &Entry, raw: &mut tar::Entry
                 // It takes the place of something that this layer put, or of its whiteout: either way what the
                 // layers below have there is gone.
                 if found.is_some() {
-                    place.set_opaque()?;
+                    place.set_opaque(root.owners())?;
                 }
             }
         }
@@ -212,7 +216,7 @@ fn make<R: Read>(root: &Root, place: &Place, entry: &Entry, raw: &mut tar::Entry
         }
     }
     // In this order: a change of owner clears set-uid bits and capabilities.
-    place.set_owner(entry.uid, entry.gid)?;
+    place.set_owner(root.owners().of(entry.uid), root.owners().of(entry.gid))?;
     if entry.kind != EntryType::Symlink {
         place.set_mode(entry.mode)?;
         for (name, value) in &entry.xattrs {
@@ -223,17 +227,17 @@ fn make<R: Read>(root: &Root, place: &Place, entry: &Entry, raw: &mut tar::Entry
     Ok(())
 }
 
-fn white_out(place: Place, entry: &Entry) -> Result<(), UnpackError> {
+fn white_out(root: &Root, place: Place, entry: &Entry) -> Result<(), UnpackError> {
     let make = || -> io::Result<()> {
         if place.name == OPAQUE {
             let parent = rustix::fs::openat(&place.parent, ".", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())?;
-            return Ok(rustix::fs::fsetxattr(&parent, OPAQUE_XATTR, b"y", rustix::fs::XattrFlags::empty())?);
+            return Ok(rustix::fs::fsetxattr(&parent, root.owners().opaque_xattr(), b"y", rustix::fs::XattrFlags::empty())?);
         }
         let hidden = Place { parent: place.parent.try_clone()?, name: place.name[WHITEOUT.len()..].to_vec() };
         // It hides what lies below; what this same layer has under the name stays, in whatever order they come.
         match hidden.kind()? {
             None => hidden.make_whiteout(),
-            Some(FileType::Directory) => hidden.set_opaque(),
+            Some(FileType::Directory) => hidden.set_opaque(root.owners()),
             Some(_) => Ok(()),
         }
     };
@@ -251,7 +255,7 @@ fn set_root(root: &Root, entry: &Entry) -> Result<(), UnpackError> {
     }
     let set = || -> io::Result<()> {
         let place = Place { parent: root.root()?, name: b".".to_vec() };
-        place.set_owner(entry.uid, entry.gid)?;
+        place.set_owner(root.owners().of(entry.uid), root.owners().of(entry.gid))?;
         place.set_mode(entry.mode)?;
         place.set_mtime(entry.mtime)
     };

@@ -68,6 +68,36 @@ pub struct ImageRecord {
     pub size: u64,
 }
 
+/// Whose the files of layers are on the disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Owners {
+    /// Stands for the image's root, and so on upwards. 0: files have the ids that the image gives them.
+    pub first: u32,
+}
+
+impl Owners {
+    /// As many ids as a machine has; a file of another one is nobody's there.
+    const RANGE: u32 = 65_536;
+    const NOBODY: u32 = 65_534;
+
+    fn of(self, id: u32) -> u32 {
+        match self.first {
+            0 => id,
+            first => first + if id < Self::RANGE { id } else { Self::NOBODY },
+        }
+    }
+
+    /// Other ids than the image's are there for a root that is not the computer's, and may not set the usual one.
+    fn opaque_xattr(self) -> &'static str {
+        below::OPAQUE_XATTRS[usize::from(self.first != 0)]
+    }
+
+    /// Layers of other owners are other files.
+    fn folder(self) -> String {
+        if self.first == 0 { "layers".into() } else { format!("layers-of-{}", self.first) }
+    }
+}
+
 /// Unpacked layers, shared by all images. Cheap to clone.
 #[derive(Clone)]
 pub struct Images {
@@ -76,6 +106,7 @@ pub struct Images {
 
 struct Inner {
     dir: PathBuf,
+    owners: Owners,
     store: ContentStore,
     permits: Semaphore,
     /// One at a time per name of a layer; the others find it done.
@@ -109,10 +140,15 @@ impl Layer {
 }
 
 impl Images {
+    /// With the ids of the images.
     pub fn open(dir: impl AsRef<Path>, store: ContentStore) -> Result<Self, UnpackError> {
+        Self::open_as(dir, store, Owners::default())
+    }
+
+    pub fn open_as(dir: impl AsRef<Path>, store: ContentStore, owners: Owners) -> Result<Self, UnpackError> {
         let dir = dir.as_ref().to_owned();
         let made = || -> io::Result<()> {
-            for part in [dir.clone(), dir.join("layers"), dir.join("tmp")] {
+            for part in [dir.clone(), dir.join(owners.folder()), dir.join("tmp")] {
                 fs::DirBuilder::new().recursive(true).mode(0o700).create(part)?;
             }
             fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
@@ -124,6 +160,7 @@ impl Images {
         made().map_err(UnpackError::io(format!("prepare the folder of unpacked images {}", dir.display())))?;
         let inner = Inner {
             dir,
+            owners,
             store,
             permits: Semaphore::new(MAX_PARALLEL_LAYERS),
             busy: Mutex::default(),
@@ -192,15 +229,19 @@ impl Images {
 }
 
 impl Inner {
+    fn layers(&self) -> PathBuf {
+        self.dir.join(self.owners.folder())
+    }
+
     fn find(&self, layer: &Layer) -> Option<PathBuf> {
-        layer.names().into_iter().map(|name| self.dir.join("layers").join(name)).find(|path| path.is_dir())
+        layer.names().into_iter().map(|name| self.layers().join(name)).find(|path| path.is_dir())
     }
 
     fn unpack(&self, layer: &Layer, name: &str, below: Option<&[PathBuf]>) -> Result<Option<PathBuf>, UnpackError> {
         let temp = self.dir.join("tmp").join(name);
         let result = self.unpack_into(layer, &temp, below);
         let kept = match &result {
-            Ok(true) => Ok(Some(self.dir.join("layers").join(name))),
+            Ok(true) => Ok(Some(self.layers().join(name))),
             Ok(false) | Err(_) => remove_tree(&temp).map(|()| None),
         };
         match (result, kept) {
@@ -225,14 +266,14 @@ impl Inner {
         fs::DirBuilder::new().mode(0o755).create(temp).map_err(UnpackError::io("make a folder for a layer"))?;
         let (blob, compressed_bytes) = self.store.open_blob(&layer.blob)?;
         let packed = Packed { blob, compressed_bytes, media_type: &layer.media_type };
-        let Some(actual) = unpack_layer(packed, temp, below)? else { return Ok(false) };
+        let Some(actual) = unpack_layer(packed, temp, below, self.owners)? else { return Ok(false) };
         if actual != layer.diff_id {
             return Err(UnpackError::Digest { expected: layer.diff_id.clone(), actual });
         }
         // A name under layers/ promises whole content, after a power loss too.
         let synced = File::open(temp).and_then(|dir| rustix::fs::syncfs(&dir).map_err(io::Error::from));
         synced.map_err(UnpackError::io("write a layer to the disk"))?;
-        let layers = self.dir.join("layers");
+        let layers = self.layers();
         let target = layers.join(temp.file_name().unwrap_or_default());
         let renamed = fs::rename(temp, target).and_then(|()| File::open(layers)?.sync_all());
         renamed.map_err(UnpackError::io("put a layer in its place"))?;

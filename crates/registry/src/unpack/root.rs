@@ -3,7 +3,8 @@
 //! itself has all of it, else a step at a time through the layer and those below it, as overlayfs would.
 
 use super::UnpackError;
-use super::below::{self, Folder, OPAQUE_XATTR, Seen, by_descriptor};
+use super::Owners;
+use super::below::{self, Folder, Seen, by_descriptor};
 use super::layer::{MAX_LAYER_BYTES, MAX_LAYER_ENTRIES};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Timespec, Timestamps};
 use std::cell::{Cell, RefCell};
@@ -30,6 +31,7 @@ pub(super) type Time = (i64, u32);
 
 pub(super) struct Root {
     fd: OwnedFd,
+    owners: Owners,
     /// `None`: it is not known yet what lies below.
     below: Option<Rc<Folder>>,
     needs_below: Cell<bool>,
@@ -79,14 +81,18 @@ pub(super) fn components(path: &[u8]) -> Result<Vec<&[u8]>, UnpackError> {
 
 impl Root {
     /// `below`: the layers that this one lies on, lowest first, if they are known already.
-    pub fn open(dir: &Path, below: Option<&[PathBuf]>) -> Result<Self, UnpackError> {
+    pub fn open(dir: &Path, below: Option<&[PathBuf]>, owners: Owners) -> Result<Self, UnpackError> {
         let opened = || -> io::Result<_> {
             let fd = rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
+            if owners != Owners::default() {
+                std::os::unix::fs::chown(dir, Some(owners.of(0)), Some(owners.of(0)))?;
+            }
             Ok((fd, below.map(below::root).transpose()?.map(Rc::new)))
         };
         let (fd, below) = opened().map_err(UnpackError::io("open the folder of a layer"))?;
         Ok(Self {
             fd,
+            owners,
             below,
             needs_below: Cell::default(),
             times: RefCell::default(),
@@ -94,6 +100,10 @@ impl Root {
             unlisted_folders: Cell::default(),
             copied_bytes: Cell::default(),
         })
+    }
+
+    pub fn owners(&self) -> Owners {
+        self.owners
     }
 
     /// Whether it failed for want of the layers below.
@@ -230,7 +240,7 @@ impl Root {
             Some(FileType::CharacterDevice) => {
                 place.clear()?;
                 self.make_unlisted(&place)?;
-                place.set_opaque()?;
+                place.set_opaque(self.owners)?;
                 Folder::empty()
             }
             Some(_) => return Err(rustix::io::Errno::NOTDIR.into()),
@@ -274,7 +284,8 @@ impl Root {
         if self.unlisted_folders.get() > MAX_LAYER_ENTRIES {
             return Err(io::Error::other(format!("it uses more than {MAX_LAYER_ENTRIES} folders that it does not list")));
         }
-        place.make_folder(UNLISTED_MODE)
+        place.make_folder(UNLISTED_MODE)?;
+        if self.owners == Owners::default() { Ok(()) } else { place.set_owner(self.owners.of(0), self.owners.of(0)) }
     }
 
     /// Makes a copy of what a layer below has, so that a link can be made to it. Leaves nothing for a folder.
@@ -354,8 +365,8 @@ impl Place {
     }
 
     /// Hides what the layers below have in this folder.
-    pub fn set_opaque(&self) -> io::Result<()> {
-        self.set_xattr(OPAQUE_XATTR, b"y")
+    pub fn set_opaque(&self, owners: Owners) -> io::Result<()> {
+        self.set_xattr(owners.opaque_xattr(), b"y")
     }
 
     /// Owner, mode and attributes of another file, at `source`.
