@@ -33,6 +33,21 @@ pub struct VersionInfo {
     /// Ports of the edge.
     pub http_port: u16,
     pub https_port: u16,
+    /// What its host cannot do for machines.
+    #[serde(default)]
+    pub costs: Vec<HostCost>,
+}
+
+/// Something that a host cannot do for its machines, because of whom or where its server runs as.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCost {
+    pub name: String,
+    /// Why.
+    pub found: String,
+    /// What that means for machines.
+    pub cost: String,
+    /// What to do about it.
+    pub fix: String,
 }
 
 /// What is not known is refused: a wish that is dropped in silence may be the one that mattered.
@@ -194,6 +209,9 @@ pub struct AppStatus {
     pub urls: Vec<String>,
     pub release: Option<Release>,
     pub machines: Vec<Machine>,
+    /// What the host of its machines cannot do for them.
+    #[serde(default)]
+    pub costs: Vec<HostCost>,
 }
 
 /// A machine as the Machines API shows it.

@@ -64,6 +64,9 @@ pub async fn status(session: &Session, args: AppArgs) -> Result<Exit, CliError> 
     }
     ui::print_line("");
     print_machines(&status.machines);
+    for cost in &status.costs {
+        ui::print_line(&format!("host     {}: {}", cost.name, cost.cost));
+    }
     Ok(Exit::Ok)
 }
 

@@ -16,7 +16,8 @@ pub struct Globals {
     /// PEM file of a certificate authority to trust besides the system's
     #[arg(long, env = "DUNLIN_CA", value_name = "FILE", global = true)]
     pub ca: Option<PathBuf>,
-    /// Where the state of the server on this computer is, used without --api [default: /var/lib/dunlin]
+    /// Where the state of the server on this computer is, used without --api [default: /var/lib/dunlin, or without root
+    /// dunlin in $XDG_DATA_HOME or ~/.local/share]
     #[arg(long, env = "DUNLIN_DATA_DIR", value_name = "DIR", global = true)]
     pub data_dir: Option<PathBuf>,
     /// Print JSON
@@ -28,9 +29,22 @@ pub struct Globals {
 pub const DEFAULT_DATA_DIR: &str = "/var/lib/dunlin";
 
 impl Globals {
-    pub fn data_dir(&self) -> &Path {
-        self.data_dir.as_deref().unwrap_or(Path::new(DEFAULT_DATA_DIR))
+    pub fn data_dir(&self) -> PathBuf {
+        self.data_dir.clone().unwrap_or_else(default_data_dir)
     }
+}
+
+/// That of the computer's server for root, whose alone it is. Everybody else may have a server of their own.
+pub fn default_data_dir() -> PathBuf {
+    #[cfg(unix)]
+    if !rustix::process::geteuid().is_root() {
+        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let shared = absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local/share")));
+        if let Some(shared) = shared {
+            return shared.join("dunlin");
+        }
+    }
+    DEFAULT_DATA_DIR.into()
 }
 
 #[derive(Debug, Subcommand)]

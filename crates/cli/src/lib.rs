@@ -26,7 +26,7 @@ mod terminal;
 mod ui;
 mod volumes;
 
-pub use args::{Command, DEFAULT_DATA_DIR, Globals};
+pub use args::{Command, DEFAULT_DATA_DIR, Globals, default_data_dir};
 pub use exit::{CliError, Exit};
 
 use dunlin_api::client::{Client, ClientConfig, Target};

@@ -48,6 +48,7 @@ pub use registry::resolver;
 pub use start::{BuilderSettings, Control, ControlConfig, Metrics, Parts, Ready, StartError};
 
 use dunlin_api::HostApi;
+use dunlin_api::wire::HostCost;
 use dunlin_cluster::View;
 use dunlin_model::OrgName;
 use dunlin_model::desired::HostRow;
@@ -80,6 +81,7 @@ pub(crate) struct Ctx {
     pub host_row: HostRow,
     pub version: String,
     pub commit: String,
+    pub costs: Vec<HostCost>,
     pub data_dir: PathBuf,
     pub builder: Option<BuilderSettings>,
     pub base_images: BaseImages,

@@ -10,6 +10,7 @@ use crate::tokens::Tokens;
 use crate::{Ctx, api, ended, forget, grow, launch, now_ms, project, reconcile, registry};
 use axum::Router;
 use dunlin_api::HostApi;
+use dunlin_api::wire::HostCost;
 use dunlin_cluster::View;
 use dunlin_model::OrgName;
 use dunlin_model::desired::HostRow;
@@ -40,6 +41,8 @@ pub struct ControlConfig {
     pub org: OrgName,
     pub version: String,
     pub commit: String,
+    /// What this host cannot do for machines; people are told.
+    pub costs: Vec<HostCost>,
     /// `None`: this server builds no images.
     pub builder: Option<BuilderSettings>,
     /// What builds and the resolver of images prefer; people are told when it is not what a name says.
@@ -119,6 +122,7 @@ impl Control {
             host_row: config.host,
             version: config.version,
             commit: config.commit,
+            costs: config.costs,
             data_dir: config.data_dir,
             builder: config.builder,
             base_images: config.base_images,

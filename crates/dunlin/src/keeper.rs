@@ -9,7 +9,8 @@
 
 use crate::program::Program;
 use crate::settings::Settings;
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
+use dunlin_runtime::enclave::{self, Enclave};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::{self, File, OpenOptions};
@@ -21,7 +22,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,8 @@ const LONGEST_AFTER_READY: Duration = Duration::from_secs(1);
 /// A predecessor's server may need this long to end after its keeper was killed.
 const TAKEOVER: Duration = Duration::from_secs(15);
 const BACKLOG: i32 = 4096;
+/// How long machines may be without a way out after what carries their connections died.
+const LOOK_AT_EGRESS: Duration = Duration::from_secs(5);
 /// A new binary's server must be ready by then: machines adopted, edge and control up.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 /// And must live this long after it.
@@ -52,6 +55,8 @@ pub struct Sockets {
     pub lock: OwnedFd,
     /// End of file means that the keeper is gone.
     pub keeper: UnixStream,
+    /// Of an ordinary user's server: the namespaces in which it is root.
+    pub enclave: Option<[OwnedFd; 3]>,
 }
 
 enum Input {
@@ -69,6 +74,15 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     let http = bind(settings.http, "http")?;
     let https = bind(settings.https, "https")?;
     let api = bind_api(settings)?;
+    let enclave = match rustix::process::geteuid().is_root() {
+        true if Enclave::find(&settings.run_dir())?.is_some() => bail!(
+            "machines of another user's server live in {}; run it as that user, or end them with `dunlin cleanup --data-dir {}`",
+            settings.data_dir.display(),
+            settings.data_dir.display()
+        ),
+        true => None,
+        false => Some(own_enclave(settings)?),
+    };
     let (inputs, input) = mpsc::channel();
     let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     let from_signals = inputs.clone();
@@ -79,7 +93,10 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     let mut args = server_args.to_vec();
     loop {
         let started = Instant::now();
-        let sockets = [http.as_fd(), https.as_fd(), api.as_fd(), lock.as_fd()];
+        let mut sockets = vec![http.as_fd(), https.as_fd(), api.as_fd(), lock.as_fd()];
+        if let Some(enclave) = &enclave {
+            sockets.extend(enclave.descriptors());
+        }
         let (child, _link) = match spawn(&program, &args, &sockets, &inputs) {
             Ok(spawned) => spawned,
             Err(error) if program.is_on_trial() => {
@@ -191,7 +208,7 @@ fn watch(mut child: Child, inputs: mpsc::Sender<Input>) {
 }
 
 fn prepare(settings: &Settings) -> anyhow::Result<()> {
-    let run = settings.data_dir.join("run");
+    let run = settings.run_dir();
     fs::create_dir_all(&run).with_context(|| {
         format!("the data directory {} cannot be made; choose another with --data-dir", settings.data_dir.display())
     })?;
@@ -247,6 +264,38 @@ pub fn holder(data_dir: &Path) -> anyhow::Result<Option<String>> {
     }
 }
 
+/// The namespaces in which an ordinary user's server is root, and a way out of their network for as long as this process lives.
+fn own_enclave(settings: &Settings) -> anyhow::Result<Arc<Enclave>> {
+    let run = settings.run_dir();
+    let enclave = Enclave::find_or_make(&run)
+        .context("namespaces of its own cannot be made for the server; `dunlin doctor` says more")?;
+    let enclave = Arc::new(enclave);
+    // A server looks once what it can do, so the way is there first.
+    let mut connected = enclave::connect(&enclave, &run);
+    let kept = enclave.clone();
+    thread::spawn(move || {
+        loop {
+            match connected {
+                Ok(None) => return, // there is no program for it
+                Ok(Some(egress)) => {
+                    if let Some(mut started) = egress.started {
+                        let _ = started.wait();
+                        tracing::warn!("what carries connections of machines to the outside has ended; it is started again");
+                    }
+                }
+                Err(error) => {
+                    let next = "mend it and start the server again";
+                    tracing::warn!(%error, next, "nothing carries connections of machines to the outside");
+                    return;
+                }
+            }
+            thread::sleep(LOOK_AT_EGRESS);
+            connected = enclave::connect(&kept, &run);
+        }
+    });
+    Ok(enclave)
+}
+
 fn bind(addr: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
     use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
     let bound = || -> rustix::io::Result<TcpListener> {
@@ -269,7 +318,10 @@ fn bind(addr: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
             )
         }
         Err(rustix::io::Errno::ACCESS) => {
-            bail!("binding {addr} for {what} needs root; run as root or choose a port above 1023 with --{what}")
+            bail!(
+                "binding {addr} for {what} needs root; run as root, choose a port above 1023 with --{what}, or allow it to \
+                 everybody with sysctl -w net.ipv4.ip_unprivileged_port_start={}", addr.port()
+            )
         }
         Err(e) => Err(std::io::Error::from(e)).with_context(|| format!("{what} cannot listen on {addr}")),
     }
@@ -294,7 +346,7 @@ fn spawn(
     inputs: &mpsc::Sender<Input>,
 ) -> anyhow::Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(7))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(sockets));
     rustix::net::sendmsg(&ours, &[IoSlice::new(b"s")], &mut ancillary, rustix::net::SendFlags::empty())?;
@@ -328,7 +380,7 @@ pub fn say_ready(keeper: &UnixStream) {
 /// The server's side: takes the sockets off standard input.
 pub fn receive_sockets() -> anyhow::Result<Sockets> {
     let keeper = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(7))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0; 1];
     rustix::net::recvmsg(
@@ -346,5 +398,10 @@ pub fn receive_sockets() -> anyhow::Result<Sockets> {
     let (Some(http), Some(https), Some(api), Some(lock)) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
         bail!("the keeper sent too few sockets");
     };
-    Ok(Sockets { http: http.into(), https: https.into(), api: api.into(), lock, keeper })
+    let rest: Vec<OwnedFd> = fds.collect();
+    let enclave = match rest.len() {
+        0 => None,
+        _ => Some(rest.try_into().map_err(|_| anyhow!("the keeper sent too few namespaces"))?),
+    };
+    Ok(Sockets { http: http.into(), https: https.into(), api: api.into(), lock, keeper, enclave })
 }

@@ -16,6 +16,7 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
 use dunlin_cli::Globals;
 use settings::{LogFormat, ServerArgs, Settings};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
     let name = args.next().unwrap_or_default();
     match args.next().as_deref() {
         Some(personality) if dunlin_runtime::is_personality(personality) => dunlin_runtime::supervisor_main(),
+        Some(dunlin_runtime::enclave::PERSONALITY) => dunlin_runtime::enclave::enclave_main(args.next()),
         Some(dunlin_builder::PERSONALITY) => dunlin_builder::inside_main(),
         Some(keeper::SERVE) => {
             // One that was started by a descriptor has its number for a name.
@@ -81,9 +83,9 @@ fn dispatch(parsed: Dunlin) -> ExitCode {
             }
         }
         Command::Server(args) => finish(keep(&args, parsed.globals.data_dir.as_deref())),
-        Command::Image(command) => finish(image::run(command, parsed.globals.data_dir(), json)),
-        Command::Doctor => finish(doctor::run(parsed.globals.data_dir(), json)),
-        Command::Upgrade(args) => finish(upgrade::run(&args, parsed.globals.data_dir(), json)),
+        Command::Image(command) => finish(image::run(command, &parsed.globals.data_dir(), json)),
+        Command::Doctor => finish(doctor::run(&parsed.globals.data_dir(), json)),
+        Command::Upgrade(args) => finish(upgrade::run(&args, &parsed.globals.data_dir(), json)),
         Command::Version => {
             println!("{}", if json { version_json() } else { format!("dunlin {VERSION} ({COMMIT})") });
             ExitCode::SUCCESS
@@ -115,7 +117,11 @@ fn keep(args: &ServerArgs, data_dir: Option<&Path>) -> anyhow::Result<()> {
         return Ok(());
     }
     start_log(settings.log_format);
-    doctor::require_for_server(&settings)?;
+    if rustix::process::geteuid().is_root() {
+        doctor::require_for_server(&settings)?;
+    } else {
+        doctor::require_for_enclave()?; // the rest is looked for inside of it
+    }
     // The server resolves the same arguments again, so that a restart takes up a changed settings file.
     let args: Vec<String> = std::env::args().skip(1).collect();
     keeper::keep(&settings, &args)
@@ -125,7 +131,15 @@ fn serve(args: &ServerArgs, data_dir: Option<&Path>) -> anyhow::Result<()> {
     let settings = Settings::resolve(args, data_dir)?;
     start_log(settings.log_format);
     let sockets = keeper::receive_sockets()?;
-    server::run(settings, sockets)
+    let mut outside = vec![];
+    if let Some(namespaces) = &sockets.enclave {
+        outside = dunlin_runtime::net::addresses().context("the addresses of this computer are not known")?;
+        // Before there is a second thread: each would have to join by itself.
+        dunlin_runtime::enclave::enter(namespaces.each_ref().map(AsFd::as_fd))
+            .context("the server's own namespaces cannot be joined")?;
+        doctor::require_for_server(&settings).map_err(|error| server::DoNotRestart(format!("{error:#}")))?;
+    }
+    server::run(settings, sockets, outside)
 }
 
 fn cleanup(data_dir: Option<&Path>) -> anyhow::Result<()> {

@@ -13,15 +13,19 @@ use crate::keeper::{self, Sockets};
 use crate::settings::{BaseImages, LogFormat, Role, Settings};
 use anyhow::Context;
 use arc_swap::ArcSwap;
+use dunlin_api::wire::HostCost;
 use dunlin_cluster::{Loaded, View};
 use dunlin_control::{BuilderSettings, Control, ControlConfig, Metrics, Parts, Ready};
 use dunlin_host::{Host, HostConfig};
 use dunlin_model::desired::HostRow;
 use dunlin_model::hash::fnv1a;
 use dunlin_proxy::{AccessLog, CertStore, InternalHost, Limits, Proxy, ProxyConfig, Routes};
-use dunlin_registry::{ContentStore, Images, RegistryState};
+use dunlin_registry::{ContentStore, Images, Owners, RegistryState};
+use dunlin_runtime::features::Abilities;
+use dunlin_runtime::enclave::Enclave;
 use dunlin_store::Store;
 use front::Front;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -43,26 +47,30 @@ const RUNTIME_THREADS: usize = 2;
 #[error("{0}")]
 pub struct DoNotRestart(pub String);
 
-pub fn run(settings: Settings, sockets: Sockets) -> anyhow::Result<()> {
+/// `outside`: what its machines are kept from, where this process has another network than the computer.
+pub fn run(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
         .enable_all()
         .build()
         .context("the async runtime cannot be started")?
-        .block_on(serve(settings, sockets))
+        .block_on(serve(settings, sockets, outside))
 }
 
-async fn serve(settings: Settings, sockets: Sockets) -> anyhow::Result<()> {
+async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> anyhow::Result<()> {
     let kill_at = KillAt::parse(settings.kill_at.as_deref())?;
     let _lock = sockets.lock.try_clone()?; // until the end of this function, whatever takes the rest apart
     let paths = Paths::new(&settings.data_dir);
     let stop = CancellationToken::new();
     let view = open_view(&paths)?;
     let content = ContentStore::open(&paths.registry).context("the registry's store cannot be opened")?;
-    let images = Images::open(&paths.images, content.clone()).context("the folder of images cannot be opened")?;
+    let abilities = Abilities::find(&instance(&settings.data_dir), &settings.data_dir, outside)?;
+    let costs = costs(&abilities);
+    let owners = Owners { first: abilities.ids.of_layers() };
+    let images = Images::open_as(&paths.images, content.clone(), owners).context("the folder of images cannot be opened")?;
     let host_key = keys::host_key(&paths.host_key)?;
 
-    let host = start_host(&settings, &host_key, kill_at.host, view.clone(), images.clone())?;
+    let host = start_host(&settings, abilities, &host_key, kill_at.host, view.clone(), images.clone())?;
     let (api, edge_api, registry) = (Front::new("the API"), Front::new("the API"), Front::new("the registry"));
     let proxy = start_edge(&settings, &sockets, &paths, &host, &view, &host_key)?;
     let fronts = [
@@ -92,6 +100,7 @@ async fn serve(settings: Settings, sockets: Sockets) -> anyhow::Result<()> {
             host_row: host_row(&settings, &host_key),
             content,
             images,
+            costs,
             kill_at: kill_at.control,
             metrics: local_metrics,
             fronts: (api, edge_api, registry),
@@ -208,14 +217,25 @@ fn host_row(settings: &Settings, key: &dunlin_model::seal::OpeningKey) -> HostRo
     }
 }
 
+fn costs(abilities: &Abilities) -> Vec<HostCost> {
+    let told = abilities.costs().map(|lack| HostCost {
+        name: lack.name.into(),
+        found: lack.found.clone(),
+        cost: lack.cost_if_missing.into(),
+        fix: lack.fix.clone(),
+    });
+    told.collect()
+}
+
 fn start_host(
     settings: &Settings,
+    abilities: Abilities,
     key: &dunlin_model::seal::OpeningKey,
     kill_at: Option<String>,
     view: View,
     images: Images,
 ) -> anyhow::Result<Arc<Host>> {
-    if let Err(error) = dunlin_host::favour_server(&instance(&settings.data_dir)) {
+    if let Err(error) = dunlin_host::favour_server(&abilities) {
         tracing::warn!(error = format!("{error:#}"), "the server has no more weight than its machines");
     }
     let config = HostConfig {
@@ -226,6 +246,7 @@ fn start_host(
         machine_prefix: settings.machine_prefix,
         cpus: settings.cpus,
         memory_mb: settings.memory_mb,
+        abilities,
         rootfs_gb: settings.rootfs_gb,
         autostop_after_ms: settings.autostop_after_s * 1000,
         ready_machines: settings.ready_machines.into(),
@@ -315,6 +336,7 @@ struct ControlPlan {
     host_row: HostRow,
     content: ContentStore,
     images: Images,
+    costs: Vec<HostCost>,
     kill_at: Option<String>,
     metrics: SharedMetrics,
     fronts: (Arc<Front>, Arc<Front>, Arc<Front>),
@@ -378,6 +400,7 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
         org: "personal".parse().context("the first organization's name")?,
         version: crate::VERSION.into(),
         commit: crate::COMMIT.into(),
+        costs: plan.costs.clone(),
         builder: Some(BuilderSettings { registry_socket: plan.paths.registry_socket.clone() }),
         base_images,
         kill_at: plan.kill_at.clone(),
@@ -427,9 +450,18 @@ pub fn cleanup(data: &Path) -> anyhow::Result<()> {
     if let Some(pid) = crate::keeper::holder(data)? {
         anyhow::bail!("a server (process {pid}) uses {}; stop it first", data.display());
     }
+    let run = data.join("run");
+    let enclave = Enclave::find(&run)?;
+    match &enclave {
+        Some(enclave) => dunlin_runtime::enclave::enter(enclave.descriptors()).context("the server's namespaces cannot be joined")?,
+        // Whatever an ordinary user's server had in the kernel was in there.
+        None if !rustix::process::geteuid().is_root() => return Ok(()),
+        None => {}
+    }
     // Which block the machines had does not matter for what is removed.
     let prefix = crate::settings::parse_prefix(crate::settings::DEFAULT_MACHINE_PREFIX).context("the default prefix")?;
-    Ok(dunlin_host::clean_up(data, &instance(data), prefix)?)
+    dunlin_host::clean_up(data, &instance(data), prefix)?;
+    enclave.map_or(Ok(()), |enclave| enclave.end(&run)).context("the server's namespaces cannot be ended")
 }
 
 fn now_ms() -> u64 {

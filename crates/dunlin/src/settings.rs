@@ -3,7 +3,6 @@
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use dunlin_cli::DEFAULT_DATA_DIR;
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::disk::{ROOTFS_DEFAULT_GB, ROOTFS_GB};
 use dunlin_model::{HostId, Region, Zone};
@@ -27,10 +26,10 @@ pub struct ServerArgs {
     /// Settings file (TOML); its keys are the flags' names with underscores
     #[arg(long, env = "DUNLIN_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Address of the edge for HTTP [default: 0.0.0.0:80]
+    /// Address of the edge for HTTP [default: 0.0.0.0:80; 8080 for users that may not listen on 80]
     #[arg(long, env = "DUNLIN_HTTP", value_name = "ADDR:PORT")]
     pub http: Option<String>,
-    /// Address of the edge for HTTPS [default: 0.0.0.0:443]
+    /// Address of the edge for HTTPS [default: 0.0.0.0:443; 8443 likewise]
     #[arg(long, env = "DUNLIN_HTTPS", value_name = "ADDR:PORT")]
     pub https: Option<String>,
     /// Apps are served as <app>.<domain> [default: localhost]
@@ -166,8 +165,12 @@ impl Settings {
         };
         let mut problems = String::new();
         let mut parse = Parse { problems: &mut problems };
-        let http = parse.socket("http", args.http.as_ref().or(file.http.as_ref()), "0.0.0.0:80");
-        let https = parse.socket("https", args.https.as_ref().or(file.https.as_ref()), "0.0.0.0:443");
+        let (usual_http, usual_https) = match may_bind_low_ports() {
+            true => ("0.0.0.0:80", "0.0.0.0:443"),
+            false => ("0.0.0.0:8080", "0.0.0.0:8443"),
+        };
+        let http = parse.socket("http", args.http.as_ref().or(file.http.as_ref()), usual_http);
+        let https = parse.socket("https", args.https.as_ref().or(file.https.as_ref()), usual_https);
         let domain = parse.domain(args.domain.as_ref().or(file.domain.as_ref()));
         let host_id = parse.name("host-id", args.host_id.as_ref().or(file.host_id.as_ref()), "h1");
         let region = parse.name("region", args.region.as_ref().or(file.region.as_ref()), "local");
@@ -178,7 +181,7 @@ impl Settings {
         let prefix = parse.prefix(args.machine_prefix.as_ref().or(file.machine_prefix.as_ref()));
         let memory_mb = args.memory_mb.or(file.memory_mb).map_or_else(default_memory_mb, Ok)?;
         let data_dir =
-            data_dir.map(Path::to_owned).or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
+            data_dir.map(Path::to_owned).or(file.data_dir).unwrap_or_else(dunlin_cli::default_data_dir);
         if let (Some(http), Some(https)) = (http, https)
             && http == https
             && http.port() != 0
@@ -217,6 +220,10 @@ impl Settings {
     /// The socket on which root reaches the API.
     pub fn api_socket(&self) -> PathBuf {
         api_socket(&self.data_dir)
+    }
+
+    pub fn run_dir(&self) -> PathBuf {
+        self.data_dir.join("run")
     }
 
     pub fn summary(&self) -> String {
@@ -325,6 +332,13 @@ pub fn parse_prefix(text: &str) -> Option<Ipv4Prefix> {
     let (network, length): (std::net::Ipv4Addr, u8) = (network.parse().ok()?, length.parse().ok()?);
     let mask = u32::MAX.checked_shl(32 - u32::from(length)).filter(|_| (8..=24).contains(&length))?;
     (u32::from(network) & !mask == 0 && network.is_private()).then_some(Ipv4Prefix { network, length })
+}
+
+/// Ordinary users listen above `net.ipv4.ip_unprivileged_port_start` only.
+fn may_bind_low_ports() -> bool {
+    let first = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start");
+    let is_low = |text: String| text.trim().parse::<u32>().is_ok_and(|first| first <= 80);
+    rustix::process::geteuid().is_root() || first.is_ok_and(is_low)
 }
 
 /// The machine's memory less what the system and the server themselves need.

@@ -7,7 +7,7 @@ use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery,
     LogStream, Process, Refusal, Reserve, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor,
 };
-use dunlin_machine::{Order, Record};
+use dunlin_machine::{Order, Record, Verb};
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{HostId, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId};
 use dunlin_runtime::Client;
@@ -49,6 +49,9 @@ impl HostApi for Host {
 
     async fn command(&self, command: Command) -> Result<CommandAnswer, Refusal> {
         let verb = convert::verb(&command.kind)?;
+        if let (Verb::Suspend, Err(lack)) = (&verb, &self.shared.config.abilities.limits) {
+            return Err(Refusal::Invalid(lack.refusal("suspend machines")));
+        }
         let name = verb.name();
         let order = Order {
             id: command.id,
@@ -192,6 +195,9 @@ impl HostApi for Host {
     }
 
     async fn volume_room(&self, size_gb: u32) -> Result<(), Refusal> {
+        if let Err(lack) = &self.shared.config.abilities.sizes {
+            return Err(Refusal::Invalid(lack.refusal("have volumes")));
+        }
         let host = self.shared.config.id.clone();
         let room = volumes::room(&self.shared.config.data_dir, u64::from(size_gb) << 30);
         room.map_err(|why| Refusal::InsufficientCapacity { host, why })

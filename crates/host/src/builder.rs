@@ -35,6 +35,8 @@ const END_WITHIN: Duration = Duration::from_secs(10);
 /// Uid ranges of builders, above those of machines; fixed for an organization, because its cache is
 /// owned by it.
 const FIRST_UID: u32 = 400_000_000;
+/// Their numbers where all machines share a range: above those of machines.
+const FIRST_OWNER: u32 = 32_768;
 
 type Turn = Arc<tokio::sync::Mutex<()>>;
 
@@ -100,7 +102,7 @@ pub async fn run(shared: Arc<Shared>, request: BuilderRequest) -> Result<Builder
 struct Build {
     id: String,
     dir: PathBuf,
-    cache: Option<MountedVolume>,
+    cache: Option<Cache>,
     rule: MachineRule,
 }
 
@@ -117,11 +119,12 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
     let addr = prefix.nth_builder(number).ok_or_else(|| {
         Refusal::Failed(format!("this host's machine prefix has no address for builder {number}; give it a larger one"))
     })?;
-    let uid_base = FIRST_UID + number * dunlin_runtime::UID_RANGE;
+    let ids = shared.config.abilities.ids;
+    let uid_base = ids.base(FIRST_UID + number * dunlin_runtime::UID_RANGE);
     // What a build before a crash left.
     dunlin_runtime::cleanup(&dir, &id, &shared.cgroups, Some(&ifname)).map_err(|e| Refusal::Failed(chain(&e)))?;
     let _ = dunlin_runtime::remove_tree(&dir); // made anew below; what cannot go is said there
-    let cache = mount_cache(&base, request.org.as_str(), uid_base)?;
+    let cache = Cache::open(shared, &base, request.org.as_str(), uid_base)?;
     let binary = binary(&base).map_err(|e| io("the builder's program cannot be copied", e))?;
     let rule = MachineRule { ifname: ifname.clone(), addr };
     shared.firewall.add(&rule).map_err(|e| Refusal::Failed(chain(&e)))?;
@@ -148,6 +151,8 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
         stop_timeout_ms: 0,
         hostname: "builder".into(),
         uid_base,
+        ids,
+        owner: ids.owner(FIRST_OWNER + number),
         cgroups: shared.cgroups.clone(),
         limits: Limits { cpu_millis: shared.config.cpus * 1000, memory_bytes: MEMORY_BYTES, pids: MAX_PIDS, ..Limits::NONE },
         cpus: None,
@@ -177,6 +182,46 @@ fn start(shared: &Shared, request: &BuilderRequest, number: u32) -> Result<Build
     }
 }
 
+/// What builds of an organization keep for the next.
+enum Cache {
+    /// With a size of its own.
+    Mounted(MountedVolume),
+    /// Where nobody mounts file systems of files.
+    Directory(PathBuf),
+}
+
+impl Cache {
+    fn open(shared: &Shared, base: &Path, org: &str, uid_base: u32) -> Result<Self, Refusal> {
+        if shared.config.abilities.sizes.is_ok() {
+            return mount_cache(base, org, uid_base).map(Self::Mounted);
+        }
+        let io = |e: std::io::Error| Refusal::Failed(format!("the build cache: {e}"));
+        let at = base.join(format!("{org}.cache"));
+        fs::create_dir_all(&at).map_err(io)?;
+        own_cache(&at, uid_base).map_err(io)?;
+        Ok(Self::Directory(at))
+    }
+
+    fn at(&self) -> &Path {
+        match self {
+            Self::Mounted(volume) => volume.at(),
+            Self::Directory(at) => at,
+        }
+    }
+
+    fn close(self) -> Result<(), VolumeError> {
+        match self {
+            Self::Mounted(volume) => volume.unmount(),
+            Self::Directory(_) => Ok(()),
+        }
+    }
+}
+
+fn own_cache(at: &Path, uid_base: u32) -> std::io::Result<()> {
+    chown(at, Some(uid_base), Some(uid_base))?;
+    fs::set_permissions(at, fs::Permissions::from_mode(0o755))
+}
+
 fn mount_cache(base: &Path, org: &str, uid_base: u32) -> Result<MountedVolume, Refusal> {
     let failed = |e: VolumeError| Refusal::Failed(format!("the build cache: {}", chain(&e)));
     let io = |e: std::io::Error| Refusal::Failed(format!("the build cache: {e}"));
@@ -185,8 +230,7 @@ fn mount_cache(base: &Path, org: &str, uid_base: u32) -> Result<MountedVolume, R
     let _ = dunlin_runtime::volume::unmount(&at); // left by a crash; usually not mounted
     let volume = if file.exists() { LoopVolume::open(&file) } else { LoopVolume::create(&file, CACHE_BYTES) };
     let mounted = mount_when_free(&volume.map_err(failed)?, &at).map_err(failed)?;
-    chown(&at, Some(uid_base), Some(uid_base)).map_err(io)?;
-    fs::set_permissions(&at, fs::Permissions::from_mode(0o755)).map_err(io)?;
+    own_cache(&at, uid_base).map_err(io)?;
     Ok(mounted)
 }
 
@@ -322,7 +366,7 @@ fn end(shared: &Shared, mut build: Build) {
     if let Err(error) = shared.firewall.remove(&build.rule) {
         tracing::warn!(builder = %build.id, error = %chain(&error), "its firewall rule stays");
     }
-    if let Some(Err(error)) = build.cache.take().map(MountedVolume::unmount) {
+    if let Some(Err(error)) = build.cache.take().map(Cache::close) {
         tracing::warn!(builder = %build.id, error = %chain(&error), "its cache stays mounted");
     }
     let _ = dunlin_runtime::remove_tree(&build.dir); // the next build removes it

@@ -18,11 +18,17 @@ const RESERVE_PART: u64 = 20;
 
 /// What a root file system of a version writes to: that of a container, or the machine's one.
 pub fn of_root(shared: &Shared, id: &MachineId, spec: &MachineSpec, container: Option<&Container>) -> WritableLayer {
+    let has_size = shared.config.abilities.sizes.is_ok();
     let kept = |name: &str| {
         let of = container.map_or(String::new(), |container| format!(".{}", container.name));
-        WritableLayer::Kept { file: kept_dir(shared, id).join(format!("{name}{of}.ext4")) }
+        let dir = kept_dir(shared, id);
+        match has_size {
+            true => WritableLayer::Kept { file: dir.join(format!("{name}{of}.ext4")) },
+            false => WritableLayer::KeptDirectory { dir: dir.join(format!("{name}{of}")) },
+        }
     };
     match spec.rootfs.persist {
+        Persist::Never if !has_size => WritableLayer::Directory,
         Persist::Never => WritableLayer::Passing { template: layer::template_path(&templates(shared), size_bytes(shared, spec), false) },
         Persist::Restart => kept(spec.version.as_str()),
         Persist::Always => kept("always"),
@@ -33,6 +39,7 @@ pub fn of_root(shared: &Shared, id: &MachineId, spec: &MachineSpec, container: O
 pub fn temp_dirs(shared: &Shared, spec: &MachineSpec, container: Option<&Container>) -> Vec<TempDir> {
     let storage = |dir: &dunlin_model::disk::TempDir| match dir.storage {
         TempStorage::Memory => Storage::Memory { size_bytes: u64::from(dir.size_mb) << 20 },
+        TempStorage::Disk if shared.config.abilities.sizes.is_err() => Storage::Disk(WritableLayer::Directory),
         TempStorage::Disk => {
             let template = layer::template_path(&templates(shared), temp_bytes(dir.size_mb), false);
             Storage::Disk(WritableLayer::Passing { template })
@@ -48,6 +55,9 @@ pub fn temp_dirs(shared: &Shared, spec: &MachineSpec, container: Option<&Contain
 
 /// Makes what machines of a version begin with, if it is not there.
 pub fn make_templates(shared: &Shared, spec: &MachineSpec) -> Result<(), String> {
+    if shared.config.abilities.sizes.is_err() {
+        return Ok(());
+    }
     let kept = spec.rootfs.persist != Persist::Never;
     let on_disk = spec.temp_dirs.iter().filter(|dir| dir.storage == TempStorage::Disk);
     let sizes = on_disk.map(|dir| (temp_bytes(dir.size_mb), false)).chain([(size_bytes(shared, spec), kept)]);
@@ -63,11 +73,14 @@ pub fn make_ready(shared: &Shared, id: &MachineId, spec: &MachineSpec) -> Result
     let roots: Vec<Option<&Container>> =
         if spec.containers.is_empty() { vec![None] } else { spec.containers.iter().map(Some).collect() };
     let kept = roots.into_iter().filter_map(|container| match of_root(shared, id, spec, container) {
-        WritableLayer::Kept { file } => Some(file),
-        WritableLayer::Passing { .. } => None,
+        WritableLayer::Kept { file } | WritableLayer::KeptDirectory { dir: file } => Some(file),
+        WritableLayer::Passing { .. } | WritableLayer::Directory => None,
     });
     let kept: Vec<PathBuf> = kept.collect();
     layer::remove_other_kept(&dir, &kept).map_err(|e| format!("what an earlier version wrote cannot be removed: {e}"))?;
+    if shared.config.abilities.sizes.is_err() {
+        return Ok(()); // a directory is made when it is mounted
+    }
     let mut made = kept.iter().map(|file| layer::ready_kept(file, &templates(shared), size_bytes(shared, spec)));
     made.try_for_each(|made| made).map_err(|e| {
         format!("what it wrote to its root file system cannot be used, and begins anew with rootfs.persist = \"never\": {}", chain(&e))

@@ -51,6 +51,7 @@ use dunlin_model::{HostId, MachineId, Region};
 use dunlin_registry::Images;
 use dunlin_runtime::SealedExe;
 use dunlin_runtime::cgroup::Cgroups;
+use dunlin_runtime::features::Abilities;
 use dunlin_runtime::net::{self, firewall::Firewall};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -69,6 +70,8 @@ pub struct HostConfig {
     pub instance: String,
     pub machine_prefix: Ipv4Prefix,
     pub cpus: u32,
+    /// What it can do for them.
+    pub abilities: Abilities,
     /// What machines may reserve in all.
     pub memory_mb: u32,
     /// Of the writable layer of a machine that does not say.
@@ -209,10 +212,11 @@ impl Host {
 
 impl Shared {
     fn set_up(config: HostConfig, view: View, images: Images, replayed: &Replayed) -> Result<Self, StartError> {
-        let cgroups = Cgroups::detect(&config.instance)?;
+        let cgroups = config.abilities.cgroups().clone();
         tracing::info!(host = %config.id, cgroups = %cgroups.describe(), "control groups");
         let prefix = convert::prefix(config.machine_prefix);
         let firewall = Firewall::new(&convert::table_name(&config.instance), prefix, vec![])?;
+        let firewall = firewall.close(config.abilities.outside.clone());
         if let Some((addr, ifname)) = net::taken_by_another(prefix, firewall.group())? {
             return Err(StartError::PrefixTaken { prefix: prefix.to_string(), addr, ifname });
         }
@@ -251,8 +255,8 @@ impl Shared {
 }
 
 /// Gives this process more weight than all machines together, where processors are scarce: each request passes it.
-pub fn favour_server(instance: &str) -> Result<(), StartError> {
-    Ok(Cgroups::detect(instance)?.favour_server()?)
+pub fn favour_server(abilities: &Abilities) -> Result<(), StartError> {
+    Ok(abilities.cgroups().favour_server()?)
 }
 
 fn now_ms() -> u64 {
@@ -262,15 +266,16 @@ fn now_ms() -> u64 {
 /// Ends every machine of a data directory whose server is stopped, and removes what it left in the
 /// kernel. Files stay.
 pub fn clean_up(data_dir: &Path, instance: &str, machine_prefix: Ipv4Prefix) -> Result<(), StartError> {
-    let cgroups = Cgroups::detect(instance)?;
+    let abilities = Abilities::find(instance, data_dir, vec![])?;
+    let cgroups = abilities.cgroups();
     for entry in std::fs::read_dir(data_dir.join("machines")).into_iter().flatten().flatten() {
         let Ok(id) = entry.file_name().to_string_lossy().parse::<MachineId>() else { continue };
         if let Ok(client) = dunlin_runtime::Client::connect(&entry.path()) {
             let _ = client.kill(); // the control group is ended below in any case
         }
-        dunlin_runtime::cleanup(&entry.path(), id.as_str(), &cgroups, Some(&id.interface_name()))?;
+        dunlin_runtime::cleanup(&entry.path(), id.as_str(), cgroups, Some(&id.interface_name()))?;
     }
-    builder::end_all(data_dir, instance, &cgroups);
+    builder::end_all(data_dir, instance, cgroups);
     volumes::unmount_all(data_dir);
     let firewall = Firewall::new(&convert::table_name(instance), convert::prefix(machine_prefix), vec![])?;
     firewall.remove()?;

@@ -89,8 +89,8 @@ impl Agent {
         let min_running = group.iter().map(|id| record(id).spec().min_machines_running()).max().unwrap_or(0);
         let id = one_too_many(&running, min_running)?;
         let verb = match record(id).spec().autostop() {
-            AutoStop::Suspend => Verb::Suspend,
-            AutoStop::Stop => Verb::Stop { signal: None, timeout_ms: None },
+            AutoStop::Suspend if self.shared.config.abilities.limits.is_ok() => Verb::Suspend,
+            AutoStop::Suspend | AutoStop::Stop => Verb::Stop { signal: None, timeout_ms: None },
             AutoStop::Off => return None,
         };
         Some((id.clone(), verb))

@@ -141,6 +141,9 @@ pub fn ensure(shared: &Shared, row: &VolumeRow) -> Result<(), String> {
 }
 
 fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), String> {
+    if let Err(lack) = &shared.config.abilities.sizes {
+        return Err(lack.refusal("have volumes"));
+    }
     let io = |e: io::Error| format!("volume {}: {e}", row.id);
     let size_bytes = u64::from(row.size_gb) << 30;
     if !place.data().exists() {

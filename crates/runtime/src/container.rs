@@ -15,6 +15,7 @@
 //! The first container makes the machine's namespaces. Each further one, and each that is started again, is a child
 //! that joins those of users, network, ipc and uts, and has processes, mounts and a root file system of its own.
 
+use crate::cgroup::Layout;
 use crate::net;
 use crate::process::{self, Identity};
 use crate::rootfs::{self, Assembled, Begun};
@@ -110,7 +111,7 @@ pub(crate) fn create(
         None => {
             let flags =
                 libc::CLONE_NEWUSER | libc::CLONE_NEWNET | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-            sys::clone_owned_by(spec.uid_base, flags)?
+            clone_counted(spec, flags)?
         }
         Some(shared) => clone_into(shared)?,
     };
@@ -139,6 +140,21 @@ pub(crate) fn create(
     let root = open(&root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     wire::send(go_sender.as_raw_fd(), &(), &[root.as_raw_fd()])?;
     Ok(Container { init, init_fd, outputs, report, start, devices })
+}
+
+/// The machine's first process, in a user namespace whose processes are counted for its owner. Where no control group counts
+/// them, the namespace keeps the limit that its maker had; what is too many, the kernel then refuses to make.
+fn clone_counted(spec: &SupervisorSpec, flags: libc::c_int) -> io::Result<libc::pid_t> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let owner = spec.owner.unwrap_or(spec.uid_base);
+    if spec.cgroups.layout() != Layout::None || spec.limits.pids == 0 {
+        return sys::clone_owned_by(owner, flags);
+    }
+    let (usual, hard) = getrlimit(Resource::RLIMIT_NPROC)?;
+    setrlimit(Resource::RLIMIT_NPROC, u64::from(spec.limits.pids).min(hard), hard)?;
+    let cloned = sys::clone_owned_by(owner, flags);
+    setrlimit(Resource::RLIMIT_NPROC, usual, hard)?;
+    cloned
 }
 
 /// A child in a machine's namespaces, the first of a pid namespace of its own. The way leads over a process that joins

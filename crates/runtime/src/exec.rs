@@ -37,6 +37,8 @@ const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(2);
 pub(crate) struct Session {
     pub pid: libc::pid_t,
     cgroup: MachineCgroup,
+    /// Where there are no control groups, what its processes are known by.
+    time: Option<OwnedFd>,
 }
 
 impl Session {
@@ -66,6 +68,8 @@ pub(crate) struct Target<'a> {
 #[derive(Serialize, Deserialize)]
 enum Step {
     Cloned { pid: libc::pid_t },
+    /// Comes with the time namespace that the command and all that it starts will be in.
+    Known,
     /// Comes with the terminal's master.
     Terminal,
     Failed { error: String },
@@ -83,7 +87,7 @@ pub(crate) fn start(
         return Err(io::Error::other("the machine is suspended; resume it first"));
     }
     let cgroup = target.cgroup.session(name).map_err(io::Error::other)?;
-    let mut session = Session { pid: 0, cgroup };
+    let mut session = Session { pid: 0, cgroup, time: None };
     match begin(target, exec, stdio, &mut session) {
         Ok(master) => Ok((session, master)),
         Err(e) => {
@@ -103,7 +107,7 @@ fn begin(
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let child = sys::clone_process(0)?;
     if child == 0 {
-        let code = match enter(target, &procs).and_then(|()| sys::clone_process(libc::CLONE_PARENT)) {
+        let code = match enter(target, &procs, &theirs).and_then(|()| sys::clone_process(libc::CLONE_PARENT)) {
             Ok(0) => {
                 let error = run(target, exec, stdio, &theirs).to_string();
                 let _ = wire::send(theirs.as_raw_fd(), &Step::Failed { error }, &[]);
@@ -138,6 +142,12 @@ fn begin(
         }
         match wire::receive::<Step>(ours.as_raw_fd())? {
             Some((Step::Cloned { pid }, _)) => session.pid = pid,
+            Some((Step::Known, mut fds)) => {
+                let time = fds.pop().ok_or(io::ErrorKind::UnexpectedEof)?;
+                session.cgroup.add_time_namespace(fstat(&time)?.st_ino).map_err(io::Error::other)?;
+                session.time = Some(time);
+                nix::unistd::write(&ours, b"k")?;
+            }
             Some((Step::Terminal, mut fds)) => master = fds.pop(),
             Some((Step::Failed { error }, _)) => return Err(io::Error::other(error)),
             None if session.pid == 0 => return Err(io::Error::other("the command was killed before it started")),
@@ -146,14 +156,24 @@ fn begin(
     }
 }
 
-fn enter(target: &Target<'_>, procs: &[OwnedFd]) -> io::Result<()> {
+fn enter(target: &Target<'_>, procs: &[OwnedFd], socket: &OwnedFd) -> io::Result<()> {
     process::usual_oom_score(nix::unistd::getpid().as_raw());
     // The machine must not look into a process that still is the host's.
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
     for file in procs {
         nix::unistd::write(file, b"0")?;
     }
-    sys::setns(target.init, NAMESPACES)
+    if !target.cgroup.is_list() {
+        return sys::setns(target.init, NAMESPACES);
+    }
+    // Opened before, because the machine's /proc is another.
+    let own = open("/proc/self/ns", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    sys::setns(target.init, NAMESPACES)?;
+    sys::unshare(libc::CLONE_NEWTIME).map_err(|e| io::Error::new(e.kind(), format!("a time namespace for the command: {e}")))?;
+    let time = nix::fcntl::openat(&own, "time_for_children", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    wire::send(socket.as_raw_fd(), &Step::Known, &[time.as_raw_fd()])?;
+    // Nothing runs that nobody could find again.
+    if nix::unistd::read(socket, &mut [0])? == 1 { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 fn run(target: &Target<'_>, exec: &ExecSpec, stdio: &[OwnedFd], socket: &OwnedFd) -> io::Error {

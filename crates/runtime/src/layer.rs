@@ -8,6 +8,7 @@
 //! What does not outlive its attempt has no name: with the last process of the machine the kernel lets go of mount,
 //! loop device and file, whoever was killed before. See docs/decisions/what-a-machine-may-use.md.
 
+use crate::remove::remove_tree;
 use crate::sys;
 use crate::volume::{self, LoopVolume, VolumeError, bypass_cache, copy_data, failed, mount_device};
 use nix::mount::MsFlags;
@@ -43,7 +44,15 @@ pub enum WritableLayer {
     Passing { template: PathBuf },
     /// In this file: the next attempt finds what this one wrote.
     Kept { file: PathBuf },
+    /// A directory of the machine's, where nobody mounts file systems of files: without a size, so that who fills it fills
+    /// the disk. Ends with the attempt.
+    Directory,
+    /// Likewise, this one: the next attempt finds what this one wrote.
+    KeptDirectory { dir: PathBuf },
 }
+
+/// Below a machine's directory: directories that end with its attempt.
+pub(crate) const PASSING_DIR: &str = "written";
 
 /// Makes the template for layers of a size, if it is not there. `dir` is the caller's alone.
 pub fn template(dir: &Path, size_bytes: u64, kept: bool) -> volume::Result<PathBuf> {
@@ -100,7 +109,7 @@ impl WritableLayer {
         let child = sys::clone_process(0)?;
         if child == 0 {
             let said = match self.mount(at, scratch) {
-                Ok(device) => format!("{MOUNTED}{}", device.display()),
+                Ok(device) => format!("{MOUNTED}{}", device.unwrap_or_default().display()),
                 Err(e) => chain(&e),
             };
             let _ = answer.write_all(said.as_bytes()); // who waits for it is gone: so is the mount, soon
@@ -110,8 +119,16 @@ impl WritableLayer {
         Ok(Mounting { at: at.to_owned(), child: Pid::from_raw(child), report })
     }
 
-    fn mount(&self, at: &Path, scratch: &Path) -> volume::Result<PathBuf> {
+    /// Returns the device, where there is one.
+    fn mount(&self, at: &Path, scratch: &Path) -> volume::Result<Option<PathBuf>> {
         let (file, path, options) = match self {
+            Self::Directory => {
+                // The name that it is mounted at is no other layer's of this root.
+                let dir = scratch.join(PASSING_DIR).join(at.file_name().unwrap_or_default());
+                remove_tree(&dir).map_err(failed("remove", &dir))?;
+                return bind_directory(&dir, at).map(|()| None);
+            }
+            Self::KeptDirectory { dir } => return bind_directory(dir, at).map(|()| None),
             Self::Passing { template } => (copy_unnamed(template, scratch)?, scratch, PASSING_MOUNT),
             Self::Kept { file } => {
                 let layer = LoopVolume::open(file)?;
@@ -121,14 +138,20 @@ impl WritableLayer {
         let (device, held) = volume::attach(&file, path)?;
         mount_device(&device, at, MsFlags::empty(), options)?;
         drop(held); // the mount keeps it
-        Ok(device)
+        Ok(Some(device))
     }
 }
 
-/// A layer that is mounted, and its device.
+fn bind_directory(dir: &Path, at: &Path) -> volume::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o711).create(dir).map_err(failed("make", dir))?;
+    let none = None::<&str>;
+    nix::mount::mount(Some(dir), at, none, MsFlags::MS_BIND, none).map_err(|e| failed("mount", dir)(e.into()))
+}
+
+/// A layer that is mounted, and its device, if it has one.
 pub(crate) struct Mounted {
     pub at: PathBuf,
-    pub device: File,
+    pub device: Option<File>,
 }
 
 /// Has the devices' blocks go past the host's page cache, beside the caller, who is single-threaded and reaps its children:
@@ -152,7 +175,8 @@ impl Mounting {
         let mut text = String::new();
         self.report.read_to_string(&mut text)?;
         if let Some(device) = text.strip_prefix(MOUNTED) {
-            return Ok(Mounted { device: File::open(device)?, at: self.at }); // the child is reaped with the others
+            let device = (!device.is_empty()).then(|| File::open(device)).transpose()?;
+            return Ok(Mounted { device, at: self.at }); // the child is reaped with the others
         }
         let status = waitpid(self.child, None);
         let why = match (text.is_empty(), status) {
@@ -186,7 +210,7 @@ pub fn remove_other_kept(dir: &Path, these: &[PathBuf]) -> io::Result<()> {
     for entry in entries {
         let path = entry?.path();
         if !these.contains(&path) {
-            fs::remove_file(path)?;
+            remove_tree(&path)?;
         }
     }
     Ok(())

@@ -7,6 +7,7 @@
 mod agent;
 pub mod cgroup;
 mod container;
+pub mod enclave;
 mod exec;
 pub mod features;
 mod files;
@@ -36,8 +37,8 @@ pub use agent::{
 pub use files::{ExitRecord, list_exits, lock_holder, read_exit, remove_exit};
 pub use remove::remove_tree;
 pub use spec::{
-    Bind, ContainerRules, ContainerSpec, GuestFile, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, TempDir, TempStorage,
-    UID_RANGE, WIRE_VERSION,
+    Bind, ContainerRules, ContainerSpec, GuestFile, Ids, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, TempDir,
+    TempStorage, UID_RANGE, WIRE_VERSION,
 };
 pub use supervisor::{KILL_POINTS, supervisor_main};
 pub use wire::{ExecSpec, Phase, Status, WindowSize};

@@ -3,9 +3,9 @@
 //! adds /proc, /sys and /dev and pivots into it. No mount is ever visible on the host.
 
 use crate::guest_files;
-use crate::layer::Mounting;
+use crate::layer::{Mounting, PASSING_DIR};
 use crate::remove::remove_tree;
-use crate::spec::{Bind, Profile, Rootfs, SupervisorSpec, TempDir, TempStorage, UID_RANGE};
+use crate::spec::{Bind, Ids, Profile, Rootfs, SupervisorSpec, TempDir, TempStorage, UID_RANGE};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
@@ -105,7 +105,9 @@ pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: Borr
     let root = make_dir(&mnt, ROOT, spec.uid_base)?;
     let writable = writable.map(Mounting::finish).transpose()?;
     match (&spec.rootfs, &writable) {
-        (Rootfs::Layers { image, .. }, Some(writable)) => overlay(image, &writable.at, &mnt, &root, spec.uid_base, user_namespace)?,
+        (Rootfs::Layers { image, .. }, Some(writable)) => {
+            overlay(image, &writable.at, &mnt, &root, spec, user_namespace)?;
+        }
         (Rootfs::Layers { .. }, None) => return Err(io::Error::other("the root has no writable layer")),
         (Rootfs::HostUsr, _) => host_usr(spec, &root)?,
     }
@@ -113,13 +115,13 @@ pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: Borr
         bind_into(&root, bind, spec.profile, spec.uid_base)?;
     }
     for volume in &spec.volumes {
-        volume_into(&root, volume, spec.uid_base, user_namespace)?;
+        volume_into(&root, volume, spec, user_namespace)?;
     }
     let temporary = temporary.into_iter().map(Mounting::finish).collect::<io::Result<Vec<_>>>()?;
     for (i, dir) in spec.temp_dirs.iter().enumerate() {
         temporary_into(&root, dir, &mnt.join(format!("{TEMPORARY}{i}")), spec.uid_base)?;
     }
-    let devices = writable.into_iter().chain(temporary).map(|mounted| mounted.device).collect();
+    let devices = writable.into_iter().chain(temporary).filter_map(|mounted| mounted.device).collect();
     Ok(Assembled { root, devices })
 }
 
@@ -129,7 +131,7 @@ fn overlay(
     writable: &Path,
     mnt: &Path,
     root: &Path,
-    uid_base: u32,
+    spec: &SupervisorSpec,
     user_namespace: BorrowedFd<'_>,
 ) -> io::Result<()> {
     if layers.is_empty() {
@@ -137,30 +139,38 @@ fn overlay(
     }
     let [upper, work] = WRITTEN;
     for dir in [upper, work] {
-        make_dir(writable, dir, uid_base)?;
+        make_dir(writable, dir, spec.uid_base)?;
     }
     let inside = writable.strip_prefix(mnt).map_err(io::Error::other)?.display();
     let mut names = Vec::new();
     for (i, layer) in layers.iter().enumerate() {
         // One letter: the kernel's option page holds 4 KiB, and images have up to 127 layers.
         let target = make_dir(mnt, format!("l{i}"), 0)?;
-        sys::detached_mount(layer, sys::Attributes::default(), Some(user_namespace))
+        sys::detached_mount(layer, sys::Attributes::default(), mapped(spec, user_namespace))
             .and_then(|tree| sys::attach_mount(&tree, File::open(&target)?.as_fd()))
             .map_err(|e| io::Error::new(e.kind(), format!("id-mapped mount of layer {}: {e}", layer.display())))?;
         names.push(format!("l{i}"));
     }
     names.reverse(); // overlayfs wants the topmost first
     // Relative directories keep the options short, and free of commas and colons of the data directory.
-    let options = format!("lowerdir={},upperdir={inside}/{upper},workdir={inside}/{work}", names.join(":"));
+    let mut options = format!("lowerdir={},upperdir={inside}/{upper},workdir={inside}/{work}", names.join(":"));
+    if spec.ids != Ids::Own {
+        options.push_str(",userxattr"); // others are for who is root outside of every user namespace
+    }
     std::env::set_current_dir(mnt)?;
     let mounted = mount(Some("overlay"), root, Some("overlay"), MsFlags::MS_NODEV, Some(options.as_str()));
     std::env::set_current_dir("/")?;
     mounted.map_err(|e| io::Error::other(format!("overlay of {} layers: {e}", layers.len())))
 }
 
-/// Removes what an attempt of a version before wrote to its root.
+/// Where files have the ids that machines see, they are mapped to the machine's.
+fn mapped<'a>(spec: &SupervisorSpec, user_namespace: BorrowedFd<'a>) -> Option<BorrowedFd<'a>> {
+    (spec.ids == Ids::Own).then_some(user_namespace)
+}
+
+/// Removes what an attempt wrote where its writable layers are plain directories, or one of a version before wrote to its root.
 pub(crate) fn remove_written(machine_dir: &Path) -> io::Result<()> {
-    WRITTEN.iter().try_for_each(|dir| remove_tree(&machine_dir.join(dir)))
+    WRITTEN.iter().chain([&PASSING_DIR]).try_for_each(|dir| remove_tree(&machine_dir.join(dir)))
 }
 
 /// A builder's root: the host's programs, read-only, and nothing else of the host.
@@ -222,12 +232,12 @@ fn bind_into(root: &Path, bind: &Bind, profile: Profile, uid_base: u32) -> io::R
 }
 
 /// Files on a volume have the ids that the machine sees, not those of its range: the next machine has another range.
-fn volume_into(root: &Path, volume: &Bind, uid_base: u32, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+fn volume_into(root: &Path, volume: &Bind, spec: &SupervisorSpec, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
     let explain = |e: io::Error| io::Error::new(e.kind(), format!("the volume at {}: {e}", volume.target.display()));
     let read_only = if volume.readonly { sys::READ_ONLY_MOUNT } else { 0 };
     let attributes = sys::Attributes { set: sys::NO_SUID_MOUNT | sys::NO_DEVICES_MOUNT | read_only, clear: 0 };
-    let tree = sys::detached_mount(&volume.source, attributes, Some(user_namespace)).map_err(explain)?;
-    let target = place(root, &volume.target, true, uid_base, ResolveFlag::empty()).map_err(explain)?;
+    let tree = sys::detached_mount(&volume.source, attributes, mapped(spec, user_namespace)).map_err(explain)?;
+    let target = place(root, &volume.target, true, spec.uid_base, ResolveFlag::empty()).map_err(explain)?;
     sys::attach_mount(&tree, target.as_fd()).map_err(explain)
 }
 

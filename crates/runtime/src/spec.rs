@@ -43,6 +43,12 @@ pub struct SupervisorSpec {
     pub hostname: String,
     /// First of the 65,536 host user ids that the machine owns.
     pub uid_base: u32,
+    #[serde(default)]
+    pub ids: Ids,
+    /// Whose its user namespace is, if not the range's first id's. The kernel counts what is used inside for the owner too, so no
+    /// two machines have the same.
+    #[serde(default)]
+    pub owner: Option<u32>,
     pub cgroups: Cgroups,
     pub limits: Limits,
     /// The only processors that it runs on; `None` = any.
@@ -67,6 +73,44 @@ pub struct SupervisorSpec {
     /// One of [`KILL_POINTS`](crate::KILL_POINTS): a test's supervisor ends itself there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kill_at: Option<String>,
+}
+
+/// Whose the files of machines are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ids {
+    /// Each machine has a range of its own. Layers and volumes have the ids that machines see; each machine gets a view of them
+    /// that is mapped to its range.
+    #[default]
+    Own,
+    /// The kernel maps no files for this server: all machines have the range from here on, and so have layers.
+    Shared { first: u32 },
+}
+
+impl Ids {
+    /// What to add to the ids of an image's files when they are unpacked.
+    pub fn of_layers(self) -> u32 {
+        match self {
+            Self::Own => 0,
+            Self::Shared { first } => first,
+        }
+    }
+
+    /// Whose the user namespace of a machine with this number is, if its range's first id is no other machine's.
+    pub fn owner(self, number: u32) -> Option<u32> {
+        match self {
+            Self::Own => None,
+            Self::Shared { first } => Some(first + number % UID_RANGE),
+        }
+    }
+
+    /// The first id of a machine that would have this range of its own.
+    pub fn base(self, own: u32) -> u32 {
+        match self {
+            Self::Own => own,
+            Self::Shared { first } => first,
+        }
+    }
 }
 
 /// A root file system of its own, with one program.

@@ -36,6 +36,11 @@ pub(crate) fn setns(fd: BorrowedFd<'_>, kinds: libc::c_int) -> io::Result<()> {
     check(libc::c_long::from(unsafe { libc::setns(fd.as_raw_fd(), kinds) })).map(drop)
 }
 
+pub(crate) fn unshare(kinds: libc::c_int) -> io::Result<()> {
+    // SAFETY: takes an integer; no memory or descriptors are shared with a thread, as there is but one.
+    check(libc::c_long::from(unsafe { libc::unshare(kinds) })).map(drop)
+}
+
 #[repr(C)]
 #[derive(Default)]
 struct MountAttr {
@@ -233,6 +238,12 @@ pub(crate) fn exec(program: &CStr, argv: &[CString], env: &[CString]) -> io::Err
     // SAFETY: both arrays are NULL-terminated and point to NUL-terminated strings that outlive the call.
     unsafe { libc::execve(program.as_ptr(), argv.as_ptr(), env.as_ptr()) };
     io::Error::last_os_error()
+}
+
+/// Leaves a descriptor open over `execve`.
+pub(crate) fn inherit(fd: RawFd) -> io::Result<()> {
+    // SAFETY: integers only.
+    check(libc::c_long::from(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) })).map(drop)
 }
 
 /// Puts `fd` at the number `target`, inheritable.

@@ -161,6 +161,7 @@ pub async fn status(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Re
         urls: if serves { urls(&ctx, &app) } else { vec![] },
         release: release.map(|row| release_api::wire(&row.value)),
         machines,
+        costs: ctx.costs.clone(),
     }))
 }
 

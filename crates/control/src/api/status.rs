@@ -97,6 +97,7 @@ pub async fn version(State(ctx): State<Arc<Ctx>>) -> Json<VersionInfo> {
         domain: ctx.domain.clone(),
         http_port: ctx.http_port,
         https_port: ctx.https_port,
+        costs: ctx.costs.clone(),
     })
 }
 

@@ -436,6 +436,7 @@ impl World {
             org: "personal".parse().unwrap(),
             version: "0.1.0".into(),
             commit: "unknown".into(),
+            costs: vec![],
             builder: Some(BuilderSettings { registry_socket: data.join("registry.sock") }),
             base_images: BaseImages::Bootstrapped,
             kill_at,

@@ -1,7 +1,8 @@
 //! The API inside machines: a socket in a directory that every machine has, where Fly has it too. What comes over it
 //! comes from anybody, as at the edge: it is answered with a token, and only what is under `/v1`.
 //!
-//! One machine is known from another by the user that the kernel names, so that none takes what is there for all.
+//! One machine is known from another by the user or the network that the kernel names, so that none takes what is there
+//! for all.
 
 use super::front::Front;
 use axum::body::Body;
@@ -31,7 +32,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const REQUEST_ID: &str = "dunlin-request-id";
 
 /// Open connections of each machine.
-type Open = Arc<Mutex<BTreeMap<Option<u32>, usize>>>;
+type Open = Arc<Mutex<BTreeMap<Option<u64>, usize>>>;
 
 pub fn serve(api: Arc<Front>, listener: UnixListener, stop: CancellationToken) -> JoinHandle<()> {
     tokio::spawn(async move {
@@ -65,12 +66,12 @@ pub fn serve(api: Arc<Front>, listener: UnixListener, stop: CancellationToken) -
 /// A connection of a machine that counts until it is dropped.
 struct Turn {
     open: Open,
-    machine: Option<u32>,
+    machine: Option<u64>,
 }
 
 impl Turn {
     fn take(open: &Open, stream: &UnixStream) -> Option<Self> {
-        let machine = dunlin_host::machine_number(stream.peer_cred().ok()?.uid());
+        let machine = machine_of(&stream.peer_cred().ok()?);
         let mut counts = open.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(machine).or_default();
         if *count >= MAX_CONNECTIONS_OF_A_MACHINE {
@@ -79,6 +80,13 @@ impl Turn {
         *count += 1;
         Some(Self { open: open.clone(), machine })
     }
+}
+
+/// By its user, or where machines share their users by its network.
+fn machine_of(peer: &tokio::net::unix::UCred) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let network = || std::fs::metadata(format!("/proc/{}/ns/net", peer.pid()?)).ok().map(|meta| meta.ino());
+    dunlin_host::machine_number(peer.uid()).map(u64::from).or_else(network)
 }
 
 impl Drop for Turn {

@@ -83,6 +83,7 @@ impl World {
             machine_prefix: self.prefix(),
             cpus: 2,
             memory_mb: 1024,
+            abilities: dunlin_runtime::features::Abilities::find(&self.instance(), self.dir.path(), vec![]).unwrap(),
             rootfs_gb: 1,
             autostop_after_ms: 300,
             ready_machines: self.ready_machines,

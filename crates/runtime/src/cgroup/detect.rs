@@ -139,7 +139,7 @@ fn plan(
             WANTED_V2.iter().filter(|name| offered.iter().any(|o| o == *name)).map(|name| (*name).to_owned()).collect();
         hierarchies.push(Hierarchy { controllers, unified: true, root: base.join(root_name) });
     }
-    let cgroups = Cgroups { layout, hierarchies };
+    let cgroups = Cgroups { layout, hierarchies, lists: None };
     for name in NEEDED {
         let there = cgroups.hierarchies.iter().any(|hierarchy| {
             // Freezing and cpu times are part of the v2 core, not of a controller.

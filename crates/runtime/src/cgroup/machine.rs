@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::list::List;
 use super::{CgroupError, Hierarchy, Limits, Result, Usage, child_dirs, detect, is_gone, read, write};
 
 /// Scheduler period; quota and period of 100 ms are the kernel's and everybody's default.
@@ -43,6 +44,8 @@ pub struct MachineCgroup {
     /// Directories of the machine around a session: a process joins them, but the session neither kills in nor removes
     /// them.
     around: Vec<Dir>,
+    /// Stands for it where there are no control groups.
+    list: Option<List>,
 }
 
 #[derive(Debug, Clone)]
@@ -53,9 +56,9 @@ struct Dir {
 }
 
 impl MachineCgroup {
-    pub(super) fn create(name: &str, hierarchies: &[Hierarchy]) -> Result<Self> {
-        let cgroup = MachineCgroup { name: name.to_owned(), dirs: dirs_of(name, hierarchies), around: Vec::new() };
-        if cgroup.dirs.iter().any(|dir| dir.path.exists()) {
+    pub(super) fn create(name: &str, hierarchies: &[Hierarchy], list: Option<List>) -> Result<Self> {
+        let cgroup = MachineCgroup { name: name.to_owned(), dirs: dirs_of(name, hierarchies), around: Vec::new(), list };
+        if cgroup.dirs.iter().any(|dir| dir.path.exists()) || cgroup.list.as_ref().is_some_and(List::exists) {
             return Err(CgroupError::AlreadyExists(name.to_owned()));
         }
         match cgroup.make_dirs() {
@@ -67,13 +70,13 @@ impl MachineCgroup {
         }
     }
 
-    pub(super) fn open(name: &str, hierarchies: &[Hierarchy]) -> Result<Self> {
+    pub(super) fn open(name: &str, hierarchies: &[Hierarchy], list: Option<List>) -> Result<Self> {
         let mut dirs = dirs_of(name, hierarchies);
         dirs.retain(|dir| dir.path.exists());
-        if dirs.is_empty() {
+        if dirs.is_empty() && !list.as_ref().is_some_and(List::exists) {
             return Err(CgroupError::NotFound(name.to_owned()));
         }
-        Ok(MachineCgroup { name: name.to_owned(), dirs, around: Vec::new() })
+        Ok(MachineCgroup { name: name.to_owned(), dirs, around: Vec::new(), list })
     }
 
     pub fn name(&self) -> &str {
@@ -89,7 +92,8 @@ impl MachineCgroup {
             .into_iter()
             .map(|dir| Dir { path: dir.path.join(name), controllers: Vec::new(), unified: dir.unified })
             .collect();
-        let session = MachineCgroup { name: format!("{}/{name}", self.name), dirs, around };
+        let list = self.list.as_ref().map(|list| list.session(name));
+        let session = MachineCgroup { name: format!("{}/{name}", self.name), dirs, around, list };
         match session.make_dirs() {
             Ok(()) => Ok(session),
             Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
@@ -107,7 +111,18 @@ impl MachineCgroup {
         for dir in self.joined() {
             write(&dir.path.join("cgroup.procs"), &pid.to_string())?;
         }
-        Ok(())
+        self.list.as_ref().map_or(Ok(()), |list| list.add(pid).map_err(list_error("write", list)))
+    }
+
+    /// Whether there are no control groups, so that processes which join by themselves, through
+    /// [`open_procs`](Self::open_procs), have to be told from others by a time namespace.
+    pub(crate) fn is_list(&self) -> bool {
+        self.list.is_some()
+    }
+
+    /// All processes of this time namespace, which the caller keeps open.
+    pub(crate) fn add_time_namespace(&self, inode: u64) -> Result<()> {
+        self.list.as_ref().map_or(Ok(()), |list| list.add_time_namespace(inode).map_err(list_error("write", list)))
     }
 
     /// Every `cgroup.procs`, opened for writing: a child that can no longer see the host's files writes `0` into each.
@@ -128,6 +143,9 @@ impl MachineCgroup {
     }
 
     fn make_dirs(&self) -> Result<()> {
+        if let Some(list) = &self.list {
+            list.create().map_err(list_error("make", list))?;
+        }
         for dir in &self.dirs {
             std::fs::create_dir(&dir.path)
                 .map_err(|source| CgroupError::Io { op: "make", path: dir.path.clone(), source })?;
@@ -149,7 +167,11 @@ impl MachineCgroup {
         Ok(())
     }
 
+    /// Where there are no control groups nothing is limited; the server said so when it started.
     pub fn set_limits(&self, limits: &Limits) -> Result<()> {
+        if self.list.is_some() {
+            return Ok(());
+        }
         self.limit_cpu(limits)?;
         self.limit_memory(limits.memory_bytes, limits.swap_bytes)?;
         let pids = if limits.pids == 0 { "max".to_owned() } else { limits.pids.to_string() };
@@ -233,6 +255,9 @@ impl MachineCgroup {
 
     /// Stops all processes in place; on return none of them runs.
     pub fn freeze(&self, deadline: Duration) -> Result<()> {
+        if self.list.is_some() {
+            return Err(CgroupError::Unusable("without control groups no machine can be suspended".to_owned()));
+        }
         let start = Instant::now();
         let mut pause = Pause::new();
         loop {
@@ -249,6 +274,9 @@ impl MachineCgroup {
     }
 
     pub fn thaw(&self) -> Result<()> {
+        if self.list.is_some() {
+            return Ok(());
+        }
         match self.freezer()? {
             (dir, true) => write(&dir.join("cgroup.freeze"), "0"),
             (dir, false) => write(&dir.join("freezer.state"), "THAWED"),
@@ -256,6 +284,9 @@ impl MachineCgroup {
     }
 
     pub fn is_frozen(&self) -> Result<bool> {
+        if self.list.is_some() {
+            return Ok(false);
+        }
         match self.freezer()? {
             (dir, true) => Ok(keyed(&dir.join("cgroup.events"), "frozen")? == 1),
             (dir, false) => Ok(read(&dir.join("freezer.state"))?.trim() == "FROZEN"),
@@ -362,6 +393,9 @@ impl MachineCgroup {
         for dir in &self.dirs {
             collect_procs(&dir.path, 0, &mut pids)?;
         }
+        if let Some(list) = &self.list {
+            pids.extend(list.procs().map_err(list_error("read", list))?);
+        }
         // 0 stands for a process that this pid namespace cannot see.
         pids.remove(&0);
         Ok(pids.into_iter().collect())
@@ -376,7 +410,7 @@ impl MachineCgroup {
         for dir in &self.dirs {
             remove_tree(&dir.path, 0)?;
         }
-        Ok(())
+        self.list.as_ref().map_or(Ok(()), |list| list.remove().map_err(list_error("remove", list)))
     }
 
     fn v1(&self, controller: &str) -> Option<&Path> {
@@ -408,6 +442,11 @@ impl MachineCgroup {
         }
         Ok((self.unified()?, true))
     }
+}
+
+fn list_error(op: &'static str, list: &List) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = list.path().to_owned();
+    move |source| CgroupError::Io { op, path, source }
 }
 
 /// Without it a machine could fill the host's swap: it gets none rather than all.
@@ -543,7 +582,7 @@ mod tests {
         file("pids.current", "7\n");
         let controllers = ["cpu", "memory", "pids"].map(str::to_owned).to_vec();
         let dirs = vec![Dir { controllers, unified: true, path: dir.path().to_owned() }];
-        let cgroup = MachineCgroup { name: "m1".to_owned(), dirs, around: Vec::new() };
+        let cgroup = MachineCgroup { name: "m1".to_owned(), dirs, around: Vec::new(), list: None };
         let written = |name: &str| std::fs::read_to_string(dir.path().join(name)).expect("read");
 
         cgroup.set_limits(&Limits { cpu_millis: 1500, memory_bytes: 4096, pids: 9, ..Limits::NONE }).expect("limit");

@@ -7,6 +7,7 @@
 
 mod cpus;
 mod detect;
+mod list;
 mod machine;
 
 use std::fmt;
@@ -54,6 +55,8 @@ pub enum Layout {
     Hybrid,
     /// Only the v2 tree.
     V2,
+    /// None that this server may use.
+    None,
 }
 
 impl fmt::Display for Layout {
@@ -62,6 +65,7 @@ impl fmt::Display for Layout {
             Layout::V1 => "cgroup v1",
             Layout::Hybrid => "cgroup v1 with a v2 tree (hybrid)",
             Layout::V2 => "cgroup v2",
+            Layout::None => "no control groups",
         })
     }
 }
@@ -111,6 +115,15 @@ pub(crate) struct Hierarchy {
 pub struct Cgroups {
     layout: Layout,
     hierarchies: Vec<Hierarchy>,
+    /// Where there are none: the directory of lists of processes, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lists: Option<Lists>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Lists {
+    dir: PathBuf,
+    why: String,
 }
 
 impl Cgroups {
@@ -128,12 +141,21 @@ impl Cgroups {
         detect::look(root_name)
     }
 
+    /// Instead of control groups, lists of processes in a directory: see `list`.
+    pub fn none(dir: &Path, why: &str) -> Result<Self> {
+        let dir = list::prepare(dir).map_err(|source| CgroupError::Io { op: "prepare", path: dir.to_owned(), source })?;
+        Ok(Self { layout: Layout::None, hierarchies: vec![], lists: Some(Lists { dir, why: why.to_owned() }) })
+    }
+
     pub fn layout(&self) -> Layout {
         self.layout
     }
 
     /// One line for people: the layout and where each controller is.
     pub fn describe(&self) -> String {
+        if let Some(lists) = &self.lists {
+            return format!("none: {}", lists.why);
+        }
         let places: Vec<String> = self
             .hierarchies
             .iter()
@@ -159,13 +181,17 @@ impl Cgroups {
     /// A cgroup without limits, for the supervisors.
     pub fn create_plain(&self, name: &str) -> Result<MachineCgroup> {
         check_name(name)?;
-        MachineCgroup::create(name, &self.hierarchies)
+        MachineCgroup::create(name, &self.hierarchies, self.list_of(name))
     }
 
     /// The cgroup as it is, also when some of its directories are missing (a crash between two `mkdir`s).
     pub fn open(&self, name: &str) -> Result<MachineCgroup> {
         check_name(name)?;
-        MachineCgroup::open(name, &self.hierarchies)
+        MachineCgroup::open(name, &self.hierarchies, self.list_of(name))
+    }
+
+    fn list_of(&self, name: &str) -> Option<list::List> {
+        self.lists.as_ref().map(|lists| list::List::of(&lists.dir, name))
     }
 
     /// Moving a process between control groups waits until no processor is within a fork: an RCU grace period, some
@@ -173,7 +199,7 @@ impl Cgroups {
     /// is, changes nothing: called before a supervisor is started, it lets the wait pass beside the other work. Where
     /// there is no v2 tree, nothing is done, and nothing but the time is lost.
     pub fn hasten_moves(&self) {
-        if self.layout != Layout::V1
+        if matches!(self.layout, Layout::Hybrid | Layout::V2)
             && let Err(error) = detect::move_nowhere()
         {
             tracing::debug!(%error, "moves between control groups are not hastened");
@@ -183,6 +209,10 @@ impl Cgroups {
     /// All names beneath the root in any hierarchy, sorted.
     pub fn list(&self) -> Result<Vec<String>> {
         let mut names = std::collections::BTreeSet::new();
+        if let Some(lists) = &self.lists {
+            let found = list::names(&lists.dir);
+            names.extend(found.map_err(|source| CgroupError::Io { op: "list", path: lists.dir.clone(), source })?);
+        }
         for hierarchy in &self.hierarchies {
             for dir in child_dirs(&hierarchy.root)? {
                 if let Some(name) = dir.file_name().and_then(|name| name.to_str()) {
@@ -201,6 +231,14 @@ impl Cgroups {
 
     /// Removes the roots themselves. They must have no children.
     pub fn remove_root(&self) -> Result<()> {
+        if let Some(Lists { dir, .. }) = &self.lists {
+            return match std::fs::remove_dir(dir) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    Err(CgroupError::Io { op: "remove", path: dir.clone(), source })
+                }
+                _ => Ok(()),
+            };
+        }
         detect::remove_server(&self.hierarchies);
         for hierarchy in &self.hierarchies {
             machine::remove_dir(&hierarchy.root)?;

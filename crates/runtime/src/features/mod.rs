@@ -5,9 +5,11 @@
 //! nothing behind: mounts in a mount namespace of their own, interfaces and rules in a network namespace of their own.
 //! They change nothing on the host, besides a directory in the data directory that is gone afterwards.
 
+mod abilities;
 mod mounts;
 mod ordinary;
 
+pub use abilities::{Abilities, Ability, EGRESS_RESOLVER, in_user_namespace};
 pub use ordinary::of_an_ordinary_user;
 
 use std::ffi::CString;
@@ -46,6 +48,13 @@ pub struct FeatureCheck {
     pub fix: String,
 }
 
+impl FeatureCheck {
+    /// For who asked for what depends on it.
+    pub fn refusal(&self, what: &str) -> String {
+        format!("this server cannot {what}, because {}; {}", self.found, self.fix)
+    }
+}
+
 /// Outcome of one check: what was found, or what went wrong and what to do.
 type Outcome = Result<String, (String, String)>;
 
@@ -64,6 +73,8 @@ pub fn check_all(data_dir: &Path) -> Vec<FeatureCheck> {
         checks.push(FeatureCheck { name, required, ok, found, cost_if_missing, fix });
     };
     let near = nearest_existing(data_dir);
+    // Who is root of a user namespace only goes without some of it: see `Abilities`.
+    let whole = !in_user_namespace();
     add("root", true, "no machine can run", privileges());
     add("kernel", true, "layers cannot be shared between machines", kernel());
     add("user namespaces", true, "no machine can run", mounts::user_namespaces());
@@ -73,8 +84,8 @@ pub fn check_all(data_dir: &Path) -> Vec<FeatureCheck> {
     })
     .unwrap_or_else(|why| (missing(why.clone(), ""), missing(why, "")));
     add("overlayfs", true, "no machine can run", overlay);
-    add("id-mapped mounts", true, "no machine can run: its files would belong to others", idmap);
-    add("cgroups", true, "machines cannot be limited, measured or ended for sure", cgroups());
+    add("id-mapped mounts", whole, "no machine can run: its files would belong to others", idmap);
+    add("cgroups", whole, "machines cannot be limited, measured or ended for sure", cgroups());
     add("seccomp", true, "machines would see every system call", seccomp());
     add("veth", true, "machines have no network", off_thread(veth).unwrap_or_else(|why| missing(why, "")));
     add("nft", true, "machines have no network: nothing would keep them apart", off_thread(nft).unwrap_or_else(|why| missing(why, "")));
@@ -87,6 +98,13 @@ pub fn check_all(data_dir: &Path) -> Vec<FeatureCheck> {
     add("encryption", false, "volumes are not encrypted on the disk", encryption);
     add("buildah", false, "Dockerfiles are not built; images can still be deployed", program("buildah", "apt-get install buildah"));
     add("oom priority", false, "under memory pressure the server may be ended before machines are", oom_priority());
+    if !whole {
+        checks.extend(abilities::egress_check());
+        for cost in abilities::costs() {
+            checks.retain(|check| check.name != cost.name);
+            checks.push(cost);
+        }
+    }
     checks
 }
 
@@ -116,6 +134,12 @@ fn privileges() -> Outcome {
         .filter(|(number, _)| !has_capability(*number))
         .map(|(_, name)| name)
         .collect();
+    if lacking.is_empty() && in_user_namespace() {
+        return match abilities::enough_ids() {
+            Ok(()) => Ok("root of a user namespace, with the capabilities and the ids that machines need".to_owned()),
+            Err(why) => missing(why, "grant more in /etc/subuid and /etc/subgid"),
+        };
+    }
     if lacking.is_empty() {
         return Ok("root with the capabilities that machines need".to_owned());
     }
@@ -144,6 +168,9 @@ fn kernel() -> Outcome {
 }
 
 fn cgroups() -> Outcome {
+    if in_user_namespace() {
+        return ordinary::delegated(Path::new("/sys/fs/cgroup"));
+    }
     match Cgroups::look("dunlin-check") {
         Ok(cgroups) => Ok(cgroups.layout().to_string()),
         Err(error) => missing(error.to_string(), "boot with systemd.unified_cgroup_hierarchy=1"),
@@ -237,10 +264,10 @@ fn program(name: &str, fix: &str) -> Outcome {
 }
 
 fn oom_priority() -> Outcome {
-    if has_capability(CAP_SYS_RESOURCE) {
+    if has_capability(CAP_SYS_RESOURCE) && !in_user_namespace() {
         return Ok("may be set".to_owned());
     }
-    missing("cannot be raised: CAP_SYS_RESOURCE is missing", "run outside of a container, or add that capability")
+    missing("cannot be raised: CAP_SYS_RESOURCE of the computer is missing", "run outside of a container, or add that capability")
 }
 
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {

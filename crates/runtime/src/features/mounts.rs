@@ -12,7 +12,9 @@ use nix::sched::{CloneFlags, unshare};
 use super::{Outcome, c_path, missing};
 
 /// As a machine's range; nothing runs with it here.
-const MAPPED_BASE: u32 = 1_000_000;
+fn mapped_base() -> u32 {
+    if super::in_user_namespace() { 1 } else { 1_000_000 }
+}
 const MAPPED_COUNT: u32 = 65_536;
 
 const OPEN_TREE_CLONE: libc::c_uint = 1;
@@ -43,9 +45,9 @@ pub(super) fn overlay_and_idmap(near: &Path) -> (Outcome, Outcome) {
         Ok(()) => {
             let plain = overlay(&scratch, "lower").and_then(|()| owner_is(&scratch.join("merged/file"), 0));
             let mapped = idmap(&scratch)
-                .and_then(|()| owner_is(&scratch.join("mapped/file"), MAPPED_BASE))
+                .and_then(|()| owner_is(&scratch.join("mapped/file"), mapped_base()))
                 .and_then(|()| overlay(&scratch, "mapped"))
-                .and_then(|()| owner_is(&scratch.join("merged/file"), MAPPED_BASE));
+                .and_then(|()| owner_is(&scratch.join("merged/file"), mapped_base()));
             (outcome(plain, near, fix), outcome(mapped, near, fix))
         }
     };
@@ -92,7 +94,10 @@ fn overlay(scratch: &Path, lower: &str) -> io::Result<()> {
     let (upper, work) = (format!("upper/{lower}"), format!("work/{lower}"));
     std::fs::create_dir_all(scratch.join(&upper))?;
     std::fs::create_dir_all(scratch.join(&work))?;
-    let options = format!("lowerdir={},upperdir={},workdir={}", at(lower), at(&upper), at(&work));
+    let mut options = format!("lowerdir={},upperdir={},workdir={}", at(lower), at(&upper), at(&work));
+    if super::in_user_namespace() {
+        options.push_str(",userxattr");
+    }
     mount(Some("overlay"), &scratch.join("merged"), Some("overlay"), MsFlags::empty(), Some(options.as_str()))?;
     Ok(())
 }
@@ -176,7 +181,7 @@ fn map(pid: i32, ready: OwnedFd) -> io::Result<File> {
     }
     for file in ["uid_map", "gid_map"] {
         let mut map = std::fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/{file}"))?;
-        map.write_all(format!("0 {MAPPED_BASE} {MAPPED_COUNT}").as_bytes())?;
+        map.write_all(format!("0 {} {MAPPED_COUNT}", mapped_base()).as_bytes())?;
     }
     File::open(format!("/proc/{pid}/ns/user"))
 }

@@ -1,34 +1,40 @@
 //! What an ordinary user has of what machines need: looked up, and nothing of it tried on the host.
 //!
-//! The server does not run without root, because of the last two: whatever else is granted, they are not. Saying all of it
-//! at once spares whoever tries to grant one after the other.
+//! With the required ones its server runs in namespaces where it is root (see `enclave`). Saying all of it at once spares
+//! whoever tries to grant one after the other.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{CAP_NET_ADMIN, CAP_SYS_ADMIN, FeatureCheck, Outcome, has_capability, missing};
+use super::{FeatureCheck, Outcome, missing};
 use crate::net::firewall::find_program;
 
 /// That machines' control groups need.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
-/// For a process that is not root, in the order in which a machine would need them.
+/// For a process that is not root: what its server needs to be root of namespaces of its own, in the order in which it
+/// needs them. What is not required costs something, which [`Abilities`](super::Abilities) tell.
 pub fn of_an_ordinary_user() -> Vec<FeatureCheck> {
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name);
-    let checks: [(&'static str, &'static str, Outcome); 5] = [
-        ("user namespaces", "no machine can run", user_namespaces()),
-        ("user ids", "all of a machine's users would be the same one", user_ids(user.as_deref())),
-        ("cgroups", "machines cannot be limited, measured or ended for sure", delegated(Path::new("/sys/fs/cgroup"))),
-        ("mounts", "machines of one image cannot share its layers, and there are no volumes", mounts()),
-        ("network", "nothing reaches a machine, and nothing keeps machines apart", network()),
+    let checks: [(&'static str, bool, &'static str, Outcome); 5] = [
+        ("user namespaces", true, "no machine can run", user_namespaces()),
+        ("user ids", true, "all of a machine's users would be the same one", user_ids(user.as_deref())),
+        ("newuidmap", true, "granted user ids cannot be used", super::program("newuidmap", "apt-get install uidmap")),
+        ("cgroups", false, "machines cannot be limited, measured or suspended", delegated(Path::new("/sys/fs/cgroup"))),
+        (
+            "internet",
+            false,
+            "machines, builds and pulls of images reach nothing outside",
+            super::program("slirp4netns", "apt-get install slirp4netns"),
+        ),
     ];
-    let made = checks.into_iter().map(|(name, cost_if_missing, outcome)| {
+    let made = checks.into_iter().map(|(name, required, cost_if_missing, outcome)| {
         let (ok, found, fix) = match outcome {
             Ok(found) => (true, found, String::new()),
             Err((found, fix)) => (false, found, fix),
         };
-        FeatureCheck { name, required: true, ok, found, cost_if_missing, fix }
+        FeatureCheck { name, required, ok, found, cost_if_missing, fix }
     });
     made.collect()
 }
@@ -51,24 +57,16 @@ fn user_namespaces() -> Outcome {
 
 fn user_ids(user: Option<&str>) -> Outcome {
     let Some(user) = user else { return missing("the user has no name", "give it one in /etc/passwd") };
-    let granted = |file: &str| ranges(&fs::read_to_string(file).unwrap_or_default(), user);
-    let machines = granted("/etc/subuid").min(granted("/etc/subgid")) / crate::UID_RANGE;
-    if machines > 0 {
-        return Ok(format!("enough for {machines} machines, by /etc/subuid and /etc/subgid"));
+    if crate::enclave::granted(user).is_some() {
+        return Ok("enough for machines, by /etc/subuid and /etc/subgid".to_owned());
     }
-    missing("/etc/subuid and /etc/subgid grant less than the 65536 of one machine", format!("usermod --add-subuids 100000-6653599 --add-subgids 100000-6653599 {user}"))
+    missing(
+        "/etc/subuid and /etc/subgid grant no range of 65536, which machines share",
+        format!("usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}, with numbers that nobody else has there"),
+    )
 }
 
-/// How many ids a table of `name:first:count` grants.
-fn ranges(table: &str, user: &str) -> u32 {
-    let of = |line: &str| -> Option<u32> {
-        let (name, rest) = line.split_once(':')?;
-        if name != user { None } else { rest.split_once(':')?.1.trim().parse().ok() }
-    };
-    table.lines().filter_map(of).fold(0, u32::saturating_add)
-}
-
-fn delegated(root: &Path) -> Outcome {
+pub(super) fn delegated(root: &Path) -> Outcome {
     let fix = "systemd-run --user --scope -p Delegate=yes dunlin server, on pure control groups v2";
     let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let Some(own) = text.lines().find_map(|line| line.strip_prefix("0::")) else {
@@ -86,31 +84,9 @@ fn delegated(root: &Path) -> Outcome {
     }
 }
 
-fn mounts() -> Outcome {
-    if has_capability(CAP_SYS_ADMIN) {
-        return Ok("id-mapped layers and loop devices may be mounted".to_owned());
-    }
-    missing("id-mapped layers and loop devices are mounted by who has CAP_SYS_ADMIN on the host", "run as root: no setting grants it to others")
-}
-
-fn network() -> Outcome {
-    if has_capability(CAP_NET_ADMIN) {
-        return Ok("interfaces, routes and firewall rules may be made".to_owned());
-    }
-    missing("interfaces, routes and firewall rules are made by who has CAP_NET_ADMIN on the host", "run as root: no setting grants it to others")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn granted_ids_are_those_of_the_user() {
-        let table = "ann:100000:65536\nbob:165536:65536\nann:300000:131072\nann:x\nannabel:1:999999\n";
-        for (user, expected) in [("ann", 3 * 65536), ("bob", 65536), ("eve", 0)] {
-            assert_eq!(ranges(table, user), expected, "{user}");
-        }
-    }
 
     #[test]
     fn a_group_that_is_not_there_is_not_delegated() {

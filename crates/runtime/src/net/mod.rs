@@ -142,6 +142,12 @@ pub fn detach(ifname: &str) -> Result<bool> {
     }
 }
 
+/// Of a network namespace that was just made.
+pub(crate) fn raise_loopback() -> Result<()> {
+    let mut connection = Connection::open().map_err(io_error("open a netlink socket"))?;
+    set_up(&mut connection, index_of("lo")?, "lo")
+}
+
 /// Makes a pair within the calling thread's namespace, for the feature check: it leaves the pair to the namespace's end.
 pub(crate) fn probe_veth() -> Result<()> {
     let mut connection = Connection::open().map_err(io_error("open a netlink socket"))?;
@@ -188,6 +194,23 @@ pub fn taken_by_another(prefix: Ipv4Prefix, group: u32) -> Result<Option<(Ipv4Ad
         .map(|link| link.name)
         .collect();
     Ok(host_routes()?.into_iter().find(|(addr, ifname)| prefix.contains(*addr) && foreign.contains(ifname)))
+}
+
+/// IPv4 addresses of this network that are not loopback's.
+pub fn addresses() -> Result<Vec<Ipv4Addr>> {
+    let mut host = Connection::open().map_err(io_error("open a netlink socket"))?;
+    let mut wanted = AddressMessage::default();
+    wanted.header.family = AddressFamily::Inet;
+    let answers = host.dump(RouteNetlinkMessage::GetAddress(wanted), NLM_F_DUMP).map_err(io_error("list the addresses"))?;
+    let attributes = answers.into_iter().filter_map(|answer| match answer {
+        RouteNetlinkMessage::NewAddress(address) => Some(address.attributes),
+        _ => None,
+    });
+    let addresses = attributes.flatten().filter_map(|attribute| match attribute {
+        AddressAttribute::Local(IpAddr::V4(addr)) if !addr.is_loopback() => Some(addr),
+        _ => None,
+    });
+    Ok(addresses.collect::<BTreeSet<_>>().into_iter().collect())
 }
 
 /// Routes to single addresses, and their interfaces.

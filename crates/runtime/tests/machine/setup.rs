@@ -74,6 +74,8 @@ impl World {
             stop_timeout_ms: 5_000,
             hostname: id.into(),
             uid_base: UID_BASE,
+            ids: dunlin_runtime::Ids::Own,
+            owner: None,
             cgroups: self.cgroups.clone(),
             limits: Limits { cpu_millis: 1000, memory_bytes: 64 << 20, pids: 64, ..Limits::NONE },
             cpus: None,

@@ -67,6 +67,7 @@ fn check_fields<T: DeserializeOwned>(schema: &str) {
 fn schemas_have_the_fields_of_their_types() {
     check_fields::<ErrorBody>("Error");
     check_fields::<wire::VersionInfo>("VersionInfo");
+    check_fields::<wire::HostCost>("HostCost");
     check_fields::<wire::CreateApp>("CreateApp");
     check_fields::<wire::App>("App");
     check_fields::<wire::AppList>("AppList");

@@ -128,6 +128,7 @@ pub struct Firewall {
     machine_prefix: Ipv4Prefix,
     resolvers: Vec<Ipv4Addr>,
     allowed: Vec<Ipv4Prefix>,
+    closed: Vec<Ipv4Addr>,
     connections_max: u32,
     nft: Nft,
 }
@@ -148,9 +149,17 @@ impl Firewall {
             machine_prefix,
             resolvers,
             allowed: Vec::new(),
+            closed: Vec::new(),
             connections_max: connections_kept() / CONNECTIONS_PART,
             nft: Nft::find()?,
         })
+    }
+
+    /// Destinations that look public and are not for machines.
+    #[must_use]
+    pub fn close(mut self, destinations: Vec<Ipv4Addr>) -> Self {
+        self.closed = destinations;
+        self
     }
 
     /// Private destinations that the operator opens for machines, a database in the local network for example.

@@ -35,7 +35,8 @@ pub(super) fn table(firewall: &Firewall, machines: &[MachineRule], forwarding_wa
     let resolvers = elements(firewall.resolvers.iter());
     let allowed = elements(firewall.allowed.iter());
     let machine_net = machine_prefix.to_string();
-    let closed = elements(NOT_PUBLIC.iter().copied().chain([machine_net.as_str()]));
+    let further: Vec<String> = firewall.closed.iter().map(ToString::to_string).collect();
+    let closed = elements(NOT_PUBLIC.iter().copied().chain([machine_net.as_str()]).chain(further.iter().map(String::as_str)));
     let memory = if forwarding_was_off { format!("chain {FORWARDING_WAS_OFF} {{ }}") } else { String::new() };
     // What the host sends to a machine that is not up would leave by the default route, for whoever has that address there.
     // Priorities: the pin comes before connection tracking, the rest a little before other people's filters.
