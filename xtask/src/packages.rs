@@ -28,6 +28,9 @@ const TEST: &[(&str, &str, &str)] = &[
     ("/usr/bin/python3", "python3", "servers, and attempts to break out, in tests"),
     ("/usr/share/doc/python3-venv", "python3-venv", "a tool that tries the API, in tests"),
     ("/sbin/setcap", "libcap2-bin", "capabilities of files in tests"),
+    ("/usr/bin/newuidmap", "uidmap", "a server of an ordinary user in tests"),
+    ("/usr/bin/slirp4netns", "slirp4netns", "the way out of that server's network in tests"),
+    ("/sbin/useradd", "passwd", "that user in tests"),
     ("/usr/bin/npm", "npm", "another client of the API in tests"),
 ];
 

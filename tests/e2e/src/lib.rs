@@ -11,6 +11,7 @@ mod docker;
 mod endure;
 mod probe;
 mod random;
+mod user;
 mod websocket;
 
 pub use api::Api;
@@ -20,15 +21,17 @@ pub use docker::Docker;
 pub use endure::{Endurance, Endured, endure, image_of, sleepers};
 pub use probe::{Probe, Seen};
 pub use random::Random;
+pub use user::User;
 pub use websocket::websocket_echo;
 
 use serde_json::Value;
 use std::fs::{self, File};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -104,6 +107,8 @@ pub struct Server {
     expected: Mutex<Vec<String>>,
     /// What the server is started from, where it is not what cargo built.
     binary: Option<PathBuf>,
+    /// Whose it is, and whoever speaks to it, if not root.
+    pub user: Option<Arc<User>>,
 }
 
 impl Server {
@@ -127,7 +132,42 @@ impl Server {
         let copied = Command::new("cp").args(copy).arg(template().join("registry")).arg(&data).status().unwrap();
         assert!(copied.success());
         let (http, https) = (free_port(), free_port());
-        Self { dir, data, keeper: None, http, https, number: next_number(), flags: vec![], machine_prefix: None, expected: Mutex::default(), binary: None }
+        Self {
+            dir,
+            data,
+            keeper: None,
+            http,
+            https,
+            number: next_number(),
+            flags: vec![],
+            machine_prefix: None,
+            expected: Mutex::default(),
+            binary: None,
+            user: None,
+        }
+    }
+
+    /// An ordinary user's, with a data directory and a binary that are theirs; no process yet.
+    pub fn of(user: Arc<User>) -> Self {
+        let dir = tempfile::Builder::new().prefix("dunlin-e2e-").tempdir().unwrap();
+        let data = dir.path().join("data");
+        // Copies, since links would make the images of all tests this user's.
+        let mut server = Self::prepare_in(dir, data, &["-a"]);
+        server.with_own_binary();
+        fs::set_permissions(server.dir(), PermissionsExt::from_mode(0o755)).unwrap();
+        let owned = Command::new("chown").arg("-R").arg(format!("{}:{}", user.uid, user.gid)).arg(&server.data).status().unwrap();
+        assert!(owned.success());
+        server.user = Some(user);
+        server
+    }
+
+    /// As its user.
+    fn program(&self) -> Command {
+        let mut command = Command::new(self.binary.clone().unwrap_or_else(binary));
+        if let Some(user) = &self.user {
+            command.uid(user.uid).gid(user.gid);
+        }
+        command
     }
 
     /// The server runs from a binary of its own, which a test may exchange.
@@ -162,7 +202,7 @@ impl Server {
 
     /// The command that starts the keeper.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(self.binary.clone().unwrap_or_else(binary));
+        let mut command = self.program();
         command
             .args(["server", "--base-images", "bootstrapped", "--data-dir"])
             .arg(self.data())
@@ -197,7 +237,7 @@ impl Server {
 
     /// The CLI, to be started with whatever else a test wants of it.
     pub fn cli(&self, dir: &Path, args: &[&str]) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = if self.user.is_some() { self.program() } else { Command::new(binary()) };
         command.arg("--data-dir").arg(self.data()).args(args).current_dir(dir).stdin(Stdio::null());
         command
     }
@@ -277,7 +317,24 @@ impl Server {
     pub fn server_pid(&self) -> Option<u32> {
         let keeper = self.keeper_pid();
         let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).ok()?;
-        children.split_whitespace().next()?.parse().ok()
+        let line = |pid: &str| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let is_server = |pid: &&str| line(pid).split(|b| *b == 0).nth(1) == Some(b"__serve");
+        children.split_whitespace().find(is_server)?.parse().ok()
+    }
+
+    /// `kill -9` of the keeper; its server ends by itself.
+    pub fn kill_keeper(&mut self) {
+        self.expect_log("the keeper is gone");
+        if let Some(mut keeper) = self.keeper.take() {
+            keeper.kill().unwrap();
+            keeper.wait().unwrap();
+        }
+    }
+
+    /// Removes what a stopped server left in the kernel.
+    pub fn cleanup(&self) -> Output {
+        let mut command = if self.user.is_some() { self.program() } else { Command::new(binary()) };
+        command.args(["cleanup", "--data-dir"]).arg(self.data()).output().unwrap()
     }
 
     /// `kill -9` of the server; the keeper starts another.
@@ -329,11 +386,10 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop();
-        let cleaned = Command::new(binary()).args(["cleanup", "--data-dir"]).arg(self.data()).output();
+        let cleaned = self.cleanup();
         if thread::panicking() {
             return;
         }
-        let cleaned = cleaned.unwrap();
         assert!(cleaned.status.success(), "cleanup: {}", text(&cleaned));
         self.check_log();
         let leftovers = leftovers(&self.data);

@@ -13,6 +13,7 @@ mod hostile;
 mod kills;
 mod machines;
 mod registry;
+mod rootless;
 mod secrets;
 mod server;
 mod upgrades;
