@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use dunlin_model::{AppName, MachineId, Region, RegionExpr, SnapshotId, VolumeId};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
