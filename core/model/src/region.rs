@@ -161,7 +161,7 @@ impl RegionTerm {
         match self {
             Self::Any => true,
             Self::Group(group) => {
-                region.as_str() == group.as_str() || place_of(region).is_some_and(|place| group.has(place.area))
+                Group::named(region.as_str()) == Some(*group) || place_of(region).is_some_and(|place| group.has(place.area))
             }
             Self::Code(code) => code == region,
         }

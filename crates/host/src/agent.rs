@@ -192,6 +192,7 @@ impl Agent {
         self.rebooted = replayed.rebooted;
         let mut adopted = 0;
         volumes::release_strangers(&self.shared, &replayed.machines.keys().cloned().collect());
+        cpus::recover(&self.shared, replayed.machines.values());
         for (id, record) in replayed.machines {
             self.slots.insert(id.clone(), Slot { recovered: false, ..Slot::new(Machine::from_record(record)) });
             adopted += usize::from(self.recover_one(&id));
@@ -218,9 +219,6 @@ impl Agent {
             rebooted: self.rebooted,
         };
         let lives = alive.attempt;
-        if lives.is_some() {
-            cpus::recover(&self.shared, id, slot.machine.record().spec());
-        }
         self.dispatch(id, Event::Recovered(alive));
         if let Some(attempt) = lives.filter(|_| self.slots.get(id).is_some_and(|slot| slot.recovered)) {
             act::watch_exit(&self.shared, &self.inputs, id, attempt);

@@ -4,6 +4,7 @@
 
 use crate::Shared;
 use crate::agent::chain;
+use dunlin_machine::Record;
 use dunlin_model::{CpuKind, MachineId, MachineSpec};
 use dunlin_runtime::SupervisorSpec;
 use dunlin_runtime::cgroup::{CgroupError, CpuSet, Cgroups};
@@ -70,19 +71,23 @@ pub fn take_back(shared: &Shared, id: &MachineId) {
     spread(shared, &all, &owned, &before);
 }
 
-/// After a start of the agent, for a machine that lives.
-pub fn recover(shared: &Shared, id: &MachineId, spec: &MachineSpec) {
-    if spec.guest.cpu_kind != CpuKind::Performance {
-        return;
+/// After a start of the agent, before any machine does: who has which, and the rest for all others. Meanwhile one may have
+/// ended whose processors nobody gave back.
+pub fn recover<'a>(shared: &Shared, machines: impl Iterator<Item = &'a Record>) {
+    let Some(all) = all(&shared.cgroups) else { return };
+    let mut owned = shared.cpus.owned();
+    for record in machines.filter(|record| record.spec().guest.cpu_kind == CpuKind::Performance) {
+        let id = &record.assignment.id;
+        let cpus = shared.cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).and_then(|cgroup| cgroup.cpus());
+        match cpus {
+            // One of a version that gave nobody processors of its own.
+            Ok(Some(cpus)) if cpus.0.len() != record.spec().guest.cpus as usize => {}
+            Ok(Some(cpus)) => drop(owned.insert(id.clone(), cpus)),
+            Ok(None) | Err(CgroupError::NotFound(_)) => {}
+            Err(error) => tracing::warn!(machine = %id, error = %chain(&error), "its processors cannot be asked for"),
+        }
     }
-    let cpus = shared.cgroups.open(&SupervisorSpec::machine_cgroup(id.as_str())).and_then(|cgroup| cgroup.cpus());
-    match cpus {
-        // One of a version that gave nobody processors of its own.
-        Ok(Some(cpus)) if cpus.0.len() != spec.guest.cpus as usize => {}
-        Ok(Some(cpus)) => drop(shared.cpus.owned().insert(id.clone(), cpus)),
-        Ok(None) | Err(CgroupError::NotFound(_)) => {}
-        Err(error) => tracing::warn!(machine = %id, error = %chain(&error), "its processors cannot be asked for"),
-    }
+    share(shared, &shared_set(&all, &owned), &owned);
 }
 
 fn all(cgroups: &Cgroups) -> Option<CpuSet> {
@@ -113,14 +118,17 @@ fn shared_set(all: &CpuSet, owned: &Owned) -> CpuSet {
 /// Tells all that share when there is more or less for them.
 fn spread(shared: &Shared, all: &CpuSet, owned: &Owned, before: &CpuSet) {
     let now = shared_set(all, owned);
-    if now == *before {
-        return;
+    if now != *before {
+        share(shared, &now, owned);
     }
+}
+
+fn share(shared: &Shared, now: &CpuSet, owned: &Owned) {
     let own: Vec<String> = owned.keys().map(|id| SupervisorSpec::machine_cgroup(id.as_str())).collect();
     match shared.cgroups.list() {
         Ok(names) => {
             for name in names.iter().filter(|name| name.starts_with(MACHINE) && !own.contains(name)) {
-                set(&shared.cgroups, name, &now);
+                set(&shared.cgroups, name, now);
             }
         }
         Err(error) => tracing::warn!(error = %chain(&error), "machines cannot be told of their processors"),

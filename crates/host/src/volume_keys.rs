@@ -13,6 +13,7 @@ use dunlin_runtime::volume::{Encryption, Lacking, VolumeKey, close, forget, tria
 use std::fs;
 use std::io;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 /// Of the device that device mapper has while the volume is open; ids are unique, also among servers of one computer.
 pub fn device_name(id: &VolumeId) -> String {
@@ -26,6 +27,12 @@ fn context(id: &VolumeId) -> String {
 
 /// Tried until it works: an operator who installs what is lacking restarts nothing.
 pub fn offer(shared: &Shared) -> VolumeEncryption {
+    if shared.volumes.encrypts.get().is_some() {
+        return VolumeEncryption::Offered;
+    }
+    // Two trials at once would be in each other's way, and what fails then is taken for lacking.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     if shared.volumes.encrypts.get().is_some() {
         return VolumeEncryption::Offered;
     }

@@ -199,15 +199,18 @@ fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Res
             None => LoopVolume::create_reserved(&place.data(), size_bytes).map(drop),
         },
         Some(source) => {
-            let of = Place::of(&shared.config.data_dir, &source.volume);
             match &source.snapshot {
                 Some(snapshot) => {
-                    let file = of.snapshots().join(format!("{snapshot}.ext4"));
-                    if !file.exists() {
-                        return Err(format!("volume {} has no snapshot {snapshot} any more", source.volume));
-                    }
-                    snapshots::check(&of, snapshot)?;
-                    LoopVolume::create_copy(&place.data(), &file, file_bytes).map(drop)
+                    // Meanwhile nobody takes the snapshot away, nor what opens it.
+                    let copied = alone(shared, &source.volume, |of| {
+                        let file = of.snapshots().join(format!("{snapshot}.ext4"));
+                        if !file.exists() {
+                            return Err(format!("volume {} has no snapshot {snapshot} any more", source.volume));
+                        }
+                        snapshots::check(of, snapshot)?;
+                        Ok(LoopVolume::create_copy(&place.data(), &file, file_bytes).map(drop))
+                    });
+                    copied?
                 }
                 None => {
                     let now = place.0.join("source.ext4");

@@ -108,7 +108,10 @@ impl WritableLayer {
         let (report, mut answer) = io::pipe()?;
         let child = sys::clone_process(0)?;
         if child == 0 {
-            let said = match self.mount(at, scratch) {
+            // It is in no control group of the supervisor's yet: nothing of it is left once that is gone.
+            let ends_with_it = sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
+            let mounted = ends_with_it.map_err(failed("tie the mounting to", at)).and_then(|()| self.mount(at, scratch));
+            let said = match mounted {
                 Ok(device) => format!("{MOUNTED}{}", device.unwrap_or_default().display()),
                 Err(e) => chain(&e),
             };

@@ -15,7 +15,7 @@ use nix::unistd::{Gid, Uid, fchownat};
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, chown, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown, symlink};
 use std::path::{Component, Path, PathBuf};
 
 /// Size of /dev/shm and of a builder's root.
@@ -312,7 +312,12 @@ fn make_dir(parent: &Path, name: impl AsRef<Path>, owner: u32) -> io::Result<Pat
     let path = parent.join(name);
     match DirBuilder::new().mode(0o755).create(&path) {
         Ok(()) => chown(&path, Some(owner), Some(owner))?,
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        // A layer that is kept may be from an attempt that was killed between the two.
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            if owner != 0 && fs::symlink_metadata(&path)?.uid() == 0 {
+                chown(&path, Some(owner), Some(owner))?;
+            }
+        }
         Err(e) => return Err(io::Error::new(e.kind(), format!("{}: {e}", path.display()))),
     }
     Ok(path)

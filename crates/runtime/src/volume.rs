@@ -25,12 +25,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::mount::{MntFlags, MsFlags};
 
 use crate::net::firewall::find_program;
+use crate::sys;
 
 /// Below this ext4 has no room for a journal.
 pub const SIZE_MIN_BYTES: u64 = 16 << 20;
@@ -259,6 +261,20 @@ pub fn unmount(at: &Path) -> Result<()> {
 pub(crate) fn failed(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError {
     let path = path.to_owned();
     move |source| VolumeError::Io { op, path, source }
+}
+
+/// A tool that ends with whoever waits for it: one that outlived its server would write to a file system that the next
+/// server has mounted.
+fn bound(program: &Path) -> Command {
+    let server = nix::unistd::getpid();
+    let mut command = Command::new(program);
+    let ends_with_it = move || {
+        sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?;
+        if nix::unistd::getppid() == server { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
+    };
+    // SAFETY: two system calls, which allocate nothing.
+    unsafe { command.pre_exec(ends_with_it) };
+    command
 }
 
 fn name_it(unfinished: &Path, path: &Path) -> Result<()> {

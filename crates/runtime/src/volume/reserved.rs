@@ -6,13 +6,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::{
-    COMPLAINT_MAX, Encryption, HEADER_BYTES, LoopVolume, MountedVolume, Opened, Result, VolumeError, attach, crypt, failed, format, name_it,
+    COMPLAINT_MAX, Encryption, HEADER_BYTES, LoopVolume, MountedVolume, Opened, Result, VolumeError, attach, bound, crypt, failed, format, name_it,
     user_of,
 };
 use crate::net::firewall::find_program;
@@ -171,7 +170,7 @@ impl LoopVolume {
         if blocks * block_size + block_size <= self.size_bytes()? {
             self.fsck("-pf", at)?; // resize2fs wants it
             let resize = find_program("resize2fs").ok_or(VolumeError::NoTool("resize2fs"))?;
-            let output = Command::new(&resize).arg(at).output().map_err(failed("run", &resize))?;
+            let output = bound(&resize).arg(at).output().map_err(failed("run", &resize))?;
             if !output.status.success() {
                 return Err(self.complaint("resize2fs", &output.stderr));
             }
@@ -225,7 +224,7 @@ impl LoopVolume {
 
     fn fsck(&self, how: &str, at: &Path) -> Result<()> {
         let fsck = find_program("e2fsck").ok_or(VolumeError::NoTool("e2fsck"))?;
-        let output = Command::new(&fsck).arg(how).arg(at).output().map_err(failed("run", &fsck))?;
+        let output = bound(&fsck).arg(how).arg(at).output().map_err(failed("run", &fsck))?;
         match output.status.code() {
             Some(code) if code <= FSCK_MENDED => Ok(()),
             _ => Err(self.complaint("e2fsck", &output.stdout)),
