@@ -99,7 +99,15 @@ async fn a_plan_shows_what_a_deploy_would_do_and_writes_nothing() {
     assert_eq!(world.get("/v1/apps/web/releases").await.json(), json!([]), "nothing was written");
 
     assert!(world.deploy("web", 'a', "good").await.ended.is_some());
-    let generation = world.view.current().config.generation;
+    // The end of a release is told before the last of it is written.
+    let mut generation = world.view.current().config.generation;
+    loop {
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        let now = world.view.current().config.generation;
+        if std::mem::replace(&mut generation, now) == now {
+            break;
+        }
+    }
     let (steps, shown) = plan(json!({})).await;
     assert_eq!((steps.len(), &shown["summary"]), (0, &json!("release v2 changes nothing: its machines are as it wants them")));
     let (steps, _) = plan(json!({ "scale": { "app": 3 } })).await;
