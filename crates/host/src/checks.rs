@@ -22,10 +22,12 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-/// Until the first pass, so that a request and a deploy wait for the app and not for a timer: twice as long
-/// each time, up to the longest. A program that began a moment ago need not answer yet: that is no news.
-const FIRST_EAGER_PAUSE: Duration = Duration::from_millis(2);
+/// Until the first pass a pause is a quarter of the time that the program has had, from the shortest to the longest: so a
+/// request and a deploy wait for the app and not for a timer, and a slow one is not asked without end.
+const FIRST_EAGER_PAUSE: Duration = Duration::from_millis(1);
 const EAGER_PAUSE: Duration = Duration::from_millis(100);
+/// A program that began a moment ago need not answer yet: that is no news.
+const NEWS_AFTER: Duration = Duration::from_millis(125);
 /// The same for commands, each of which is a process in the machine.
 const EAGER_SCRIPT_PAUSE: Duration = Duration::from_millis(500);
 const MAX_OUTPUT_BYTES: usize = 1024;
@@ -110,18 +112,17 @@ impl Run {
         let started = Instant::now();
         let mut passed = false;
         let is_script = matches!(self.check.kind, CheckKind::Script { .. });
-        let mut eager = if is_script { EAGER_PAUSE } else { FIRST_EAGER_PAUSE };
+        let eager_pause = || (started.elapsed() / 4).clamp(FIRST_EAGER_PAUSE, EAGER_PAUSE);
         loop {
             let timeout = Duration::from_millis(self.check.timeout_ms.max(1));
-            let is_news = eager == EAGER_PAUSE;
+            let is_news = is_script || started.elapsed() >= NEWS_AFTER;
             let outcome = match tokio::time::timeout(timeout, self.once(is_news)).await {
                 Ok(outcome) => outcome.unwrap_or_else(Outcome::failed),
                 Err(_) => Outcome::failed(format!("no answer within {} ms", self.check.timeout_ms)),
             };
             passed |= outcome.passed;
             if !passed && !is_news {
-                tokio::time::sleep(eager).await;
-                eager = (eager * 2).min(EAGER_PAUSE);
+                tokio::time::sleep(eager_pause()).await;
                 continue;
             }
             let in_grace = !passed && started.elapsed() < Duration::from_millis(self.check.grace_period_ms);
@@ -139,7 +140,7 @@ impl Run {
             let pause = match passed {
                 true => interval,
                 false if is_script => EAGER_SCRIPT_PAUSE.min(interval),
-                false => EAGER_PAUSE,
+                false => eager_pause(),
             };
             tokio::time::sleep(pause).await;
         }

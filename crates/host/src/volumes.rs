@@ -24,8 +24,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// What a new volume leaves free on the disk: images, logs and the journal need room too.
-pub const DISK_KEPT_BYTES: u64 = 2 << 30;
+/// What a new volume leaves free on the disk: images, logs and the journal need room too, and no machine starts below what
+/// `layers` keeps, which is less.
+pub const DISK_KEPT_BYTES: u64 = 3 << 30;
 /// A machine that was just destroyed lets go of its volume within this.
 const HANDOVER: Duration = Duration::from_secs(30);
 /// The mounts of a machine that has ended, and copies of them in one that is being made, are gone within this.
