@@ -48,6 +48,8 @@ mod row;
 mod snapshot;
 mod subscribe;
 mod sync;
+#[cfg(test)]
+mod tests;
 mod wire;
 mod write;
 
@@ -56,7 +58,7 @@ pub use catalogue::{Bad, Catalogue, MAX_ORIGINS, Taken};
 pub use clock::Now;
 pub use head::{Certificate, Head, Scope, Statement, Subject};
 pub use id::{Addr, Key, Life, Name, OriginId, Peer, Region, Topic};
-pub use log::{Cursor, Log, MAX_LOG_BYTES};
+pub use log::{Cursor, Log, MAX_LOG_BYTES, MAX_ROWS};
 pub use lthash::LtHash;
 pub use message::{Alive, Batch, Entry, Fork, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Realm, Recovered, Root, Wanted};
 pub use node::{At, Change, Config, Counters, Event, Identity, Input, Node, Output, Status};

@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 const KEEP_LANES_ABOVE: usize = 16;
 /// Of one origin. A host with more is broken; the rest of the cluster must not pay for it.
 pub const MAX_LOG_BYTES: usize = 64 << 20;
+/// So many rows at most: one message or record can name them all, and their places in memory stay bounded too.
+pub const MAX_ROWS: usize = 1 << 18;
 /// The newest heads, so that a fork is seen a little later too, and can be shown.
 const REMEMBERED_HEADS: usize = 4;
 
@@ -123,23 +125,20 @@ impl Log {
                 newest.insert(row.key().clone(), row);
             }
         }
+        let replaced = newest.values().filter_map(|row| held(row.key()));
+        let over = self.over(floor).filter(|old| !whole && !newest.contains_key(old.key()));
+        let gone: Vec<&Row> = replaced.chain(over).collect();
+        let come = || newest.values().filter(|row| !is_over(row, floor));
+        // Limits come before hashes: what is too big costs nothing.
+        let (held_rows, held_bytes) = if whole { (0, 0) } else { (self.rows.len(), self.bytes) };
+        let bytes = held_bytes + length_of(come()) - length_of(gone.iter().copied());
+        if bytes > MAX_LOG_BYTES || held_rows + come().count() - gone.len() > MAX_ROWS {
+            return Err(Refusal::TooBig);
+        }
         let mut lanes = if whole { LtHash::default() } else { self.lanes() };
-        let mut bytes = if whole { 0 } else { self.bytes };
-        for row in newest.values() {
-            if let Some(old) = held(row.key()) {
-                lanes.remove(old.raw());
-                bytes -= old.length();
-            }
-            if !is_over(row, floor) {
-                lanes.add(row.raw());
-                bytes += row.length();
-            }
-        }
-        for old in self.over(floor).filter(|old| !whole && !newest.contains_key(old.key())) {
-            lanes.remove(old.raw());
-            bytes -= old.length();
-        }
-        if bytes > MAX_LOG_BYTES { Err(Refusal::TooBig) } else { Ok(Change { lanes, rows: newest, whole }) }
+        gone.iter().for_each(|row| lanes.remove(row.raw()));
+        come().for_each(|row| lanes.add(row.raw()));
+        Ok(Change { lanes, rows: newest, whole })
     }
 
     /// Puts a checked change in place and gives the rows that readers have not seen.
@@ -288,6 +287,10 @@ impl Log {
             self.tombstones.remove(&place);
         }
     }
+}
+
+fn length_of<'a>(rows: impl Iterator<Item = &'a Row>) -> usize {
+    rows.map(Row::length).sum()
 }
 
 fn is_over(row: &Row, floor: u64) -> bool {

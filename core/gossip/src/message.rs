@@ -6,7 +6,7 @@
 use crate::beat::Beat;
 use crate::head::{Certificate, Head};
 use crate::id::{Key, Life, OriginId, Peer, Region, Topic};
-use crate::log::Cursor;
+use crate::log::{Cursor, MAX_ROWS};
 use crate::row::Row;
 use crate::wire::{Decoded, Malformed, Reader, Write};
 
@@ -327,7 +327,7 @@ impl Batch {
             certificate: read_optional(r, Certificate::read)?,
             head: Head::read(r)?,
             after: Cursor::read(r)?,
-            rows: r.list(MAX_CHUNK_BYTES, "rows", Row::read)?,
+            rows: r.list(MAX_ROWS, "rows", Row::read)?,
             more: match r.byte("a part")? {
                 0 => More::Last,
                 1 => More::Follows,

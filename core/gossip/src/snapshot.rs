@@ -10,7 +10,7 @@ use crate::planted::planted;
 use crate::wire::{Decoded, Malformed, Reader, Write};
 use ed25519_dalek::VerifyingKey;
 
-const MAGIC: &[u8; 16] = b"dunlin gossip 1\n";
+const MAGIC: &[u8; 16] = b"dunlin gossip 2\n";
 const MAX_LOGS: usize = crate::catalogue::MAX_ORIGINS;
 
 pub struct Snapshot {
@@ -52,7 +52,12 @@ impl Snapshot {
     }
 
     fn take_log(&mut self, reader: &mut Reader<'_>) -> Decoded<()> {
-        let batch = Batch::read(reader)?;
+        // A record of its own: one that cannot be read costs that log, not all of them.
+        let record = reader.bytes(usize::MAX, "a log")?;
+        let Ok(batch) = Batch::read(&mut Reader::new(record)) else {
+            self.refused += 1;
+            return Ok(());
+        };
         let id = batch.head.is.id;
         match self.catalogue.take(batch, 0) {
             Taken::Changed { .. } => {
@@ -75,7 +80,9 @@ pub(crate) fn encode(clock_ms: u64, peers: &[Peer], catalogue: &Catalogue) -> Ve
     out.list(&logs, |out, log| {
         let (rows, _) = log.rows_after(&Cursor::START, usize::MAX);
         let (certificate, head) = (Some(log.certificate.clone()), log.head.clone());
-        Batch { certificate, head, after: Cursor::START, rows, more: More::Last }.write(out);
+        let mut record = Vec::new();
+        Batch { certificate, head, after: Cursor::START, rows, more: More::Last }.write(&mut record);
+        out.bytes(&record);
     });
     let sum = *blake3::hash(&out).as_bytes();
     out.extend_from_slice(&sum);

@@ -1,0 +1,33 @@
+//! Limits of a log, and what a snapshot brings back.
+
+use super::{cluster, row, writer};
+use crate::catalogue::Catalogue;
+use crate::log::Refusal;
+use crate::*;
+
+#[test]
+fn a_log_has_no_more_rows_than_a_reader_can_read_back() {
+    let host = writer("host/a", 1, ("fra", Scope::Region));
+    let rows: Vec<Row> = (0..=MAX_ROWS).map(|n| Row::tombstone(Key::new(n.to_le_bytes()).unwrap(), 5)).collect();
+    let refused = Log::begin(host.certificate.clone(), host.head(5, &[]), rows, 0).err();
+    assert_eq!(refused, Some(Refusal::TooBig));
+}
+
+#[test]
+fn a_log_that_cannot_be_read_costs_a_snapshot_only_itself() {
+    let writers = ["host/a", "host/b", "host/c"].map(|name| writer(name, 1, ("fra", Scope::Region)));
+    let mut catalogue = Catalogue::new(cluster().verifying_key());
+    let rows = [row("k", 3, b"v")];
+    writers.iter().for_each(|writer| drop(catalogue.take(writer.whole(3, &rows), 0)));
+    let mut bytes = crate::snapshot::encode(7, &[], &catalogue);
+    let mut record = vec![];
+    writers[0].whole(3, &rows).write(&mut record);
+    let at = bytes.windows(record.len()).position(|window| window == record).unwrap();
+    bytes[at + record.len() - 1] = 9; // no kind of part
+    let body = bytes.len() - 32;
+    let sum = *blake3::hash(&bytes[..body]).as_bytes();
+    bytes[body..].copy_from_slice(&sum);
+    let snapshot = Snapshot::decode(cluster().verifying_key(), &bytes).unwrap();
+    let held: Vec<bool> = writers.iter().map(|writer| snapshot.catalogue.log(writer.certificate.id).is_some()).collect();
+    assert_eq!((held, snapshot.refused), (vec![false, true, true], 1));
+}
