@@ -19,7 +19,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 const ASKED: usize = 3;
 const ASK_MS: u64 = 500;
-/// With fewer answers than wanted, this long is enough; with none, nothing is.
+/// Whoever has not answered by then is not waited for: a host whose peers are all gone must not be silent for ever. If
+/// some come back later, the gap and the chance below keep lives apart, and what they know of it makes it ask again.
 const PATIENCE_MS: u64 = 5_000;
 /// What an earlier life may have published that none of the three has heard.
 const GAP: u64 = 1 << 20;
@@ -125,7 +126,7 @@ impl Node {
         }
         let State::Asking { since_ms, next_ms, answered } = &mut self.own.state else { return };
         let known = self.members.known();
-        let enough = answered.len() >= ASKED.min(known.len()) || (!answered.is_empty() && now_ms >= *since_ms + PATIENCE_MS);
+        let enough = answered.len() >= ASKED.min(known.len()) || now_ms >= *since_ms + PATIENCE_MS;
         if enough || planted!(PublishAtOnce) {
             return self.speak();
         }

@@ -9,7 +9,7 @@ use crate::rng::Rng;
 use crate::wire::{Malformed, Reader, Write};
 use bytes::{Buf, BufMut};
 use foca::{Config, Foca, Header, Identity, Incarnation, Member, Message, NoCustomBroadcast, Notification, PeriodicParams, Runtime, State, Timer};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU8, NonZeroUsize};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +30,8 @@ pub(crate) struct Members {
     timer: u64,
     active: BTreeMap<OriginId, Peer>,
     saved: Vec<Peer>,
+    /// Gone for good: nobody asks them, waits for them or saves them.
+    removed: BTreeSet<OriginId>,
     next_announce_ms: u64,
     others: Arc<Others>,
 }
@@ -54,7 +56,7 @@ pub(crate) struct Wishes {
 impl Members {
     pub fn new(me: Peer, saved: Vec<Peer>, rng: Rng) -> Self {
         let foca = Foca::new(me, config(), rng, Codec);
-        Self { foca, timers: BTreeMap::new(), timer: 0, active: BTreeMap::new(), saved, next_announce_ms: 0, others: Arc::default() }
+        Self { foca, timers: BTreeMap::new(), timer: 0, active: BTreeMap::new(), saved, removed: BTreeSet::new(), next_announce_ms: 0, others: Arc::default() }
     }
 
     pub fn active(&self) -> impl Iterator<Item = &Peer> {
@@ -77,15 +79,22 @@ impl Members {
     }
 
     fn look_around(&mut self) {
-        self.active = self.foca.iter_members().map(|member| (member.id().id, member.id().clone())).collect();
+        let members = self.foca.iter_members().filter(|member| !self.removed.contains(&member.id().id));
+        self.active = members.map(|member| (member.id().id, member.id().clone())).collect();
         let all: Vec<Peer> = if self.active.is_empty() { self.known() } else { self.active.values().cloned().collect() };
         let region = &self.foca.identity().region;
         let near = (0..all.len()).filter(|at| all[*at].region == *region).collect();
         self.others = Arc::new(Others { all, near });
     }
 
+    pub fn remove(&mut self, id: OriginId) {
+        self.removed.insert(id);
+        self.saved.retain(|peer| peer.id != id);
+        self.look_around();
+    }
+
     pub fn save(&mut self, peers: Vec<Peer>) {
-        for peer in peers {
+        for peer in peers.into_iter().filter(|peer| !self.removed.contains(&peer.id)).collect::<Vec<_>>() {
             if self.saved.len() < MAX_SAVED_PEERS && !self.saved.iter().any(|saved| saved.addr == peer.addr) {
                 self.saved.push(peer);
             }
@@ -135,7 +144,7 @@ impl Members {
 
     fn grant(&mut self, mut wishes: Wishes, now_ms: u64) -> Wishes {
         self.schedule(&mut wishes, now_ms);
-        for peer in &wishes.up {
+        for peer in wishes.up.iter().filter(|peer| !self.removed.contains(&peer.id)) {
             let has_room = self.saved.len() < MAX_SAVED_PEERS;
             match self.saved.iter_mut().find(|saved| saved.id == peer.id) {
                 Some(saved) => *saved = peer.clone(),

@@ -188,6 +188,7 @@ impl Node {
         let mut peers = config.peers.clone();
         peers.extend(snapshot.peers);
         let mut members = Members::new(me.clone(), vec![], Rng::new(rng.draw()));
+        snapshot.catalogue.removed().for_each(|id| members.remove(id));
         members.save(peers);
         let mut node = Self {
             own: Own::begin(rng.draw(), now.ms),
@@ -226,7 +227,10 @@ impl Node {
             Input::Own { certificate, key } => self.own(*certificate, *key),
             Input::Peers(peers) => self.members.save(peers),
             Input::Use { region, topic } => self.use_detail(region, topic),
-            Input::Remove(origin) => self.catalogue.remove(origin),
+            Input::Remove(origin) => {
+                self.catalogue.remove(origin);
+                self.members.remove(origin);
+            }
             Input::Leave => {
                 let wishes = self.members.leave(self.now_ms);
                 self.grant(wishes);

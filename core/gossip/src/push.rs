@@ -29,6 +29,10 @@ const ASK_AGAIN_MS: u64 = 1_000;
 /// Rows that wait for the rest of their log, of all origins.
 const MAX_STAGED_BYTES: usize = 128 << 20;
 const STAGE_MS: u64 = 10_000;
+/// Of these one peer has half at most, and so many stages: who is greedy is refused, not the others.
+const MAX_STAGED_BYTES_A_PEER: usize = MAX_STAGED_BYTES / 2;
+const MAX_STAGES_A_PEER: usize = 64;
+const MAX_STAGES: usize = 4_096;
 /// Parts that answer one want; the next is asked for when the last of these is here.
 const PARTS_A_WANT: usize = 8;
 /// What one input may make this host send: a small message must not cause a flood.
@@ -41,7 +45,8 @@ pub(crate) struct Pushes {
     next_flush_ms: u64,
     held: Vec<Held>,
     asked: BTreeMap<(OriginId, Addr), (u64, Cursor)>,
-    staged: BTreeMap<OriginId, Stage>,
+    /// Of each peer its own: what one of them makes up does not touch what another has sent.
+    staged: BTreeMap<(OriginId, Addr), Stage>,
     given_bytes: usize,
 }
 
@@ -59,6 +64,23 @@ struct Stage {
     rows: Vec<Row>,
     bytes: usize,
     touched_ms: u64,
+}
+
+impl Pushes {
+    fn has_room_to_stage(&self, (id, from): &(OriginId, Addr), bytes: usize) -> bool {
+        let (mut all_bytes, mut stages, mut its_bytes) = (bytes, 0, bytes);
+        for (_, stage) in self.staged.iter().filter(|((_, of), _)| of == from) {
+            (stages, its_bytes) = (stages + 1, its_bytes + stage.bytes);
+        }
+        all_bytes += self.staged.values().map(|stage| stage.bytes).sum::<usize>();
+        let has_place = self.staged.contains_key(&(*id, from.clone())) || (stages < MAX_STAGES_A_PEER && self.staged.len() < MAX_STAGES);
+        has_place && its_bytes <= MAX_STAGED_BYTES_A_PEER && all_bytes <= MAX_STAGED_BYTES
+    }
+
+    #[cfg(test)]
+    pub fn stages(&self) -> usize {
+        self.staged.len()
+    }
 }
 
 impl Node {
@@ -141,22 +163,26 @@ impl Node {
         let (id, epoch, more) = (batch.head.is.id, batch.head.is.epoch, batch.more);
         let now_ms = self.now_ms;
         self.pushes.staged.retain(|_, stage| now_ms.saturating_sub(stage.touched_ms) < STAGE_MS);
-        let goes_on = self.pushes.staged.get(&id).is_some_and(|stage| stage.epoch == epoch && stage.cursor == batch.after);
+        let at = (id, from.clone());
+        let goes_on = self.pushes.staged.get(&at).is_some_and(|stage| stage.epoch == epoch && stage.cursor == batch.after);
         if !goes_on && more == More::Last {
             return self.receive_batch(from, batch, Route::Repair);
         }
-        let staged: usize = self.pushes.staged.values().map(|stage| stage.bytes).sum();
+        if !goes_on && !self.is_worth_a_stage(&batch) {
+            // Its rows cannot matter; its head may: unsigned, of no known writer, or one that contradicts another.
+            return self.receive_batch(from, Batch { rows: vec![], more: More::Last, ..batch }, Route::Repair);
+        }
         let bytes: usize = batch.rows.iter().map(Row::length).sum();
-        if staged + bytes > MAX_STAGED_BYTES {
+        if !self.pushes.has_room_to_stage(&at, bytes) {
             self.counters.dropped_stages += 1;
             return;
         }
-        let begin = batch.after.clone();
-        let fresh = || Stage { epoch, begin, cursor: Cursor::START, rows: vec![], bytes: 0, touched_ms: now_ms };
         if !goes_on {
-            self.pushes.staged.insert(id, fresh());
+            let begin = batch.after.clone();
+            let fresh = Stage { epoch, begin, cursor: Cursor::START, rows: vec![], bytes: 0, touched_ms: now_ms };
+            self.pushes.staged.insert(at.clone(), fresh);
         }
-        let stage = self.pushes.staged.get_mut(&id).expect("it was just put there");
+        let stage = self.pushes.staged.get_mut(&at).expect("it was just put there");
         if let Some(last) = batch.rows.last() {
             stage.cursor = Cursor { seq: last.seq(), key: Some(last.key().clone()) };
         }
@@ -169,10 +195,24 @@ impl Node {
                 self.want(from, Wanted { id, epoch, after });
             }
             More::Last => {
-                let stage = self.pushes.staged.remove(&id).expect("it is there");
+                let stage = self.pushes.staged.remove(&at).expect("it is there");
                 self.receive_batch(from, Batch { rows: stage.rows, after: stage.begin, ..stage_of(batch.certificate, batch.head) }, Route::Repair);
             }
         }
+    }
+
+    /// Whether the head is one that this host would take once it has all the rows: only that is worth memory.
+    fn is_worth_a_stage(&mut self, batch: &Batch) -> bool {
+        let (id, head) = (batch.head.is.id, &batch.head);
+        if let Some(certificate) = batch.certificate.as_ref().filter(|certificate| self.catalogue.certificate(id) != Some(certificate)) {
+            if certificate.id != id || !self.wants_origin(certificate) || !self.catalogue.admit(certificate.clone()) {
+                return false;
+            }
+        }
+        let Some(certificate) = self.catalogue.certificate(id) else { return false };
+        let held = self.catalogue.log(id).filter(|log| log.head.is.epoch == head.is.epoch);
+        let is_newer = held.is_none_or(|log| log.head.at() < head.at()) && self.catalogue.fork(id).is_none();
+        is_newer && self.wants_origin(certificate) && head.verify(certificate)
     }
 
     fn receive_batch(&mut self, from: &Addr, batch: Batch, route: Route) {
@@ -315,7 +355,7 @@ impl Node {
         if self.pushes.asked.len() >= MAX_ASKED {
             return;
         }
-        let staged = self.pushes.staged.get(&wanted.id).filter(|stage| stage.epoch == wanted.epoch && !stage.rows.is_empty());
+        let staged = self.pushes.staged.get(&(wanted.id, from.clone())).filter(|stage| stage.epoch == wanted.epoch && !stage.rows.is_empty());
         let wanted = staged.map_or(wanted.clone(), |stage| Wanted { after: stage.cursor.clone(), ..wanted });
         let asked = self.pushes.asked.entry((wanted.id, from.clone())).or_insert((0, Cursor { seq: u64::MAX, key: None }));
         if asked.1 == wanted.after && asked.0 + ASK_AGAIN_MS > now_ms {

@@ -1,6 +1,8 @@
 //! What only the inside can show: limits that a stranger cannot reach in a fast test, and what is kept between messages.
 
+mod lives;
 mod logs;
+mod pushes;
 
 use crate::*;
 use ed25519_dalek::SigningKey;
@@ -23,6 +25,46 @@ pub fn writer(name: &str, epoch: u32, (region, scope): (&str, Scope)) -> Writer 
 
 pub fn row(key: &str, seq: u64, value: &[u8]) -> Row {
     Row::live(Key::new(key).unwrap(), seq, &Topic::new("shop").unwrap(), value).unwrap()
+}
+
+pub fn addr(name: &str) -> Addr {
+    Addr::new(name).unwrap()
+}
+
+/// A node of `fra` that speaks, because it knows nobody.
+pub fn node() -> Node {
+    let mut node = node_of(vec![], None);
+    node.handle(Input::Tick, at(0));
+    node
+}
+
+pub fn node_of(peers: Vec<Peer>, snapshot: Option<Snapshot>) -> Node {
+    let Writer { certificate, key } = writer("host/me", 1, ("fra", Scope::Region));
+    let config = Config { cluster: cluster().verifying_key(), seed: 1, peers, membership: true, hold_ms: 50 };
+    Node::new(config, Identity { certificate, key, addr: addr("me"), life: 1 }, snapshot, at(0))
+}
+
+pub fn peer(name: &str) -> Peer {
+    let certificate = writer(name, 1, ("fra", Scope::Region)).certificate;
+    Peer { id: certificate.id, region: certificate.region, addr: addr(name), life: 5, started_ms: 1, renewed: 0 }
+}
+
+/// The wall's clock begins at one second, which is what heads are signed at here.
+pub fn at(ms: u64) -> Now {
+    Now { ms, wall_ms: 1_000 + ms }
+}
+
+pub fn stream(from: &str, message: &Message) -> Input {
+    Input::Stream { from: addr(from), bytes: message.encode() }
+}
+
+/// What is sent to `to`.
+pub fn sent(outputs: &[Output], to: &str) -> Vec<Message> {
+    let bytes = outputs.iter().filter_map(|output| match output {
+        Output::Stream { to: at, bytes } | Output::Datagram { to: at, bytes } if *at == addr(to) => Some(bytes),
+        _ => None,
+    });
+    bytes.filter_map(|bytes| Message::decode(bytes).unwrap()).collect()
 }
 
 impl Writer {

@@ -1,0 +1,74 @@
+//! What a node keeps of what others send it, and from whom.
+
+use super::{addr, at, node, row, sent, stream, writer};
+use crate::*;
+use ed25519_dalek::SigningKey;
+
+/// The two halves of a log that does not fit a message.
+fn halves(batch: Batch) -> [Batch; 2] {
+    let (first, second) = batch.rows.split_at(1);
+    let after = Cursor { seq: first[0].seq(), key: Some(first[0].key().clone()) };
+    let second = Batch { after, rows: second.to_vec(), ..batch.clone() };
+    [Batch { rows: first.to_vec(), more: More::Follows, ..batch.clone() }, second]
+}
+
+#[test]
+fn a_lie_about_a_log_leaves_what_another_has_sent_of_it() {
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
+    let (id, rows) = (host.certificate.id, [row("a", 4, b"1"), row("b", 5, b"2")]);
+    let [first, second] = halves(host.whole(5, &rows));
+    node.handle(stream("honest", &Message::Batches(vec![first.clone()])), at(1));
+    // Signed by nobody who may, and signed once but with rows that are not the log's.
+    let unsigned = Batch { head: Head::sign(&SigningKey::from_bytes(&[9; 32]), host.head(9, &rows).is), ..first.clone() };
+    let other_rows = Batch { rows: vec![row("z", 5, b"lie")], ..first };
+    for lie in [unsigned, other_rows] {
+        let lie = Batch { more: More::Ask, ..lie };
+        node.handle(stream("liar", &Message::Batches(vec![lie])), at(2));
+    }
+    node.handle(stream("honest", &Message::Batches(vec![second])), at(3));
+    assert_eq!(node.catalogue().log(id).map(Log::len), Some(2));
+}
+
+#[test]
+fn what_nobody_signed_is_not_kept_for_its_rest() {
+    let mut node = node();
+    let known = writer("host/a", 1, ("fra", Scope::Region));
+    node.handle(stream("x", &Message::Batches(vec![known.whole(5, &[row("a", 5, b"1")])])), at(1));
+    for n in 0..200 {
+        let made_up = writer(&format!("host/{n}"), 1, ("fra", Scope::Region));
+        let head = Head::sign(&SigningKey::from_bytes(&[9; 32]), made_up.head(5, &[]).is);
+        let unsigned = Batch { head, more: More::Follows, ..made_up.whole(5, &[]) };
+        let old = Batch { more: More::Follows, ..known.whole(n % 5 + 1, &[]) };
+        let elsewhere = Batch { more: More::Follows, ..writer(&format!("far/{n}"), 1, ("iad", Scope::Region)).whole(5, &[]) };
+        node.handle(stream("liar", &Message::Batches(vec![unsigned, old, elsewhere])), at(2));
+    }
+    assert_eq!(node.pushes.stages(), 0);
+    assert_eq!(node.counters().bad_signatures, 200);
+}
+
+#[test]
+fn one_peer_has_only_so_many_unfinished_logs() {
+    let mut node = node();
+    for n in 0..100 {
+        let begun = Batch { more: More::Follows, ..writer(&format!("host/{n}"), 1, ("fra", Scope::Region)).whole(5, &[]) };
+        node.handle(stream("greedy", &Message::Batches(vec![begun])), at(1));
+    }
+    let host = writer("host/other", 1, ("fra", Scope::Region));
+    let [first, second] = halves(host.whole(5, &[row("a", 4, b"1"), row("b", 5, b"2")]));
+    node.handle(stream("honest", &Message::Batches(vec![first, second])), at(2));
+    assert_eq!(node.catalogue().log(host.certificate.id).map(Log::len), Some(2));
+    assert_eq!((node.pushes.stages(), node.counters().dropped_stages), (64, 36));
+}
+
+#[test]
+fn the_rest_of_a_log_is_asked_for_where_its_beginning_came_from() {
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
+    let (id, rows) = (host.certificate.id, [row("a", 4, b"1"), row("b", 5, b"2")]);
+    let [first, _] = halves(host.whole(5, &rows));
+    let outputs = node.handle(stream("one", &Message::Batches(vec![Batch { more: More::Ask, ..first }])), at(1));
+    let after = Cursor { seq: 4, key: Some(Key::new("a").unwrap()) };
+    assert_eq!(sent(&outputs, "one"), [Message::Want(vec![Wanted { id, epoch: 1, after }])]);
+    node.want(&addr("other"), Wanted { id, epoch: 1, after: Cursor::START });
+    let outputs = node.handle(Input::Tick, at(2));
+    assert_eq!(sent(&outputs, "other"), [Message::Want(vec![Wanted { id, epoch: 1, after: Cursor::START }])]);
+}
