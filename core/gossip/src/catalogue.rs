@@ -22,6 +22,8 @@ pub struct Catalogue {
     /// Of the origin's newest epoch.
     forks: BTreeMap<OriginId, Fork>,
     removed: BTreeSet<OriginId>,
+    /// How far a log was, in its epoch, that was dropped to be fetched again: readers never go back.
+    reached: BTreeMap<OriginId, (u32, (u64, u32))>,
     realms: BTreeMap<Realm, [u64; BUCKETS]>,
     summed: BTreeMap<OriginId, (Realm, u64)>,
     changes: VecDeque<(u64, OriginId)>,
@@ -62,6 +64,7 @@ impl Catalogue {
             logs: BTreeMap::new(),
             forks: BTreeMap::new(),
             removed: BTreeSet::new(),
+            reached: BTreeMap::new(),
             realms: BTreeMap::new(),
             summed: BTreeMap::new(),
             changes: VecDeque::new(),
@@ -81,6 +84,10 @@ impl Catalogue {
             return Taken::Stranger { id };
         }
         if self.removed.contains(&id) || (head.is.epoch < certificate.epoch && !planted!(OldEpoch)) || self.fork(id).is_some() {
+            return Taken::Known;
+        }
+        let is_older = |(epoch, least): &(u32, (u64, u32))| *epoch == head.is.epoch && head.at() < *least;
+        if self.reached.get(&id).is_some_and(is_older) && !planted!(GoBack) {
             return Taken::Known;
         }
         let certificate = certificate.clone();
@@ -117,6 +124,7 @@ impl Catalogue {
         };
         match taken {
             Ok((rows, whole)) => {
+                self.reached.remove(&id);
                 self.note(id);
                 whole.map_or(Taken::Renewed { id }, |whole| Taken::Changed { id, rows, whole })
             }
@@ -237,6 +245,14 @@ impl Catalogue {
     pub(crate) fn drop_log(&mut self, id: OriginId) {
         self.logs.remove(&id);
         self.note(id);
+    }
+
+    /// Forgets a log whose memory has failed, but not how far it was.
+    pub(crate) fn drop_unsound(&mut self, id: OriginId) {
+        if let Some(log) = self.logs.get(&id) {
+            self.reached.insert(id, (log.head.is.epoch, log.head.at()));
+        }
+        self.drop_log(id);
     }
 
     /// Detail of other regions is fetched again when it is used.

@@ -245,7 +245,7 @@ impl Log {
     }
 
     /// Memory that fails, for the simulator: another value under the first key.
-    #[cfg(feature = "planted")]
+    #[cfg(any(test, feature = "planted"))]
     pub(crate) fn flip_memory(&mut self) -> bool {
         let Some(row) = self.rows.values_mut().find(|row| !row.is_dead()) else { return false };
         let topic = crate::Topic::new("flipped").expect("short");

@@ -3,6 +3,7 @@
 //! foca believes every member's word about every other, so it runs only inside connections that both sides have
 //! authenticated. A member that is cut off stays alone by foca's rules; saved peers are announced to again and again.
 
+use crate::catalogue::MAX_ORIGINS;
 use crate::id::{OriginId, Peer};
 use crate::planted::planted;
 use crate::rng::Rng;
@@ -22,12 +23,16 @@ pub(crate) const ANNOUNCE_MS: u64 = 2_000;
 const ANNOUNCE_ANYWAY: usize = 4;
 /// Saved for the next start.
 pub(crate) const MAX_SAVED_PEERS: usize = 256;
-const MAX_TIMERS: usize = 65_536;
+/// Timers that members cause, one or two each. foca's own few (the next probe, the periods) are always kept: each sets the
+/// next one, so a lost one would end the finding of the dead for good.
+const MAX_TIMERS: usize = 2 * MAX_ORIGINS;
 
 pub(crate) struct Members {
     foca: Foca<Peer, Codec, Rng, NoCustomBroadcast>,
     timers: BTreeMap<(u64, u64), Timer<Peer>>,
     timer: u64,
+    /// How many of them are about one member.
+    of_members: usize,
     active: BTreeMap<OriginId, Peer>,
     saved: Vec<Peer>,
     /// Gone for good: nobody asks them, waits for them or saves them.
@@ -56,7 +61,7 @@ pub(crate) struct Wishes {
 impl Members {
     pub fn new(me: Peer, saved: Vec<Peer>, rng: Rng) -> Self {
         let foca = Foca::new(me, config(), rng, Codec);
-        Self { foca, timers: BTreeMap::new(), timer: 0, active: BTreeMap::new(), saved, removed: BTreeSet::new(), next_announce_ms: 0, others: Arc::default() }
+        Self { foca, timers: BTreeMap::new(), timer: 0, of_members: 0, active: BTreeMap::new(), saved, removed: BTreeSet::new(), next_announce_ms: 0, others: Arc::default() }
     }
 
     pub fn active(&self) -> impl Iterator<Item = &Peer> {
@@ -72,6 +77,13 @@ impl Members {
         let me = self.foca.identity().id;
         let others = self.saved.iter().filter(|peer| peer.id != me && !self.active.contains_key(&peer.id));
         self.active.values().chain(others).take(MAX_SAVED_PEERS).cloned().collect()
+    }
+
+    #[cfg(test)]
+    pub fn put_active(&mut self, peers: Vec<Peer>) {
+        let mut wishes = Wishes::default();
+        self.foca.apply_many(peers.into_iter().map(Member::alive), false, &mut wishes).expect("they are other members");
+        self.grant(wishes, 0);
     }
 
     pub fn others(&self) -> Arc<Others> {
@@ -104,8 +116,35 @@ impl Members {
 
     pub fn receive(&mut self, bytes: &[u8], now_ms: u64) -> (Wishes, bool) {
         let mut wishes = Wishes::default();
-        let understood = self.foca.handle_data(bytes, &mut wishes).is_ok();
+        let is_full = self.active.len() + self.of_members >= MAX_ORIGINS;
+        let known = if is_full { self.without_strangers(bytes) } else { Some(bytes.to_vec()) };
+        let understood = known.is_some_and(|bytes| self.foca.handle_data(&bytes, &mut wishes).is_ok());
         (self.grant(wishes, now_ms), understood)
+    }
+
+    /// What a packet says about members that are known already. foca bounds its list by nothing, and any member may name more.
+    fn without_strangers(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let mut left = bytes;
+        let header = foca::Codec::decode_header(&mut Codec, &mut left).ok()?;
+        let mut out = bytes[..bytes.len() - left.len()].to_vec();
+        if !self.active.contains_key(&header.src.id) {
+            return None;
+        }
+        if left.len() < 2 {
+            return Some(out);
+        }
+        let (mut count, mut members) = (0u16, vec![]);
+        for _ in 0..left.get_u16() {
+            let before = left;
+            let member = foca::Codec::decode_member(&mut Codec, &mut left).ok()?;
+            if self.active.contains_key(&member.id().id) || *member.id() == *self.foca.identity() {
+                members.extend_from_slice(&before[..before.len() - left.len()]);
+                count += 1;
+            }
+        }
+        out.put_u16(count);
+        out.extend_from_slice(&members);
+        Some(out)
     }
 
     /// Runs what is due; announces to a saved peer that is not a member.
@@ -113,7 +152,9 @@ impl Members {
         let mut wishes = Wishes::default();
         while let Some(first) = self.timers.first_entry().filter(|first| first.key().0 <= now_ms) {
             // An error here says that a timer was overtaken; foca goes on by itself.
-            let _ = self.foca.handle_timer(first.remove(), &mut wishes);
+            let timer = first.remove();
+            self.of_members -= usize::from(is_of_member(&timer));
+            let _ = self.foca.handle_timer(timer, &mut wishes);
             self.schedule(&mut wishes, now_ms);
         }
         if now_ms >= self.next_announce_ms && !(planted!(NeverAnnounceAgain) && self.next_announce_ms > 0) {
@@ -160,12 +201,18 @@ impl Members {
 
     fn schedule(&mut self, wishes: &mut Wishes, now_ms: u64) {
         for (after, timer) in wishes.timers.drain(..) {
-            if self.timers.len() < MAX_TIMERS {
+            let of_member = is_of_member(&timer);
+            if !of_member || self.of_members < MAX_TIMERS {
+                self.of_members += usize::from(of_member);
                 self.timer += 1;
                 self.timers.insert((now_ms + after.as_millis() as u64, self.timer), timer);
             }
         }
     }
+}
+
+fn is_of_member(timer: &Timer<Peer>) -> bool {
+    matches!(timer, Timer::RemoveDown(_) | Timer::ChangeSuspectToDown { .. })
 }
 
 fn config() -> Config {
@@ -331,3 +378,6 @@ fn decode<T>(mut buf: impl Buf, read: impl FnOnce(&mut Reader<'_>) -> Result<T, 
     buf.advance(used);
     Ok(value)
 }
+
+#[cfg(test)]
+mod tests;

@@ -143,7 +143,7 @@ pub struct Status {
     pub seq: u64,
     /// Since something strictly newer was heard of it; None until a live head or beat has covered it.
     pub age_ms: Option<u64>,
-    /// By how much others say that they are ahead, and for how long that has been so.
+    /// By how much a head that its writer signed is ahead of this, and for how long that has been so.
     pub lag: u64,
     pub behind_ms: u64,
     pub quarantined: bool,
@@ -301,10 +301,13 @@ impl Node {
         self.catalogue.log_mut(origin).is_some_and(crate::Log::flip_memory)
     }
 
-    /// The hosts that speak for a region: the same three for all who see the same members.
+    /// The hosts that speak for a region: the same three for all who see the same members. Only those that the cluster has
+    /// certified for it, whatever members say of themselves.
     pub fn reporters(&self, region: &Region) -> Vec<OriginId> {
         let me = std::iter::once(&self.me).filter(|_| self.speaks());
-        let mut ids: Vec<OriginId> = self.members.active().chain(me).filter(|peer| peer.region == *region).map(|peer| peer.id).collect();
+        let there = self.members.active().chain(me).filter(|peer| peer.region == *region).map(|peer| peer.id);
+        let is_certified = |id: &OriginId| self.catalogue.certificate(*id).is_some_and(|certificate| certificate.region == *region);
+        let mut ids: Vec<OriginId> = there.filter(is_certified).collect();
         ids.sort_unstable();
         ids.dedup();
         ids.truncate(3);
@@ -386,7 +389,7 @@ impl Node {
         self.checked = origin;
         self.counters.self_checks += 1;
         if !log.is_sound() && !self.writers.contains_key(&origin) {
-            self.catalogue.drop_log(origin);
+            self.catalogue.drop_unsound(origin);
             self.event(Event::SelfCheckFailed { origin });
         }
     }

@@ -44,6 +44,7 @@ pub(crate) struct Pushes {
     queue: VecDeque<(Addr, Arc<[u8]>)>,
     next_flush_ms: u64,
     held: Vec<Held>,
+    is_trying: bool,
     asked: BTreeMap<(OriginId, Addr), (u64, Cursor)>,
     /// Of each peer its own: what one of them makes up does not touch what another has sent.
     staged: BTreeMap<(OriginId, Addr), Stage>,
@@ -182,6 +183,9 @@ impl Node {
             let fresh = Stage { epoch, begin, cursor: Cursor::START, rows: vec![], bytes: 0, touched_ms: now_ms };
             self.pushes.staged.insert(at.clone(), fresh);
         }
+        if !goes_on {
+            self.note_behind(&batch.head.is);
+        }
         let stage = self.pushes.staged.get_mut(&at).expect("it was just put there");
         if let Some(last) = batch.rows.last() {
             stage.cursor = Cursor { seq: last.seq(), key: Some(last.key().clone()) };
@@ -232,6 +236,7 @@ impl Node {
         let copy = batch.clone();
         match self.catalogue.take(batch, self.now_ms) {
             Taken::Changed { id, rows, whole } => {
+                self.syncs.reached(id, (copy.head.is.epoch, copy.head.is.seq));
                 self.pushes.asked.retain(|(asked, _), _| *asked != id);
                 self.changed(id, whole, rows);
                 if route == Route::Push {
@@ -243,7 +248,12 @@ impl Node {
             Taken::Renewed { .. } if route == Route::Push => self.spread(copy, Some(from)),
             Taken::Renewed { .. } => {}
             Taken::Known => {}
-            Taken::Gap { .. } | Taken::Stranger { .. } if route == Route::Push => self.hold(from, copy),
+            taken @ (Taken::Gap { .. } | Taken::Stranger { .. }) if route == Route::Push => {
+                if matches!(taken, Taken::Gap { .. }) {
+                    self.note_behind(&copy.head.is);
+                }
+                self.hold(from, copy);
+            }
             Taken::Gap { id } | Taken::Stranger { id } => {
                 self.want(from, Wanted { id, epoch: copy.head.is.epoch, after: Cursor::START });
             }
@@ -253,6 +263,7 @@ impl Node {
                 Bad::Signature => self.counters.bad_signatures += 1,
                 Bad::Rows => {
                     self.counters.bad_rows += 1;
+                    self.note_behind(&copy.head.is);
                     // Either they lie, or what is held here is not what they build on: the whole tells.
                     if copy.after != Cursor::START {
                         self.want(from, Wanted { id, epoch: copy.head.is.epoch, after: Cursor::START });
@@ -314,22 +325,26 @@ impl Node {
         self.pushes.held.push(Held { batch, from: from.clone(), until_ms });
     }
 
+    /// A log has moved on: what waited for that is taken in its order, the rest goes on waiting.
     fn try_held(&mut self, id: OriginId) {
+        if self.pushes.is_trying {
+            return; // taking one comes back here: the loop below goes on with the others
+        }
         let (mut of_it, others): (Vec<Held>, Vec<Held>) =
             std::mem::take(&mut self.pushes.held).into_iter().partition(|held| held.batch.head.is.id == id);
         self.pushes.held = others;
-        of_it.sort_by_key(|held| held.batch.head.is.seq);
-        let Some(seq) = self.catalogue.log(id).map(|log| log.head.is.seq) else { return };
+        of_it.sort_by_key(|held| (held.batch.head.is.epoch, held.batch.head.is.seq));
+        self.pushes.is_trying = true;
         for held in of_it {
-            if held.batch.head.is.seq <= seq {
-                continue;
+            let at = self.catalogue.log(id).map_or((0, 0), |log| (log.head.is.epoch, log.head.is.seq));
+            let is = &held.batch.head.is;
+            if held.batch.after.seq <= at.1 && (is.epoch, is.seq) > at {
+                self.receive_batch(&held.from, held.batch, Route::Push);
+            } else if (is.epoch, is.seq) > at {
+                self.pushes.held.push(held);
             }
-            if held.batch.after.seq <= seq {
-                // Taking it tries the others again.
-                return self.receive_batch(&held.from, held.batch, Route::Push);
-            }
-            self.pushes.held.push(held);
         }
+        self.pushes.is_trying = false;
     }
 
     pub(crate) fn tick_held(&mut self) {

@@ -8,7 +8,7 @@
 //! Nobody ever sends all that it has. A lie about a root or an entry only keeps the liar behind: what is taken is signed.
 
 use crate::beat::{BEAT_BYTES, BEAT_MS, Beat};
-use crate::catalogue::MAX_ORIGINS;
+use crate::head::Statement;
 use crate::id::{Addr, OriginId};
 use crate::log::Cursor;
 use crate::message::{BUCKETS, Entry, MAX_ENTRIES, Message, Realm, Root, Wanted};
@@ -31,8 +31,6 @@ const BEATS_A_DATAGRAM: usize = 1_150 / BEAT_BYTES;
 const BEATS_A_SYNC: usize = 12;
 const MAX_QUEUED_BEATS: usize = 4_096;
 const MAX_PEERS: usize = 16_384;
-/// What others say they have is forgotten when nobody says it again.
-const BEHIND_MS: u64 = 10_000;
 
 #[derive(Default)]
 pub(crate) struct Syncs {
@@ -41,6 +39,7 @@ pub(crate) struct Syncs {
     round: u64,
     peers: BTreeMap<(Addr, Realm), Equal>,
     beats: VecDeque<(Beat, u8)>,
+    /// Of certified origins only, so no more than there may be of those.
     behind: BTreeMap<OriginId, Behind>,
 }
 
@@ -58,12 +57,18 @@ pub(crate) struct Behind {
     pub epoch: u32,
     pub seq: u64,
     pub since_ms: u64,
-    heard_ms: u64,
 }
 
 impl Syncs {
     pub fn behind(&self, origin: OriginId) -> Option<&Behind> {
         self.behind.get(&origin)
+    }
+
+    /// Who has caught up is not behind; the next time counts from its own beginning.
+    pub fn reached(&mut self, origin: OriginId, at: (u32, u64)) {
+        if self.behind.get(&origin).is_some_and(|behind| (behind.epoch, behind.seq) <= at) {
+            self.behind.remove(&origin);
+        }
     }
 }
 
@@ -74,8 +79,6 @@ impl Node {
         }
         self.syncs.next_ms = self.now_ms + self.rng.around(SYNC_MS);
         self.syncs.round += 1;
-        let now_ms = self.now_ms;
-        self.syncs.behind.retain(|_, behind| now_ms.saturating_sub(behind.heard_ms) < BEHIND_MS);
         let others = self.members.others();
         let far = others.near.is_empty() || self.syncs.round.is_multiple_of(FAR_EVERY);
         let among = if far { others.all.len() } else { others.near.len() };
@@ -190,7 +193,6 @@ impl Node {
             let contradicts = ours.is_some_and(|ours| ours.at() == theirs.at() && ours.tag != theirs.tag);
             if self.is_newer(theirs) || contradicts {
                 differs = true;
-                self.note_behind(theirs);
                 let same_epoch = ours.filter(|ours| ours.epoch == theirs.epoch && !ours.forked);
                 let after = same_epoch.map_or(Cursor::START, |ours| Cursor::after(ours.seq));
                 self.want(from, Wanted { id: theirs.id, epoch: theirs.epoch, after });
@@ -202,16 +204,12 @@ impl Node {
         differs
     }
 
-    fn note_behind(&mut self, theirs: &Entry) {
-        let now_ms = self.now_ms;
-        let fresh = Behind { epoch: theirs.epoch, seq: theirs.seq, since_ms: now_ms, heard_ms: now_ms };
-        if self.syncs.behind.len() >= MAX_ORIGINS {
-            return; // somebody makes them up
-        }
-        let behind = self.syncs.behind.entry(theirs.id).or_insert(fresh);
-        behind.heard_ms = now_ms;
-        if (theirs.epoch, theirs.seq) > (behind.epoch, behind.seq) {
-            (behind.epoch, behind.seq) = (theirs.epoch, theirs.seq);
+    /// A head that its writer signed is ahead of what is held. What others merely claim says nothing about an origin.
+    pub(crate) fn note_behind(&mut self, is: &Statement) {
+        let fresh = Behind { epoch: is.epoch, seq: is.seq, since_ms: self.now_ms };
+        let behind = self.syncs.behind.entry(is.id).or_insert(fresh);
+        if (is.epoch, is.seq) > (behind.epoch, behind.seq) {
+            (behind.epoch, behind.seq) = (is.epoch, is.seq);
         }
     }
 

@@ -1,6 +1,6 @@
 //! When a process may speak.
 
-use super::{at, cluster, node_of, peer};
+use super::{at, cluster, node_of, peer, stream, writer};
 use crate::*;
 
 #[test]
@@ -24,4 +24,21 @@ fn a_removed_host_is_neither_waited_for_nor_saved() {
     let mut alone = node_of(vec![gone], Some(Snapshot { peers: vec![], ..snapshot() }));
     alone.handle(Input::Tick, at(1));
     assert!(alone.speaks());
+}
+
+#[test]
+fn only_certified_hosts_of_a_region_speak_for_it() {
+    let fra = Region::new("fra").unwrap();
+    let mut node = super::node();
+    let (host, from_far) = (writer("host/a", 1, ("fra", Scope::Region)), writer("summary/b", 1, ("iad", Scope::Global)));
+    for writer in [&host, &from_far] {
+        node.handle(stream("x", &Message::Batches(vec![writer.whole(5, &[])])), at(1));
+    }
+    let names = ["host/a", "summary/b", "host/made up"];
+    node.members.put_active(names.map(peer).to_vec());
+    let mut certified = vec![node.me().id, host.certificate.id];
+    certified.sort_unstable();
+    assert_eq!(node.reporters(&fra), certified);
+    node.handle(Input::Remove(host.certificate.id), at(2));
+    assert_eq!(node.reporters(&fra), [node.me().id]);
 }

@@ -81,6 +81,13 @@ impl Writer {
         Head::sign(&self.key, is)
     }
 
+    /// The last of `rows`, which are the whole, on top of what was before it.
+    pub fn step(&self, rows: &[Row]) -> Batch {
+        let [before @ .., last] = rows else { panic!("a step has a row") };
+        let after = Cursor::after(before.last().map_or(0, Row::seq));
+        Batch { after, rows: vec![last.clone()], ..self.whole(last.seq(), rows) }
+    }
+
     /// The whole of the log.
     pub fn whole(&self, seq: u64, rows: &[Row]) -> Batch {
         let (certificate, head) = (Some(self.certificate.clone()), self.head(seq, rows));

@@ -72,3 +72,52 @@ fn the_rest_of_a_log_is_asked_for_where_its_beginning_came_from() {
     let outputs = node.handle(Input::Tick, at(2));
     assert_eq!(sent(&outputs, "other"), [Message::Want(vec![Wanted { id, epoch: 1, after: Cursor::START }])]);
 }
+
+#[test]
+fn all_that_waited_is_taken_once_what_was_missing_is_here() {
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
+    let rows: Vec<Row> = (1..=6).map(|n| row(&format!("k{n}"), n, b"v")).collect();
+    node.handle(stream("x", &Message::Batches(vec![host.whole(1, &rows[..1])])), at(1));
+    // The fifth is lost, so the sixth goes on waiting.
+    for n in [3, 4, 6, 2] {
+        node.handle(stream("x", &Message::Push(vec![host.step(&rows[..n])])), at(2));
+    }
+    assert_eq!(node.catalogue().log(host.certificate.id).map(Log::len), Some(4));
+    node.handle(stream("x", &Message::Push(vec![host.step(&rows[..5])])), at(3));
+    assert_eq!(node.catalogue().log(host.certificate.id).map(Log::len), Some(6));
+}
+
+#[test]
+fn only_a_signed_head_says_that_this_host_is_behind_and_only_until_it_is_not() {
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
+    let id = host.certificate.id;
+    let rows: Vec<Row> = (1..=6).map(|n| row(&format!("k{n}"), n, b"v")).collect();
+    node.handle(stream("x", &Message::Batches(vec![host.whole(1, &rows[..1])])), at(1));
+    let entries = vec![Entry { seq: 900, ..node.catalogue().entry(id).unwrap() }];
+    let realm = Realm::Region(Region::new("fra").unwrap());
+    node.handle(stream("liar", &Message::Entries { realm, buckets: vec![], entries }), at(2));
+    assert_eq!(node.status(id).unwrap().lag, 0);
+    let lag = |node: &Node| (node.status(id).unwrap().lag, node.status(id).unwrap().behind_ms);
+    node.handle(stream("x", &Message::Push(vec![host.step(&rows[..3])])), at(10));
+    node.handle(Input::Tick, at(30));
+    assert_eq!(lag(&node), (2, 20));
+    node.handle(stream("x", &Message::Push(vec![host.step(&rows[..2])])), at(40));
+    assert_eq!(lag(&node), (0, 0));
+    node.handle(stream("x", &Message::Push(vec![host.step(&rows[..5])])), at(50));
+    node.handle(Input::Tick, at(60));
+    assert_eq!(lag(&node), (2, 10), "counted from its own beginning");
+}
+
+#[test]
+fn memory_that_fails_is_fetched_again_and_never_from_before() {
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
+    let (id, rows) = (host.certificate.id, [row("a", 1, b"1"), row("b", 2, b"2")]);
+    node.handle(stream("x", &Message::Batches(vec![host.whole(2, &rows)])), at(1));
+    node.catalogue.log_mut(id).unwrap().flip_memory();
+    let outputs: Vec<Output> = (1..4).flat_map(|s| node.handle(Input::Tick, at(s * 1_100))).collect();
+    assert!(outputs.contains(&Output::Event(Event::SelfCheckFailed { origin: id })));
+    node.handle(stream("late", &Message::Batches(vec![host.whole(1, &rows[..1])])), at(4_000));
+    assert!(node.catalogue().log(id).is_none(), "an older state is not taken");
+    node.handle(stream("x", &Message::Batches(vec![host.whole(2, &rows)])), at(4_100));
+    assert_eq!(node.catalogue().log(id).map(Log::len), Some(2));
+}

@@ -4,7 +4,7 @@ use super::Options;
 use super::checks::{self, Checks};
 use super::liar::Liar;
 use super::network::{Message, Network};
-use super::process::{Process, Seen};
+use super::process::Process;
 use crate::rng::Rng;
 use dunlin_gossip::planted::Bug;
 use dunlin_gossip::{
@@ -411,8 +411,8 @@ impl World {
                 }
                 self.processes[at].silenced = true;
             }
-            // The reader keeps what it was told; what is fetched again comes as a whole.
-            Event::SelfCheckFailed { origin } => drop(self.processes[at].reader.insert(origin, Seen::default())),
+            // What is fetched again comes as a whole, and is no older than what was dropped.
+            Event::SelfCheckFailed { origin } => self.processes[at].reader.entry(origin).or_default().rows.clear(),
             Event::NeedWhole { .. } => self.processes[at].published_revision = 0,
             Event::Refused { origin, why } => self.checks.fail(|| format!("process {at} was refused {origin:?}: {why}")),
             Event::Unsubscribed { region, .. } => {
