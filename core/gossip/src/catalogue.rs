@@ -1,5 +1,6 @@
 //! All logs that this host holds, what it knows about forks, and the hashes by which two hosts compare.
 
+use crate::fresh::Receipt;
 use crate::head::{Certificate, Head, Scope};
 use crate::id::{OriginId, Region};
 use crate::log::{Cursor, Log, Refusal};
@@ -73,7 +74,7 @@ impl Catalogue {
     }
 
     /// Takes what can be verified. Nothing is changed before all of it is.
-    pub fn take(&mut self, batch: Batch, now_ms: u64) -> Taken {
+    pub fn take(&mut self, batch: Batch, receipt: Receipt) -> Taken {
         let Batch { certificate, head, after, rows, .. } = batch;
         let id = head.is.id;
         if certificate.is_some_and(|certificate| certificate.id != id || !self.admit(certificate)) {
@@ -106,17 +107,13 @@ impl Catalogue {
         }
         let taken = match log {
             Some(log) if log.head.is.seq == head.is.seq => {
-                log.follow(head, now_ms);
-                log.confirmed = true;
+                log.follow(head, receipt);
                 Ok((vec![], None))
             }
-            Some(log) => log.check(&head, &after, rows).map(|change| {
-                log.confirmed = true;
-                (log.swap(head, change, now_ms), Some(after == Cursor::START))
-            }),
+            Some(log) => log.check(&head, &after, rows).map(|change| (log.swap(head, change, receipt), Some(after == Cursor::START))),
             // What is not the whole cannot begin a log.
             None if after != Cursor::START => Err(Refusal::Gap),
-            None => Log::begin(certificate, head, rows, now_ms).map(|log| {
+            None => Log::begin(certificate, head, rows, receipt).map(|log| {
                 let rows = log.rows().cloned().collect();
                 self.logs.insert(id, log);
                 (rows, Some(true))
@@ -218,6 +215,11 @@ impl Catalogue {
 
     pub fn logs(&self) -> impl Iterator<Item = &Log> {
         self.logs.values()
+    }
+
+    /// What came from a snapshot is silent from now on, not since some other process's zero.
+    pub(crate) fn begin_ages(&mut self, now_ms: u64) {
+        self.logs.values_mut().for_each(|log| log.fresh.newer_at_ms = now_ms);
     }
 
     /// The log behind `id`, round and round.

@@ -33,6 +33,7 @@
 mod beat;
 mod catalogue;
 mod clock;
+mod fresh;
 mod head;
 mod id;
 mod life;
@@ -56,6 +57,7 @@ mod write;
 pub use beat::{BEAT_MS, BEATS, Beat, CHAIN_MS};
 pub use catalogue::{Bad, Catalogue, MAX_ORIGINS, Taken};
 pub use clock::Now;
+pub use fresh::{MAX_SKEW_MS, Receipt};
 pub use head::{Certificate, Head, Scope, Statement, Subject};
 pub use id::{Addr, Key, Life, Name, OriginId, Peer, Region, Topic};
 pub use log::{Cursor, Log, MAX_LOG_BYTES, MAX_ROWS};

@@ -180,7 +180,7 @@ impl Node {
         let certificate = &self.writers[&head.is.id].certificate;
         let contradicts = log.contradicts(head).is_some();
         if contradicts || head.at() <= log.head.at() || !head.verify(certificate) {
-            if let crate::Taken::Forked(fork) = self.catalogue.take(batch, self.now_ms) {
+            if let crate::Taken::Forked(fork) = self.catalogue.take(batch, self.receipt(true)) {
                 self.tell_fork(&fork, Some(from));
             }
             return;

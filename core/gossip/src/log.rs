@@ -6,6 +6,7 @@
 //! ```
 
 use crate::beat::{Beat, Heard};
+use crate::fresh::{Fresh, Receipt, beat_ms};
 use crate::head::{Certificate, Head};
 use crate::id::Key;
 use crate::lthash::LtHash;
@@ -53,10 +54,7 @@ pub struct Log {
     /// Earlier heads of this epoch, oldest first.
     earlier: VecDeque<Head>,
     pub(crate) heard: Heard,
-    /// When something strictly newer was last heard: a head, or a beat of this one.
-    pub newer_at_ms: u64,
-    /// False for what came from a snapshot, until a live head or beat covers it.
-    pub confirmed: bool,
+    pub(crate) fresh: Fresh,
 }
 
 /// Why a batch was not taken.
@@ -78,7 +76,7 @@ pub struct Change {
 
 impl Log {
     /// A log of which nothing is known yet but its first head, which must be for the whole.
-    pub fn begin(certificate: Certificate, head: Head, rows: Vec<Row>, now_ms: u64) -> Result<Self, Refusal> {
+    pub fn begin(certificate: Certificate, head: Head, rows: Vec<Row>, receipt: Receipt) -> Result<Self, Refusal> {
         let heard = Heard::anchor(head.is.anchor);
         let mut log = Self {
             certificate,
@@ -90,12 +88,10 @@ impl Log {
             bytes: 0,
             earlier: VecDeque::new(),
             heard,
-            newer_at_ms: now_ms,
-            confirmed: true,
+            fresh: Fresh::begin(head.is.time_ms, receipt),
         };
         let change = log.check(&head, &Cursor::START, rows)?;
-        log.swap(head, change, now_ms);
-        log.earlier.clear();
+        log.put_in_place(head, change);
         Ok(log)
     }
 
@@ -142,7 +138,15 @@ impl Log {
     }
 
     /// Puts a checked change in place and gives the rows that readers have not seen.
-    pub fn swap(&mut self, head: Head, change: Change, now_ms: u64) -> Vec<Row> {
+    pub fn swap(&mut self, head: Head, change: Change, receipt: Receipt) -> Vec<Row> {
+        let old = self.head.clone();
+        self.fresh.renew(head.is.time_ms, receipt);
+        let rows = self.put_in_place(head, change);
+        self.remember(old);
+        rows
+    }
+
+    fn put_in_place(&mut self, head: Head, change: Change) -> Vec<Row> {
         let floor = head.is.floor;
         if change.whole {
             self.rows.clear();
@@ -156,15 +160,20 @@ impl Log {
         let over: Vec<Key> = self.over(floor).map(|row| row.key().clone()).collect();
         over.iter().for_each(|key| self.take(key));
         self.lanes = (self.rows.len() > KEEP_LANES_ABOVE).then_some(change.lanes);
-        self.follow(head, now_ms);
+        self.heard = Heard::anchor(head.is.anchor);
+        self.head = head;
         change.rows.into_values().collect()
     }
 
     /// The same rows under a head that differs only in its chain of beats.
-    pub fn follow(&mut self, head: Head, now_ms: u64) {
+    pub fn follow(&mut self, head: Head, receipt: Receipt) {
         self.heard = Heard::anchor(head.is.anchor);
-        self.newer_at_ms = now_ms;
+        self.fresh.renew(head.is.time_ms, receipt);
         let old = std::mem::replace(&mut self.head, head);
+        self.remember(old);
+    }
+
+    fn remember(&mut self, old: Head) {
         if old.is.epoch == self.head.is.epoch && old.is.seq < self.head.is.seq {
             self.earlier.push_back(old);
             let surplus = self.earlier.len().saturating_sub(REMEMBERED_HEADS);
@@ -172,12 +181,24 @@ impl Log {
         }
     }
 
-    pub fn hear(&mut self, beat: &Beat, now_ms: u64) -> bool {
+    /// Whether the beat is a sign of life: the next of this head's, and revealed lately.
+    pub fn hear(&mut self, beat: &Beat, receipt: Receipt) -> bool {
         let Some(heard) = self.heard.follows(beat) else { return false };
         self.heard = heard;
-        self.newer_at_ms = now_ms;
-        self.confirmed = true;
-        true
+        self.fresh.renew(beat_ms(self.head.is.chain, beat.index), receipt)
+    }
+
+    pub(crate) fn last_beat(&self) -> Option<Beat> {
+        let Heard { index, link } = self.heard;
+        (index > 0).then_some(Beat { id: self.head.is.id, index, link })
+    }
+
+    /// How far whoever gave this log had heard it: told again, those beats are no news. Only the first word of a head counts,
+    /// and only where nothing live was heard yet, so nobody keeps a log from being fresh by telling its beats this way.
+    pub(crate) fn heard_before(&mut self, beat: &Beat) {
+        if let Some(heard) = self.heard.follows(beat).filter(|_| self.heard.index == 0 && !self.fresh.confirmed) {
+            self.heard = heard;
+        }
     }
 
     /// The head of the same epoch and sequence that says something else, if one is remembered.

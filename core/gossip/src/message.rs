@@ -18,7 +18,7 @@ const MAX_BATCHES: usize = 4_096;
 pub(crate) const MAX_ENTRIES: usize = 7_168;
 /// Origins that one process writes.
 pub(crate) const MAX_OWN: usize = 256;
-const MAX_BEATS: usize = 1_024;
+pub(crate) const MAX_BEATS: usize = 1_024;
 pub(crate) const BUCKETS: usize = 256;
 
 /// What is compared as a whole.
@@ -136,6 +136,8 @@ pub enum Message {
     Duplicate(Alive),
     /// Detail of a region far away: everything that bears on `topic`, beginning with what is newer than `entries`.
     Subscribe { topic: Topic, entries: Vec<Entry> },
+    /// Of the logs that were just given: how far the giver had heard them. No sign of life.
+    Heard(Vec<Beat>),
 }
 
 impl Message {
@@ -151,7 +153,7 @@ impl Message {
                 realm.write(&mut out);
                 out.extend_from_slice(&root.to_le_bytes());
             }
-            Self::Beats(beats) => out.list(beats, |out, beat| beat.write(out)),
+            Self::Beats(beats) | Self::Heard(beats) => out.list(beats, |out, beat| beat.write(out)),
             Self::Members(bytes) => out.extend_from_slice(bytes),
             Self::Buckets { realm, hashes } => {
                 realm.write(&mut out);
@@ -226,6 +228,7 @@ impl Message {
             14 => Self::IAmAlive(Alive::read(r)?),
             15 => Self::Duplicate(Alive::read(r)?),
             16 => Self::Subscribe { topic: Topic::read(r)?, entries: r.list(MAX_ENTRIES, "entries", Entry::read)? },
+            17 => Self::Heard(r.list(MAX_BEATS, "beats", Beat::read)?),
             _ => return Ok(None),
         }))
     }
@@ -255,6 +258,7 @@ impl Message {
             Self::IAmAlive(_) => 14,
             Self::Duplicate(_) => 15,
             Self::Subscribe { .. } => 16,
+            Self::Heard(_) => 17,
         }
     }
 }

@@ -3,6 +3,7 @@
 use crate::beat::Beat;
 use crate::catalogue::Catalogue;
 use crate::clock::{Clock, Now};
+use crate::fresh::Receipt;
 use crate::head::Certificate;
 use crate::id::{Addr, Key, Life, OriginId, Peer, Region, Topic};
 use crate::life::{Lives, Own};
@@ -190,6 +191,7 @@ impl Node {
         let mut members = Members::new(me.clone(), vec![], Rng::new(rng.draw()));
         snapshot.catalogue.removed().for_each(|id| members.remove(id));
         members.save(peers);
+        snapshot.catalogue.begin_ages(now.ms);
         let mut node = Self {
             own: Own::begin(rng.draw(), now.ms),
             config,
@@ -276,7 +278,7 @@ impl Node {
         let is = &log.head.is;
         let behind = self.syncs.behind(origin).filter(|behind| (behind.epoch, behind.seq) > (is.epoch, is.seq));
         let mine = self.writers.contains_key(&origin) && self.speaks();
-        let age_ms = if mine { Some(0) } else { log.confirmed.then(|| self.now_ms.saturating_sub(log.newer_at_ms)) };
+        let age_ms = if mine { Some(0) } else { log.fresh.confirmed.then(|| self.now_ms.saturating_sub(log.fresh.newer_at_ms)) };
         Some(Status {
             origin,
             epoch: is.epoch,
@@ -338,6 +340,11 @@ impl Node {
             }
             Message::Same { realm, root } => self.receive_same(&from, &realm, root),
             Message::Beats(beats) => self.hear(&beats),
+            Message::Heard(beats) => beats.iter().for_each(|beat| {
+                if let Some(log) = self.catalogue.log_mut(beat.id) {
+                    log.heard_before(beat);
+                }
+            }),
             Message::Buckets { realm, hashes } => self.receive_buckets(&from, realm, &hashes),
             Message::Entries { realm, buckets, entries } => self.receive_entries(&from, &realm, &buckets, &entries),
             Message::Want(wanted) => wanted.into_iter().for_each(|wanted| self.give(&from, wanted)),
@@ -416,6 +423,10 @@ impl Node {
         }
     }
 
+    pub(crate) fn receipt(&self, fetched: bool) -> Receipt {
+        Receipt { now_ms: self.now_ms, clock_ms: self.clock_ms, fetched }
+    }
+
     pub(crate) fn output(&mut self, output: Output) {
         self.out.push(output);
     }
@@ -448,8 +459,7 @@ impl Node {
     }
 
     pub(crate) fn beat_of(&self, origin: OriginId) -> Option<Beat> {
-        let log = self.catalogue.log(origin)?;
-        (log.heard.index > 0).then_some(Beat { id: origin, index: log.heard.index, link: log.heard.link })
+        self.catalogue.log(origin)?.last_beat()
     }
 
     pub(crate) fn is_newer(&self, theirs: &Entry) -> bool {

@@ -3,11 +3,12 @@
 //! Pushes may be lost, dropped or come in any order. What comes too early is held for about a round trip, then the sender
 //! is asked; everything else is anti-entropy's.
 
+use crate::beat::Beat;
 use crate::catalogue::{Bad, Taken};
 use crate::head::Scope;
 use crate::id::{Addr, OriginId};
 use crate::log::Cursor;
-use crate::message::{Batch, Fork, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Wanted};
+use crate::message::{Batch, Fork, MAX_BEATS, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Wanted};
 use crate::node::{Event, Node};
 use crate::planted::planted;
 use crate::row::Row;
@@ -234,7 +235,7 @@ impl Node {
             return self.show_fork(from, fork);
         }
         let copy = batch.clone();
-        match self.catalogue.take(batch, self.now_ms) {
+        match self.catalogue.take(batch, self.receipt(route == Route::Repair)) {
             Taken::Changed { id, rows, whole } => {
                 self.syncs.reached(id, (copy.head.is.epoch, copy.head.is.seq));
                 self.pushes.asked.retain(|(asked, _), _| *asked != id);
@@ -413,6 +414,8 @@ impl Node {
 
     /// As many batches in a message as a chunk holds.
     pub(crate) fn send_batches(&mut self, to: Addr, batches: Vec<Batch>) {
+        let given = batches.iter().filter(|batch| batch.more == More::Last);
+        let heard: Vec<Beat> = given.filter_map(|batch| self.beat_of(batch.head.is.id)).collect();
         let (mut chunk, mut bytes) = (vec![], 0);
         for batch in batches {
             let length = batch.length();
@@ -423,7 +426,10 @@ impl Node {
             bytes += length;
             chunk.push(batch);
         }
-        self.stream(to, &Message::Batches(chunk));
+        self.stream(to.clone(), &Message::Batches(chunk));
+        for heard in heard.chunks(MAX_BEATS) {
+            self.stream(to.clone(), &Message::Heard(heard.to_vec()));
+        }
     }
 
     fn datagram_of_batches(&mut self, to: Addr, count: u64, batches: &[u8]) {

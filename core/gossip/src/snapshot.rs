@@ -1,7 +1,9 @@
 //! What is kept on disk for a cold start: who the peers are, the clock, and every log. Checksummed as a whole, verified
 //! log by log like everything else, and unconfirmed until a live head or beat covers it.
 
+use crate::beat::Beat;
 use crate::catalogue::{Catalogue, Taken};
+use crate::fresh::Receipt;
 use crate::id::{OriginId, Peer};
 use crate::log::Cursor;
 use crate::members::MAX_SAVED_PEERS;
@@ -42,12 +44,17 @@ impl Snapshot {
         for id in reader.list(MAX_LOGS, "removed origins", |r| Ok(OriginId(r.array("an origin")?)))? {
             snapshot.catalogue.remove(id);
         }
+        reader.list(MAX_LOGS, "logs", |r| snapshot.take_log(r))?;
+        for beat in reader.list(MAX_LOGS, "beats", Beat::read)? {
+            if let Some(log) = snapshot.catalogue.log_mut(beat.id) {
+                log.heard_before(&beat);
+            }
+        }
         reader.list(MAX_LOGS, "forks", |r| {
             let fork = Fork::read(r)?;
             snapshot.refused += usize::from(snapshot.catalogue.take_fork(fork).is_err());
             Ok(())
         })?;
-        reader.list(MAX_LOGS, "logs", |r| snapshot.take_log(r))?;
         Ok(snapshot)
     }
 
@@ -59,10 +66,10 @@ impl Snapshot {
             return Ok(());
         };
         let id = batch.head.is.id;
-        match self.catalogue.take(batch, 0) {
+        match self.catalogue.take(batch, Receipt { now_ms: 0, clock_ms: 0, fetched: true }) {
             Taken::Changed { .. } => {
                 let log = self.catalogue.log_mut(id).expect("it was just taken");
-                log.confirmed = planted!(TrustSnapshot);
+                log.fresh.confirmed = planted!(TrustSnapshot);
             }
             _ => self.refused += 1,
         }
@@ -75,8 +82,7 @@ pub(crate) fn encode(clock_ms: u64, peers: &[Peer], catalogue: &Catalogue) -> Ve
     out.number(clock_ms);
     out.list(peers, |out, peer| peer.write(out));
     out.list(&catalogue.removed().collect::<Vec<_>>(), |out, id| out.extend_from_slice(&id.0));
-    out.list(&catalogue.forks().collect::<Vec<_>>(), |out, fork| fork.write(out));
-    let logs: Vec<_> = catalogue.logs().filter(|log| catalogue.fork(log.head.is.id).is_none()).collect();
+    let logs: Vec<_> = catalogue.logs().collect();
     out.list(&logs, |out, log| {
         let (rows, _) = log.rows_after(&Cursor::START, usize::MAX);
         let (certificate, head) = (Some(log.certificate.clone()), log.head.clone());
@@ -84,6 +90,10 @@ pub(crate) fn encode(clock_ms: u64, peers: &[Peer], catalogue: &Catalogue) -> Ve
         Batch { certificate, head, after: Cursor::START, rows, more: More::Last }.write(&mut record);
         out.bytes(&record);
     });
+    let beats: Vec<_> = logs.iter().filter_map(|log| log.last_beat()).collect();
+    out.list(&beats, |out, beat| beat.write(out));
+    // Behind the logs: what was verified before a fork stays readable, and nothing is taken of an epoch that has forked.
+    out.list(&catalogue.forks().collect::<Vec<_>>(), |out, fork| fork.write(out));
     let sum = *blake3::hash(&out).as_bytes();
     out.extend_from_slice(&sum);
     out

@@ -243,12 +243,12 @@ impl Node {
 
     pub(crate) fn hear(&mut self, beats: &[Beat]) {
         for beat in beats {
-            let now_ms = self.now_ms;
+            let receipt = self.receipt(false);
             let Some(log) = self.catalogue.log_mut(beat.id) else { continue };
             if planted!(AnyReceiptIsFresh) {
-                log.newer_at_ms = now_ms;
+                log.fresh.newer_at_ms = receipt.now_ms;
             }
-            if log.hear(beat, now_ms) {
+            if log.hear(beat, receipt) {
                 self.queue_beat(*beat);
             }
         }

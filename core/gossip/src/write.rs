@@ -1,6 +1,7 @@
 //! Logs of this process's own making: it alone signs them.
 
-use crate::beat::{self, Beat};
+use crate::beat::{self, BEAT_MS, BEATS, Beat};
+use crate::fresh::beat_ms;
 use crate::head::{self, Certificate, Head, Statement};
 use crate::id::{Key, OriginId};
 use crate::log::{Cursor, Log};
@@ -136,11 +137,12 @@ impl Node {
             chain,
             anchor: [0; 16],
         };
+        let receipt = self.receipt(false);
         let log = self.catalogue.log_mut(origin).filter(|log| log.head.is.epoch == is.epoch);
         let shown = match log {
             Some(log) => log.prepare((seq, floor), &after, rows.clone()).map(|change| {
                 is.digest = change.lanes.digest();
-                log.swap(Head::sign(&writer.key, is), change, self.now_ms)
+                log.swap(Head::sign(&writer.key, is), change, receipt)
             }),
             None => {
                 let mut lanes = LtHash::default();
@@ -148,7 +150,7 @@ impl Node {
                 is.digest = lanes.digest();
                 let head = Head::sign(&writer.key, is);
                 let live = rows.iter().filter(|row| !row.is_dead()).cloned().collect();
-                Log::begin(writer.certificate.clone(), head, live, self.now_ms).map(|log| {
+                Log::begin(writer.certificate.clone(), head, live, receipt).map(|log| {
                     self.catalogue.put(log);
                     rows.clone()
                 })
@@ -166,7 +168,6 @@ impl Node {
 
     /// A sign of life for every log of this process, and a new chain of them where the old one is at its end.
     pub(crate) fn own_beats(&mut self) -> Vec<Beat> {
-        let (chain, index) = beat::position(self.clock_ms);
         let mut beats = vec![];
         for origin in self.writers.keys().copied().collect::<Vec<_>>() {
             let writer = &self.writers[&origin];
@@ -175,31 +176,47 @@ impl Node {
             if !writer.begun || self.catalogue.fork(origin).is_some() || is.epoch != writer.certificate.epoch {
                 continue;
             }
+            let (chain, index) = self.beat_position(log);
             if is.chain < chain {
                 let foreign = is.life == 0;
                 let seq = if foreign { is.seq } else { is.seq + 1 };
-                self.renew(origin, Statement { seq, chain, time_ms: self.clock_ms, ..is });
+                let time_ms = self.clock_ms.max(beat_ms(chain, index));
+                self.renew(origin, Statement { seq, chain, time_ms, ..is });
                 continue;
             }
             if is.chain > chain {
-                continue; // signed by a process with a faster clock, which beats for it
+                continue; // of a life whose clock was ahead of this one's
             }
             let beat = Beat { id: origin, index, link: beat::link(head::secret(writer.key(), &is), index) };
-            let now_ms = self.now_ms;
-            if self.catalogue.log_mut(origin).is_some_and(|log| log.hear(&beat, now_ms)) {
+            let receipt = self.receipt(false);
+            if self.catalogue.log_mut(origin).is_some_and(|log| log.hear(&beat, receipt)) {
                 beats.push(beat);
             }
         }
         beats
     }
 
+    /// Which beat of a log of this process is due. A log that others write too may have been signed by one with a faster clock:
+    /// while that one beats, this says nothing new; when it has died, this goes on where it stopped, at the same pace.
+    fn beat_position(&self, log: &Log) -> (u32, u16) {
+        let own = beat::position(self.clock_ms);
+        let is = &log.head.is;
+        if is.chain < own.0 || is.life != 0 {
+            return own;
+        }
+        let silent_ms = self.now_ms.saturating_sub(log.fresh.newer_at_ms);
+        let index = u64::from(log.heard.index) + silent_ms / BEAT_MS;
+        let goes_on = if index > u64::from(BEATS) { (is.chain.saturating_add(1), 0) } else { (is.chain, index as u16) };
+        own.max(goes_on)
+    }
+
     /// The same rows, signed for the time that begins.
     fn renew(&mut self, origin: OriginId, is: Statement) {
         let head = Head::sign(self.writers[&origin].key(), is);
-        let now_ms = self.now_ms;
+        let receipt = self.receipt(false);
         let Some(log) = self.catalogue.log_mut(origin) else { return };
         let after = Cursor::after(log.head.is.seq);
-        log.follow(head.clone(), now_ms);
+        log.follow(head.clone(), receipt);
         self.catalogue.note(origin);
         self.spread(Batch { certificate: None, head, after, rows: vec![], more: More::Last }, None);
     }

@@ -59,6 +59,7 @@ fn messages() -> impl Strategy<Value = Message> {
     let root = root.prop_map(|(realm, root, recent, complete)| Root { realm, root, recent, complete });
     let beat = (any::<[u8; 8]>(), 0..256u16, any::<[u8; 16]>()).prop_map(|(id, index, link)| Beat { id: OriginId(id), index, link });
     let beats = prop::collection::vec(beat, 0..10);
+    let heard = beats.clone();
     let peer = any::<[u8; 8]>().prop_map(|id| Peer {
         id: OriginId(id),
         region: Region::new("fra").unwrap(),
@@ -74,6 +75,7 @@ fn messages() -> impl Strategy<Value = Message> {
         (prop::collection::vec(root, 0..3), beats.clone()).prop_map(|(roots, beats)| Message::Sync { roots, beats }),
         (realm.clone(), any::<u64>()).prop_map(|(realm, root)| Message::Same { realm, root }),
         beats.prop_map(Message::Beats),
+        heard.prop_map(Message::Heard),
         prop::collection::vec(any::<u8>(), 0..50).prop_map(Message::Members),
         (realm.clone(), prop::collection::vec(any::<u32>(), 0..256)).prop_map(|(realm, hashes)| Message::Buckets { realm, hashes }),
         (realm, prop::collection::vec(any::<u8>(), 0..256), entries())

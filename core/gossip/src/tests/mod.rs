@@ -1,5 +1,6 @@
 //! What only the inside can show: limits that a stranger cannot reach in a fast test, and what is kept between messages.
 
+mod ages;
 mod lives;
 mod logs;
 mod pushes;
@@ -26,6 +27,8 @@ pub fn writer(name: &str, epoch: u32, (region, scope): (&str, Scope)) -> Writer 
 pub fn row(key: &str, seq: u64, value: &[u8]) -> Row {
     Row::live(Key::new(key).unwrap(), seq, &Topic::new("shop").unwrap(), value).unwrap()
 }
+
+pub const RECEIPT: Receipt = Receipt { now_ms: 1, clock_ms: 1_000, fetched: false };
 
 pub fn addr(name: &str) -> Addr {
     Addr::new(name).unwrap()
