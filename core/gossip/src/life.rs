@@ -31,7 +31,8 @@ const LIFE_SHIFT: u32 = 24;
 const PROBE_MS: u64 = 1_000;
 /// Earlier lives of one identity that are remembered.
 const MAX_LIVES: usize = 4;
-const MAX_PROBES: usize = 256;
+/// Open at once for one peer that asks. It is not answered meanwhile, and asks again.
+const MAX_PROBES_A_PEER: usize = 4;
 
 /// Whether this process may publish.
 pub(crate) struct Own {
@@ -84,6 +85,7 @@ pub(crate) struct Lives {
 
 /// Somebody asks to speak, and older lives of it are asked whether they answer.
 struct Probe {
+    from: Addr,
     of: Peer,
     nonce: u64,
     origins: Vec<OriginId>,
@@ -217,20 +219,23 @@ impl Node {
 
     // ---- for others
 
-    pub(crate) fn receive_recover(&mut self, of: Peer, nonce: u64, origins: Vec<OriginId>) {
+    pub(crate) fn receive_recover(&mut self, from: Addr, of: Peer, nonce: u64, origins: Vec<OriginId>) {
         if of.id == self.me.id || self.lives.probes.iter().any(|probe| probe.of == of && probe.nonce == nonce) {
             return;
         }
         let members = self.members.get(of.id).into_iter();
         let lives = self.lives.known.get(&of.id).into_iter().flatten().chain(members);
         let others: Vec<Peer> = lives.filter(|other| other.life != of.life && other.addr != of.addr).cloned().collect();
-        if others.is_empty() || self.lives.probes.len() >= MAX_PROBES || planted!(NeverProbeLives) {
+        if others.is_empty() || planted!(NeverProbeLives) {
             return self.accept(of, nonce, &origins);
+        }
+        if self.lives.probes.iter().filter(|probe| probe.from == from).count() >= MAX_PROBES_A_PEER {
+            return;
         }
         for other in others {
             self.stream(other.addr, &Message::AreYouAlive { id: of.id, life: other.life, nonce });
         }
-        self.lives.probes.push(Probe { of, nonce, origins, until_ms: self.now_ms + PROBE_MS });
+        self.lives.probes.push(Probe { from, of, nonce, origins, until_ms: self.now_ms + PROBE_MS });
     }
 
     pub(crate) fn receive_i_am_alive(&mut self, alive: Alive) {

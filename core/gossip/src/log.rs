@@ -16,10 +16,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Above this the lanes (2 KiB) are kept; for fewer rows they are made again when they are needed.
 const KEEP_LANES_ABOVE: usize = 16;
-/// Of one origin. A host with more is broken; the rest of the cluster must not pay for it.
+/// Of one origin, with what its rows take in memory. A host with more is broken; the rest of the cluster must not pay for it.
 pub const MAX_LOG_BYTES: usize = 64 << 20;
 /// So many rows at most: one message or record can name them all, and their places in memory stay bounded too.
 pub const MAX_ROWS: usize = 1 << 18;
+/// What a row takes beside its bytes: its key three times, its places, what is allocated around them.
+pub(crate) const ROW_COST_BYTES: usize = 200;
 /// The newest heads, so that a fork is seen a little later too, and can be shown.
 const REMEMBERED_HEADS: usize = 4;
 
@@ -128,7 +130,8 @@ impl Log {
         // Limits come before hashes: what is too big costs nothing.
         let (held_rows, held_bytes) = if whole { (0, 0) } else { (self.rows.len(), self.bytes) };
         let bytes = held_bytes + length_of(come()) - length_of(gone.iter().copied());
-        if bytes > MAX_LOG_BYTES || held_rows + come().count() - gone.len() > MAX_ROWS {
+        let rows = held_rows + come().count() - gone.len();
+        if rows > MAX_ROWS || bytes + rows * ROW_COST_BYTES > MAX_LOG_BYTES {
             return Err(Refusal::TooBig);
         }
         let mut lanes = if whole { LtHash::default() } else { self.lanes() };
@@ -261,8 +264,8 @@ impl Log {
 
     /// Whether the rows still are what the head signs: memory fails too.
     pub fn is_sound(&self) -> bool {
-        let kept = self.lanes.as_ref().is_none_or(|lanes| *lanes == self.lanes_of_rows());
-        kept && self.lanes_of_rows().digest() == self.head.is.digest
+        let lanes = self.lanes_of_rows();
+        self.lanes.as_ref().is_none_or(|kept| *kept == lanes) && lanes.digest() == self.head.is.digest
     }
 
     /// Memory that fails, for the simulator: another value under the first key.

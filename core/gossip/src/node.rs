@@ -348,7 +348,7 @@ impl Node {
             Message::Buckets { realm, hashes } => self.receive_buckets(&from, realm, &hashes),
             Message::Entries { realm, buckets, entries } => self.receive_entries(&from, &realm, &buckets, &entries),
             Message::Want(wanted) => wanted.into_iter().for_each(|wanted| self.give(&from, wanted)),
-            Message::Recover { of, nonce, origins } => self.receive_recover(of, nonce, origins),
+            Message::Recover { of, nonce, origins } => self.receive_recover(from, of, nonce, origins),
             Message::Recovered(recovered) => self.receive_recovered(&from, recovered),
             Message::AreYouAlive { id, life, nonce } => self.receive_are_you_alive(from, (id, life), nonce),
             Message::IAmAlive(alive) => self.receive_i_am_alive(alive),

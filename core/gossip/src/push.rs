@@ -7,7 +7,7 @@ use crate::beat::Beat;
 use crate::catalogue::{Bad, Taken};
 use crate::head::Scope;
 use crate::id::{Addr, OriginId};
-use crate::log::Cursor;
+use crate::log::{Cursor, ROW_COST_BYTES};
 use crate::message::{Batch, Fork, MAX_BEATS, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Wanted};
 use crate::node::{Event, Node};
 use crate::planted::planted;
@@ -25,6 +25,8 @@ const FLUSH_MS: u64 = 1;
 /// Room for a version, a kind, a count.
 const OVERHEAD_BYTES: usize = 8;
 const MAX_HELD: usize = 512;
+/// Of one peer: its own oldest goes first.
+const MAX_HELD_A_PEER: usize = 128;
 /// A want is not repeated to the same peer before.
 const ASK_AGAIN_MS: u64 = 1_000;
 /// Rows that wait for the rest of their log, of all origins.
@@ -38,7 +40,8 @@ const MAX_STAGES: usize = 4_096;
 const PARTS_A_WANT: usize = 8;
 /// What one input may make this host send: a small message must not cause a flood.
 const MAX_GIVEN_BYTES: usize = 4 << 20;
-const MAX_ASKED: usize = 65_536;
+/// What one peer may be asked for within [`ASK_AGAIN_MS`], whatever it says it has.
+const MAX_ASKED_A_PEER: usize = 4_096;
 
 #[derive(Default)]
 pub(crate) struct Pushes {
@@ -46,7 +49,7 @@ pub(crate) struct Pushes {
     next_flush_ms: u64,
     held: Vec<Held>,
     is_trying: bool,
-    asked: BTreeMap<(OriginId, Addr), (u64, Cursor)>,
+    asked: BTreeMap<Addr, BTreeMap<OriginId, (u64, Cursor)>>,
     /// Of each peer its own: what one of them makes up does not touch what another has sent.
     staged: BTreeMap<(OriginId, Addr), Stage>,
     given_bytes: usize,
@@ -174,7 +177,7 @@ impl Node {
             // Its rows cannot matter; its head may: unsigned, of no known writer, or one that contradicts another.
             return self.receive_batch(from, Batch { rows: vec![], more: More::Last, ..batch }, Route::Repair);
         }
-        let bytes: usize = batch.rows.iter().map(Row::length).sum();
+        let bytes: usize = batch.rows.iter().map(|row| row.length() + ROW_COST_BYTES).sum();
         if !self.pushes.has_room_to_stage(&at, bytes) {
             self.counters.dropped_stages += 1;
             return;
@@ -238,7 +241,7 @@ impl Node {
         match self.catalogue.take(batch, self.receipt(route == Route::Repair)) {
             Taken::Changed { id, rows, whole } => {
                 self.syncs.reached(id, (copy.head.is.epoch, copy.head.is.seq));
-                self.pushes.asked.retain(|(asked, _), _| *asked != id);
+                self.pushes.asked.values_mut().for_each(|asked| drop(asked.remove(&id)));
                 self.changed(id, whole, rows);
                 if route == Route::Push {
                     self.spread(copy, Some(from));
@@ -308,7 +311,7 @@ impl Node {
 
     fn show_fork(&mut self, to: &Addr, fork: Fork) {
         let now_ms = self.now_ms;
-        let shown = self.pushes.asked.entry((fork.certificate.id, to.clone())).or_insert((0, Cursor::START));
+        let shown = self.pushes.asked.entry(to.clone()).or_default().entry(fork.certificate.id).or_insert((0, Cursor::START));
         if shown.0 + ASK_AGAIN_MS <= now_ms || shown.0 == 0 {
             shown.0 = now_ms;
             self.stream(to.clone(), &Message::Fork(Box::new(fork)));
@@ -318,8 +321,11 @@ impl Node {
     // ---- too early
 
     fn hold(&mut self, from: &Addr, batch: Batch) {
-        if self.pushes.held.len() == MAX_HELD {
-            self.pushes.held.remove(0);
+        let held = &self.pushes.held;
+        let of_it = held.iter().filter(|held| held.from == *from).count();
+        let oldest = held.iter().position(|held| of_it < MAX_HELD_A_PEER || held.from == *from);
+        if let Some(oldest) = oldest.filter(|_| of_it >= MAX_HELD_A_PEER || held.len() >= MAX_HELD) {
+            self.pushes.held.remove(oldest);
             self.counters.dropped_held += 1;
         }
         let until_ms = self.now_ms + self.config.hold_ms;
@@ -361,19 +367,23 @@ impl Node {
                 self.want(&held.from, Wanted { id: is.id, epoch: is.epoch, after });
             }
         }
-        self.pushes.asked.retain(|_, (at, _)| now_ms.saturating_sub(*at) < ASK_AGAIN_MS);
+        self.pushes.asked.retain(|_, asked| {
+            asked.retain(|_, (at, _)| now_ms.saturating_sub(*at) < ASK_AGAIN_MS);
+            !asked.is_empty()
+        });
     }
 
     // ---- asking and giving
 
     pub(crate) fn want(&mut self, from: &Addr, wanted: Wanted) {
         let now_ms = self.now_ms;
-        if self.pushes.asked.len() >= MAX_ASKED {
-            return;
-        }
         let staged = self.pushes.staged.get(&(wanted.id, from.clone())).filter(|stage| stage.epoch == wanted.epoch && !stage.rows.is_empty());
         let wanted = staged.map_or(wanted.clone(), |stage| Wanted { after: stage.cursor.clone(), ..wanted });
-        let asked = self.pushes.asked.entry((wanted.id, from.clone())).or_insert((0, Cursor { seq: u64::MAX, key: None }));
+        let of_it = self.pushes.asked.entry(from.clone()).or_default();
+        if of_it.len() >= MAX_ASKED_A_PEER && !of_it.contains_key(&wanted.id) {
+            return;
+        }
+        let asked = of_it.entry(wanted.id).or_insert((0, Cursor { seq: u64::MAX, key: None }));
         if asked.1 == wanted.after && asked.0 + ASK_AGAIN_MS > now_ms {
             return;
         }

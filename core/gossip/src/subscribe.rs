@@ -16,20 +16,27 @@ pub const IDLE_MS: u64 = 600_000;
 /// Without a poll for this long, nobody is told of changes any more.
 const SERVED_MS: u64 = 15_000;
 const MAX_SUBSCRIPTIONS: usize = 4_096;
-const MAX_SUBSCRIBERS: usize = 4_096;
+/// What one peer may subscribe to here; each has its own room.
+const MAX_TOPICS_A_PEER: usize = MAX_SUBSCRIPTIONS;
 const BEATS_A_DATAGRAM: usize = 40;
 
 #[derive(Default)]
 pub(crate) struct Subscriptions {
     used: BTreeMap<(Region, Topic), u64>,
     pub next_ms: u64,
-    served: BTreeMap<(Addr, Topic), Served>,
+    served: BTreeMap<Addr, Served>,
 }
 
+/// What one peer is told of, and until when if it does not ask again.
 #[derive(Default)]
 struct Served {
+    topics: BTreeMap<Topic, u64>,
+    origins: BTreeMap<OriginId, Told>,
+}
+
+struct Told {
+    at: (u32, u64),
     until_ms: u64,
-    origins: BTreeMap<OriginId, (u32, u64)>,
 }
 
 impl Node {
@@ -49,7 +56,11 @@ impl Node {
         }
         let now_ms = self.now_ms;
         self.subscriptions.next_ms = now_ms + self.rng.around(POLL_MS);
-        self.subscriptions.served.retain(|_, served| served.until_ms > now_ms);
+        self.subscriptions.served.retain(|_, served| {
+            served.topics.retain(|_, until_ms| *until_ms > now_ms);
+            served.origins.retain(|_, told| told.until_ms > now_ms);
+            !served.topics.is_empty()
+        });
         let is_idle = |used: &u64| now_ms.saturating_sub(*used) >= IDLE_MS && !planted!(SubscribeForEver);
         let idle: Vec<(Region, Topic)> = self.subscriptions.used.iter().filter(|(_, used)| is_idle(used)).map(|(at, _)| at.clone()).collect();
         idle.into_iter().for_each(|at| self.unsubscribe(at));
@@ -86,12 +97,14 @@ impl Node {
         let bearing: BTreeSet<OriginId> = with_topic.map(|log| log.head.is.id).collect();
         let known: BTreeMap<OriginId, &Entry> = theirs.iter().map(|entry| (entry.id, entry)).collect();
         let mut beats: Vec<Beat> = vec![];
-        let at = (from.clone(), topic);
-        if self.subscriptions.served.len() >= MAX_SUBSCRIBERS && !self.subscriptions.served.contains_key(&at) {
+        let mut served = self.subscriptions.served.remove(&from).unwrap_or_default();
+        let until_ms = self.now_ms + SERVED_MS;
+        let has_room = served.topics.len() < MAX_TOPICS_A_PEER || served.topics.contains_key(&topic);
+        if !has_room {
+            self.subscriptions.served.insert(from, served);
             return;
         }
-        let mut served = self.subscriptions.served.remove(&at).unwrap_or_default();
-        served.until_ms = self.now_ms + SERVED_MS;
+        served.topics.insert(topic, until_ms);
         for id in bearing.into_iter().chain(known.keys().copied()).collect::<BTreeSet<_>>() {
             let Some(ours) = self.catalogue.entry(id) else { continue };
             let theirs = known.get(&id);
@@ -100,10 +113,10 @@ impl Node {
                 let epoch = theirs.map_or(ours.epoch, |theirs| theirs.epoch);
                 self.give(&from, Wanted { id, epoch, after });
             }
-            served.origins.insert(id, (ours.epoch, ours.seq));
+            served.origins.insert(id, Told { at: (ours.epoch, ours.seq), until_ms });
             beats.extend(self.beat_of(id));
         }
-        self.subscriptions.served.insert(at, served);
+        self.subscriptions.served.insert(from.clone(), served);
         for beats in beats.chunks(BEATS_A_DATAGRAM) {
             self.datagram(from.clone(), &Message::Beats(beats.to_vec()));
         }
@@ -115,13 +128,15 @@ impl Node {
         if log.certificate.scope == Scope::Global || log.certificate.region != self.me.region {
             return;
         }
-        let now = (log.head.is.epoch, log.head.is.seq);
+        let (now, new_until_ms) = ((log.head.is.epoch, log.head.is.seq), self.now_ms + SERVED_MS);
+        let topics: BTreeSet<&[u8]> = log.rows().filter_map(|row| row.body()).map(|body| body.topic).collect();
         let mut told = vec![];
-        for ((to, topic), served) in &mut self.subscriptions.served {
-            let known = served.origins.get(&id).copied();
-            if known.is_some() || log.rows().any(|row| row.has_topic(topic)) {
-                served.origins.insert(id, now);
-                told.push((to.clone(), known));
+        for (to, served) in &mut self.subscriptions.served {
+            let known = served.origins.get(&id).map(|told| (told.at, told.until_ms));
+            if known.is_some() || served.topics.keys().any(|topic| topics.contains(topic.as_bytes())) {
+                let until_ms = known.map_or(new_until_ms, |(_, until_ms)| until_ms);
+                served.origins.insert(id, Told { at: now, until_ms });
+                told.push((to.clone(), known.map(|(at, _)| at)));
             }
         }
         for (to, known) in told {

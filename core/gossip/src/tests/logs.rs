@@ -45,3 +45,13 @@ fn a_quarantined_log_is_readable_after_a_restart_too() {
     assert!(snapshot.catalogue.fork(id).is_some());
     assert!(matches!(snapshot.catalogue.take(host.whole(4, &[]), RECEIPT), Taken::Known), "and still quarantined");
 }
+
+#[test]
+fn many_small_rows_count_as_what_they_take() {
+    let host = writer("host/a", 1, ("fra", Scope::Region));
+    let rows: Vec<Row> = (0..MAX_ROWS - 10_000).map(|n| row(&n.to_string(), 5, &[0; 80])).collect();
+    let bytes: usize = rows.iter().map(Row::length).sum();
+    assert!(bytes < MAX_LOG_BYTES / 2);
+    let refused = Log::begin(host.certificate.clone(), host.head(5, &[]), rows, RECEIPT).err();
+    assert_eq!(refused, Some(Refusal::TooBig));
+}

@@ -1,6 +1,7 @@
 //! What only the inside can show: limits that a stranger cannot reach in a fast test, and what is kept between messages.
 
 mod ages;
+mod greed;
 mod lives;
 mod logs;
 mod pushes;
