@@ -23,8 +23,8 @@ pub struct Catalogue {
     /// Of the origin's newest epoch.
     forks: BTreeMap<OriginId, Fork>,
     removed: BTreeSet<OriginId>,
-    /// How far a log was, in its epoch, that was dropped to be fetched again: readers never go back.
-    reached: BTreeMap<OriginId, (u32, (u64, u32))>,
+    /// Heads of logs that were dropped to be fetched again: readers never go back behind them.
+    reached: BTreeMap<OriginId, Head>,
     realms: BTreeMap<Realm, [u64; BUCKETS]>,
     summed: BTreeMap<OriginId, (Realm, u64)>,
     changes: VecDeque<(u64, OriginId)>,
@@ -87,8 +87,7 @@ impl Catalogue {
         if self.removed.contains(&id) || (head.is.epoch < certificate.epoch && !planted!(OldEpoch)) || self.fork(id).is_some() {
             return Taken::Known;
         }
-        let is_older = |(epoch, least): &(u32, (u64, u32))| *epoch == head.is.epoch && head.at() < *least;
-        if self.reached.get(&id).is_some_and(is_older) && !planted!(GoBack) {
+        if self.reached(id).is_some_and(|least| least.is.epoch == head.is.epoch && head.at() < least.at()) && !planted!(GoBack) {
             return Taken::Known;
         }
         let certificate = certificate.clone();
@@ -252,9 +251,14 @@ impl Catalogue {
     /// Forgets a log whose memory has failed, but not how far it was.
     pub(crate) fn drop_unsound(&mut self, id: OriginId) {
         if let Some(log) = self.logs.get(&id) {
-            self.reached.insert(id, (log.head.is.epoch, log.head.at()));
+            self.reached.insert(id, log.head.clone());
         }
         self.drop_log(id);
+    }
+
+    /// The newest head that this host has taken of a log whose rows it no longer has.
+    pub(crate) fn reached(&self, id: OriginId) -> Option<&Head> {
+        self.reached.get(&id)
     }
 
     /// Detail of other regions is fetched again when it is used.

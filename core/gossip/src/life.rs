@@ -261,8 +261,13 @@ impl Node {
     }
 
     fn accept(&mut self, of: Peer, nonce: u64, origins: &[OriginId]) {
-        let logs = origins.iter().filter_map(|id| self.catalogue.log(*id));
-        let heads = logs.map(|log| (log.certificate.clone(), log.head.clone())).collect();
+        let head = |id: &OriginId| self.catalogue.log(*id).map(|log| &log.head).or(self.catalogue.reached(*id));
+        let with_certificate = |id: &OriginId| {
+            let epoch = head(id)?.is.epoch;
+            let of_log = self.catalogue.log(*id).map(|log| &log.certificate).or(self.catalogue.certificate(*id));
+            of_log.filter(|certificate| certificate.epoch == epoch).cloned().zip(head(id).cloned())
+        };
+        let heads = origins.iter().filter_map(with_certificate).collect();
         let (id, to) = (of.id, of.addr.clone());
         self.lives.accept(of);
         self.stream(to, &Message::Recovered(Recovered { id, nonce, heads }));

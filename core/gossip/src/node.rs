@@ -424,7 +424,7 @@ impl Node {
     }
 
     pub(crate) fn receipt(&self, fetched: bool) -> Receipt {
-        Receipt { now_ms: self.now_ms, clock_ms: self.clock_ms, fetched }
+        Receipt { now_ms: self.now_ms, clock_ms: self.clock_ms, fetched: fetched && !crate::planted::planted!(FetchedIsFresh) }
     }
 
     pub(crate) fn output(&mut self, output: Output) {

@@ -40,6 +40,10 @@ pub enum Bug {
     NeverAnnounceAgain,
     /// Never compares its own memory with the digests.
     NoSelfCheck,
+    /// Calls what was only fetched a sign of life.
+    FetchedIsFresh,
+    /// Leaves the beats of config to the process that signed it last.
+    LeaveBeats,
     /// Never gives up a subscription.
     SubscribeForEver,
 }

@@ -5,7 +5,7 @@
 
 use crate::beat::Beat;
 use crate::catalogue::{Bad, Taken};
-use crate::head::Scope;
+use crate::head::{Head, Scope};
 use crate::id::{Addr, OriginId};
 use crate::log::{Cursor, ROW_COST_BYTES};
 use crate::message::{Batch, Fork, MAX_BEATS, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Wanted};
@@ -251,7 +251,7 @@ impl Node {
             }
             Taken::Renewed { .. } if route == Route::Push => self.spread(copy, Some(from)),
             Taken::Renewed { .. } => {}
-            Taken::Known => {}
+            Taken::Known => self.show_reached(from, &copy.head),
             taken @ (Taken::Gap { .. } | Taken::Stranger { .. }) if route == Route::Push => {
                 if matches!(taken, Taken::Gap { .. }) {
                     self.note_behind(&copy.head.is);
@@ -315,6 +315,17 @@ impl Node {
         if shown.0 + ASK_AGAIN_MS <= now_ms || shown.0 == 0 {
             shown.0 = now_ms;
             self.stream(to.clone(), &Message::Fork(Box::new(fork)));
+        }
+    }
+
+    /// Of a log whose rows are to be fetched again only the head is left here. If it is its writer that goes on below that, in
+    /// a life that has heard of no other, it must see it, or nobody who was that far ever takes its rows.
+    fn show_reached(&mut self, to: &Addr, told: &Head) {
+        let reached = self.catalogue.reached(told.is.id).filter(|head| head.is.epoch == told.is.epoch && head.at() > told.at());
+        if let Some(head) = reached.cloned() {
+            let after = Cursor::after(head.is.seq);
+            let certificate = self.catalogue.certificate(head.is.id).cloned();
+            self.stream(to.clone(), &Message::Batches(vec![Batch { after, ..stage_of(certificate, head) }]));
         }
     }
 

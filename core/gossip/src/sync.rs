@@ -25,6 +25,9 @@ const MAX_RECENT: usize = 12;
 const MAX_DELTA: usize = 256;
 /// To how many peers each beat is handed on. Fewer would leave readers without two in a row too often.
 const BEAT_COPIES: u8 = 4;
+/// And to how many in other regions those of global logs. Apart, or a region that has used up its copies among its own would
+/// leave a lone host elsewhere without.
+const FAR_COPIES: u8 = 2;
 const BEAT_PEERS: usize = 3;
 const BEATS_A_DATAGRAM: usize = 1_150 / BEAT_BYTES;
 /// Beside roots and recent entries.
@@ -38,9 +41,15 @@ pub(crate) struct Syncs {
     pub next_beat_ms: u64,
     round: u64,
     peers: BTreeMap<(Addr, Realm), Equal>,
-    beats: VecDeque<(Beat, u8)>,
+    beats: VecDeque<(Beat, Copies)>,
     /// Of certified origins only, so no more than there may be of those.
     behind: BTreeMap<OriginId, Behind>,
+}
+
+/// How often a beat is still to be told.
+struct Copies {
+    near: u8,
+    far: u8,
 }
 
 /// When this host and a peer last had the same.
@@ -256,7 +265,8 @@ impl Node {
 
     fn queue_beat(&mut self, beat: Beat) {
         self.syncs.beats.retain(|(queued, _)| queued.id != beat.id);
-        self.syncs.beats.push_back((beat, BEAT_COPIES));
+        let far = if self.catalogue.realm_of(beat.id) == Some(Realm::Global) { FAR_COPIES } else { 0 };
+        self.syncs.beats.push_back((beat, Copies { near: BEAT_COPIES, far }));
         if self.syncs.beats.len() > MAX_QUEUED_BEATS {
             self.syncs.beats.pop_front();
         }
@@ -265,15 +275,14 @@ impl Node {
     /// The newest first. To other regions only what is held there.
     fn beats_to_tell(&mut self, near: bool, max: usize) -> Vec<Beat> {
         let mut told = vec![];
-        let catalogue = &self.catalogue;
         self.syncs.beats.iter_mut().rev().for_each(|(beat, left)| {
-            let fits = near || catalogue.realm_of(beat.id) == Some(Realm::Global);
-            if fits && told.len() < max {
+            let left = if near { &mut left.near } else { &mut left.far };
+            if *left > 0 && told.len() < max {
                 *left -= 1;
                 told.push(*beat);
             }
         });
-        self.syncs.beats.retain(|(_, left)| *left > 0);
+        self.syncs.beats.retain(|(_, left)| left.near > 0 || left.far > 0);
         told
     }
 }

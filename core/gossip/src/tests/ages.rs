@@ -1,6 +1,6 @@
 //! Whose sign of life it is, and when: the dead must not look fresh because somebody still has what they said.
 
-use super::{Writer, at, cluster, node, node_of, row, sent, stream, writer};
+use super::{Writer, at, cluster, node, node_of, peer, row, sent, stream, writer};
 use crate::beat;
 use crate::*;
 
@@ -110,4 +110,19 @@ fn config_goes_on_beating_after_the_process_with_the_fastest_clock_has_died() {
     // At the end of that chain the head is signed for the next.
     (60..1_000).for_each(|s| drop(node.handle(Input::Tick, at(s * 1_000))));
     assert_eq!(node.catalogue.log(id).unwrap().head.is.chain, 11);
+}
+
+#[test]
+fn a_lone_host_elsewhere_hears_the_beats_of_global_logs() {
+    let (config, mut node) = (writer("config/0", 1, ("", Scope::Global)), node());
+    let far = Peer { region: Region::new("iad").unwrap(), ..peer("host/far") };
+    node.members.put_active(vec![peer("host/a"), peer("host/b"), peer("host/c"), far]);
+    let batch = said(&config, 1_000, &[row("a", 1, b"1")]);
+    node.handle(stream("x", &Message::Push(vec![batch.clone()])), at(1));
+    let beat = beat_of(&config, &batch, 1);
+    node.handle(stream("x", &Message::Beats(vec![beat])), at(2));
+    let outputs: Vec<Output> = (1..100).flat_map(|n| node.handle(Input::Tick, at(n * 50))).collect();
+    let told = |message: &Message| matches!(message, Message::Sync { beats, .. } | Message::Beats(beats) if beats.contains(&beat));
+    assert!(sent(&outputs, "host/far").iter().any(told));
+    assert_eq!(["host/a", "host/b", "host/c"].map(|near| sent(&outputs, near).iter().filter(|message| told(message)).count()).iter().sum::<usize>(), 4);
 }

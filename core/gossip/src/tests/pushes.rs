@@ -116,8 +116,11 @@ fn memory_that_fails_is_fetched_again_and_never_from_before() {
     node.catalogue.log_mut(id).unwrap().flip_memory();
     let outputs: Vec<Output> = (1..4).flat_map(|s| node.handle(Input::Tick, at(s * 1_100))).collect();
     assert!(outputs.contains(&Output::Event(Event::SelfCheckFailed { origin: id })));
-    node.handle(stream("late", &Message::Batches(vec![host.whole(1, &rows[..1])])), at(4_000));
+    let outputs = node.handle(stream("late", &Message::Batches(vec![host.whole(1, &rows[..1])])), at(4_000));
     assert!(node.catalogue().log(id).is_none(), "an older state is not taken");
+    // Whoever writes below what was reached sees it, and goes on above.
+    let shown = sent(&outputs, "late");
+    assert!(matches!(&shown[..], [Message::Batches(batches)] if batches[0].head == host.head(2, &rows)), "{shown:?}");
     node.handle(stream("x", &Message::Batches(vec![host.whole(2, &rows)])), at(4_100));
     assert_eq!(node.catalogue().log(id).map(Log::len), Some(2));
 }
