@@ -11,8 +11,10 @@ pub struct Checks {
     pub broken: Option<String>,
     /// Every state that was ever signed, by whoever rightly held the key.
     truth: BTreeMap<State, Vec<Row>>,
-    /// Identities of which two heads of one sequence were made on purpose, or that were cloned.
-    pub may_fork: BTreeSet<OriginId>,
+    /// Identities that were in two hands at some time: of them one may be told that there is another.
+    pub in_two_hands: BTreeSet<OriginId>,
+    /// Epochs in which both hands spoke, or two heads of one sequence were made on purpose.
+    pub may_fork: BTreeSet<(OriginId, u32)>,
 }
 
 impl Checks {
@@ -76,9 +78,9 @@ impl Checks {
     }
 
     /// Only an identity of which two processes wrote is ever quarantined: a rolled-back disk is no fork.
-    pub fn forked(&mut self, who: usize, origin: OriginId) {
-        if !self.may_fork.contains(&origin) {
-            self.fail(|| format!("process {who} quarantined {origin:?}, which never contradicted itself"));
+    pub fn forked(&mut self, who: usize, (origin, epoch): (OriginId, u32)) {
+        if !self.may_fork.contains(&(origin, epoch)) {
+            self.fail(|| format!("process {who} quarantined epoch {epoch} of {origin:?}, which never contradicted itself in it"));
         }
     }
 }

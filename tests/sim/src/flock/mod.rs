@@ -43,6 +43,8 @@ pub const BUGS: &[(&str, Bug)] = &[
     ("any-receipt-is-fresh", Bug::AnyReceiptIsFresh),
     ("never-announce-again", Bug::NeverAnnounceAgain),
     ("no-self-check", Bug::NoSelfCheck),
+    ("fetched-is-fresh", Bug::FetchedIsFresh),
+    ("leave-beats", Bug::LeaveBeats),
     ("subscribe-for-ever", Bug::SubscribeForEver),
 ];
 

@@ -142,6 +142,12 @@ impl World {
         } else {
             store.rows.insert(key, (self.rng.draw().to_le_bytes().to_vec(), store.revision));
         }
+        // The truth is the store's own, whoever publishes what of it.
+        let row = |(key, (value, revision)): (&Key, &(Vec<u8>, u64))| Row::live(key.clone(), *revision, &topic(), value).expect("short");
+        let rows: Vec<Row> = store.rows.iter().map(row).collect();
+        let mut lanes = LtHash::default();
+        rows.iter().for_each(|row| lanes.add(row.raw()));
+        self.checks.wrote_state((self.config.id, self.config.certificate.epoch, store.revision, lanes.digest()), rows);
     }
 
     /// Either control process, at its own pace, whole or in part: the same revision must be the same state.
@@ -272,7 +278,7 @@ impl World {
         clone.facts = self.processes[of].facts.clone();
         clone.facts.insert(Key::new("clone").expect("short"), b"was here".to_vec());
         self.processes.push(clone);
-        self.checks.may_fork.insert(self.hosts[of].id);
+        self.checks.in_two_hands.insert(self.hosts[of].id);
         self.tell(|| format!("a clone of host {of} starts"));
         let last = self.processes[HOSTS].disk.len() - 1;
         self.start(HOSTS, Some(last));
@@ -293,7 +299,8 @@ impl World {
         let batch = dunlin_gossip::Batch { certificate, head, after: Cursor::START, rows: vec![row.clone()], more: dunlin_gossip::More::Last };
         let is = &batch.head.is;
         self.checks.wrote_state((is.id, is.epoch, is.seq, is.digest), vec![row]);
-        self.checks.may_fork.insert(host.id);
+        self.checks.in_two_hands.insert(host.id);
+        self.checks.may_fork.insert((host.id, is.epoch));
         self.forked = true;
         self.tell(|| format!("the key of host {at} signs two heads of one sequence"));
         let (seq, first_epoch) = (batch.head.is.seq, batch.head.is.epoch);
@@ -365,12 +372,19 @@ impl World {
         let now = now(self.now_ms, process);
         let Some(node) = process.node.as_mut() else { return };
         self.handled += 1;
+        let origin = self.hosts[process.host].id;
+        let digest = |node: &Node| node.catalogue().log(origin).map(|log| log.head.is.digest);
+        let (before, is_foreign) = (digest(node), matches!(input, Input::Datagram { .. } | Input::Stream { .. }));
         let outputs = node.handle(input, now);
-        for origin in [self.hosts[process.host].id, self.config.id] {
-            let writes = origin != self.config.id || CONTROLS.contains(&at);
-            if let Some(log) = node.catalogue().log(origin).filter(|log| writes && log.head.is.life == if origin == self.config.id { 0 } else { node.me().life }) {
-                self.checks.wrote(log);
-            }
+        // It writes when its owner says something, when time or the last answer lets it speak, and when a chain of beats has
+        // ended, which changes no row. What it merely takes from others is not its truth.
+        let begins = outputs.iter().any(|output| matches!(output, Output::Event(Event::Speaking { .. })));
+        let writes = !is_foreign || begins || before == digest(node);
+        if let Some(log) = node.catalogue().log(origin).filter(|log| writes && log.head.is.life == node.me().life) {
+            self.checks.wrote(log);
+        }
+        if process.is_clone && node.speaks() {
+            self.checks.may_fork.extend(node.catalogue().epoch(origin).map(|epoch| (origin, epoch)));
         }
         let mut told = BTreeSet::new();
         for output in outputs {
@@ -403,10 +417,10 @@ impl World {
     fn event(&mut self, at: usize, event: Event) {
         self.tell(|| format!("process {at}: {event:?}"));
         match event {
-            Event::Forked { origin, .. } => self.checks.forked(at, origin),
+            Event::Forked { origin, epoch, .. } => self.checks.forked(at, (origin, epoch)),
             Event::DuplicateIdentity { .. } | Event::Superseded { .. } => {
                 let host = self.processes[at].host;
-                if !self.checks.may_fork.contains(&self.hosts[host].id) {
+                if !self.checks.in_two_hands.contains(&self.hosts[host].id) {
                     self.checks.fail(|| format!("process {at} is called a duplicate, but there is no other"));
                 }
                 self.processes[at].silenced = true;

@@ -10,6 +10,10 @@ const CALM_MS: u64 = 60_000;
 /// A change is in the whole region by push, not by the next comparison.
 const PUSH_MS: u64 = 40;
 const DEAD_MS: u64 = 30_000;
+/// By so much the clock of the dead may have been ahead of a reader's.
+const REPLAY_MARGIN_MS: u64 = 180_000;
+/// More than a chain of beats.
+const FAST_MS: i64 = 1_200_000;
 
 impl World {
     pub fn settle(&mut self) {
@@ -31,7 +35,7 @@ impl World {
             self.publish_store_at(control);
         }
         self.pass(20_000);
-        let checks = [Self::converged, Self::members_agree, Self::pushed, Self::subscription_ends, Self::the_dead_grow_old];
+        let checks = [Self::converged, Self::members_agree, Self::pushed, Self::subscription_ends, Self::the_dead_grow_old, Self::config_outlives_a_fast_clock];
         for check in checks {
             if self.checks.broken.is_none() {
                 check(self);
@@ -63,7 +67,7 @@ impl World {
             let knows = |at: &&usize| self.processes[**at].node.as_ref().is_some_and(|node| node.catalogue().fork(id).is_some());
             let near = |at: &&usize| self.processes[**at].host % 2 == host % 2;
             let in_region = up.iter().filter(near).filter(knows).count();
-            if in_region == 0 && !(self.forked && self.checks.may_fork.len() == 1 && self.checks.may_fork.contains(&id) && self.contradicted(id)) {
+            if in_region == 0 && !(self.forked && self.checks.in_two_hands.len() == 1 && self.checks.in_two_hands.contains(&id) && self.contradicted(id)) {
                 continue;
             }
             if in_region != up.iter().filter(near).count() {
@@ -217,7 +221,21 @@ impl World {
             }
         }
         self.restarts.clear();
-        self.pass(DEAD_MS);
+        // Whoever starts only now and fetches what the dead has left is not told that it lives. While the liar repeats what it
+        // once said, that is so after the time that a replay may have.
+        let lies_on = self.rng.percent(10);
+        self.liar.rests = !lies_on;
+        self.pass(if lies_on { dunlin_gossip::MAX_SKEW_MS + REPLAY_MARGIN_MS } else { DEAD_MS / 2 });
+        let starts = |at: &usize| self.processes[*at].is_up() && *at != super::LIAR && !self.checks.in_two_hands.contains(&self.hosts[self.processes[*at].host].id);
+        let readers: Vec<usize> = (0..HOSTS).filter(|at| at % 2 == host % 2).filter(starts).collect();
+        if let Some(reader) = self.rng.pick(&readers) {
+            self.keep_snapshot(reader);
+            self.processes[reader].node = None;
+            let kept = self.processes[reader].disk.len() - 1;
+            let snapshot = self.rng.percent(50).then_some(kept);
+            self.start(reader, snapshot);
+        }
+        self.pass(DEAD_MS / 2);
         for at in 0..self.processes.len() {
             let Some(node) = self.processes[at].node.as_ref().filter(|_| !self.processes[at].silenced) else { continue };
             for other in (0..HOSTS).filter(|other| other % 2 == self.processes[at].host % 2) {
@@ -229,6 +247,29 @@ impl World {
             }
             if node.members().any(|peer| peer.id == self.hosts[host].id) {
                 self.checks.fail(|| format!("process {at} still calls the dead host {host} a member"));
+            }
+        }
+    }
+
+    /// The control process whose clock is ahead signs config and dies; the other one goes on beating for it.
+    fn config_outlives_a_fast_clock(&mut self) {
+        let [fast, other] = CONTROLS;
+        if !self.processes[fast].is_up() || !self.processes[other].is_up() {
+            return;
+        }
+        self.processes[fast].skew_ms += FAST_MS;
+        self.change_store();
+        self.publish_store_at(fast);
+        self.pass(5_000);
+        self.publish_store_at(other);
+        self.tell(|| format!("process {fast}, whose clock is ahead, is ended for good"));
+        self.processes[fast].node = None;
+        self.pass(DEAD_MS);
+        for at in 0..self.processes.len() {
+            let Some(node) = self.processes[at].node.as_ref().filter(|_| self.processes[at].is_up()) else { continue };
+            let age_ms = node.status(self.config.id).and_then(|status| status.age_ms);
+            if age_ms.is_none_or(|age_ms| age_ms > DEAD_MS - 10_000) {
+                return self.checks.fail(|| format!("process {at} says that config is {age_ms:?} ms old, though process {other} publishes it"));
             }
         }
     }
