@@ -212,10 +212,10 @@ impl Node {
     /// Whether the head is one that this host would take once it has all the rows: only that is worth memory.
     fn is_worth_a_stage(&mut self, batch: &Batch) -> bool {
         let (id, head) = (batch.head.is.id, &batch.head);
-        if let Some(certificate) = batch.certificate.as_ref().filter(|certificate| self.catalogue.certificate(id) != Some(certificate)) {
-            if certificate.id != id || !self.wants_origin(certificate) || !self.catalogue.admit(certificate.clone()) {
-                return false;
-            }
+        if let Some(certificate) = batch.certificate.as_ref()
+            && (certificate.id != id || !self.wants_origin(certificate) || !self.catalogue.admit(certificate.clone()))
+        {
+            return false;
         }
         let Some(certificate) = self.catalogue.certificate(id) else { return false };
         let held = self.catalogue.log(id).filter(|log| log.head.is.epoch == head.is.epoch);

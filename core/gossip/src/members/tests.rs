@@ -9,7 +9,7 @@ fn talk(one: &mut Members, other: Option<&mut Members>, now_ms: u64) -> Vec<Peer
     let mut wishes = one.tick(now_ms, &mut rng);
     let mut back = other.as_mut().map(|other| other.tick(now_ms, &mut rng));
     for _ in 0..20 {
-        down.extend(wishes.down.drain(..));
+        down.append(&mut wishes.down);
         let mut answers = Wishes::default();
         for (_, bytes) in wishes.sends.drain(..) {
             if let Some(other) = other.as_mut() {
