@@ -113,6 +113,11 @@ impl Node {
                 let epoch = theirs.map_or(ours.epoch, |theirs| theirs.epoch);
                 self.give(&from, Wanted { id, epoch, after });
             }
+            // It has what an earlier life wrote and nobody here knows any more: the writer has to go on above that.
+            if let Some(theirs) = theirs.filter(|theirs| theirs.at() > ours.at()) {
+                let after = if theirs.epoch == ours.epoch && !ours.forked { Cursor::after(ours.seq) } else { Cursor::START };
+                self.want(&from, Wanted { id, epoch: theirs.epoch, after });
+            }
             served.origins.insert(id, Told { at: (ours.epoch, ours.seq), until_ms });
             beats.extend(self.beat_of(id));
         }

@@ -1,6 +1,6 @@
 //! When a process may speak.
 
-use super::{at, cluster, node_of, peer, stream, writer};
+use super::{at, cluster, node_of, peer, row, sent, stream, writer};
 use crate::*;
 
 #[test]
@@ -41,4 +41,15 @@ fn only_certified_hosts_of_a_region_speak_for_it() {
     assert_eq!(node.reporters(&fra), certified);
     node.handle(Input::Remove(host.certificate.id), at(2));
     assert_eq!(node.reporters(&fra), [node.me().id]);
+}
+
+#[test]
+fn what_a_subscriber_has_of_an_earlier_life_comes_back_to_the_region() {
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), super::node());
+    node.handle(stream("x", &Message::Batches(vec![host.whole(5, &[row("a", 5, b"1")])])), at(1));
+    let theirs = Entry { seq: 9, ..node.catalogue().entry(host.certificate.id).unwrap() };
+    let subscribe = Message::Subscribe { topic: Topic::new("shop").unwrap(), entries: vec![theirs] };
+    let outputs = node.handle(stream("far", &subscribe), at(2));
+    let wanted = Message::Want(vec![Wanted { id: host.certificate.id, epoch: 1, after: Cursor::after(5) }]);
+    assert!(sent(&outputs, "far").contains(&wanted), "{outputs:?}");
 }
