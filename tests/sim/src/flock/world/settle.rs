@@ -224,8 +224,8 @@ impl World {
         // Whoever starts only now and fetches what the dead has left is not told that it lives. While the liar repeats what it
         // once said, that is so after the time that a replay may have.
         let lies_on = self.rng.percent(10);
-        self.liar.rests = !lies_on;
         self.pass(if lies_on { dunlin_gossip::MAX_SKEW_MS + REPLAY_MARGIN_MS } else { DEAD_MS / 2 });
+        self.liar.rests = !lies_on;
         let starts = |at: &usize| self.processes[*at].is_up() && *at != super::LIAR && !self.checks.in_two_hands.contains(&self.hosts[self.processes[*at].host].id);
         let readers: Vec<usize> = (0..HOSTS).filter(|at| at % 2 == host % 2).filter(starts).collect();
         if let Some(reader) = self.rng.pick(&readers) {
