@@ -15,9 +15,11 @@ fn who_claims_everything_is_not_the_only_one_that_is_asked() {
         let entry = |n| Entry { id: made_up(n), epoch: 1, forked: false, seq: 1, chain: 0, tag: 0 };
         Message::Entries { realm: Realm::Global, buckets: vec![], entries: (from..from + count).map(entry).collect() }
     };
-    for round in 0..12 {
-        node.handle(stream("greedy", &entries(round * 7_000, 7_000)), at(1));
-    }
+    let asked = (0..12).flat_map(|round| {
+        let outputs = node.handle(stream("greedy", &entries(round * 7_000, 7_000)), at(1));
+        sent(&outputs, "greedy").into_iter().map(|message| if let Message::Want(wanted) = message { wanted.len() } else { 0 }).collect::<Vec<_>>()
+    });
+    assert_eq!(asked.sum::<usize>(), 4_096);
     let outputs = node.handle(stream("honest", &entries(500_000, 3)), at(2));
     let [Message::Want(wanted)] = &sent(&outputs, "honest")[..] else { panic!("{outputs:?}") };
     assert_eq!(wanted.len(), 3);
