@@ -21,7 +21,8 @@ use dunlin_model::desired::ReleaseStatus;
 use dunlin_model::token::Verb;
 use dunlin_model::{AppName, ContainerStatus, ExitInfo, Guest, HostId, MachineId, MachineState, OrgName, Region};
 use dunlin_view::CheckState;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,9 +102,21 @@ pub struct AppList {
 pub struct CreateRelease {
     /// `<app>@sha256:...`, `<app>:tag`, or the reference of an image elsewhere, which is then pulled.
     pub image: String,
+    #[serde(deserialize_with = "object")]
     pub config: AppConfig,
     #[serde(default)]
     pub reason: String,
+}
+
+/// A configuration is an object; left to itself serde would take an array of its fields' values, too.
+fn object<'de, T: DeserializeOwned, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+    let map = serde_json::Map::deserialize(from)?;
+    serde_json::from_value(map.into()).map_err(D::Error::custom)
+}
+
+fn optional_object<'de, T: DeserializeOwned, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
+    let map = Option::<serde_json::Map<String, serde_json::Value>>::deserialize(from)?;
+    map.map(|map| serde_json::from_value(map.into()).map_err(D::Error::custom)).transpose()
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -126,7 +139,7 @@ pub struct PlanRequest {
     /// As in [`CreateRelease`]. Left out with a configuration: one that is still to be built.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "optional_object", skip_serializing_if = "Option::is_none")]
     pub config: Option<AppConfig>,
     /// By process group.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

@@ -120,7 +120,7 @@ async fn a_plan_shows_what_a_deploy_would_do_and_writes_nothing() {
     assert!(shown["notes"][0].as_str().unwrap().contains("is looked up when it is deployed"), "{shown}");
     let (steps, shown) = plan(json!({ "scale": { "app": 40 } })).await;
     assert!(steps.is_empty() && shown["impossible"].as_str().unwrap().contains("no host has room"), "{shown}");
-    for wrong in [json!({ "scale": { "none": 1 } }), json!({ "scale": { "app": 1000 } }), json!({ "size": 1 })] {
+    for wrong in [json!({ "config": [null, null] }), json!({ "scale": { "none": 1 } }), json!({ "scale": { "app": 1000 } }), json!({ "size": 1 })] {
         assert_eq!(world.post(PLAN, wrong.clone()).await.status, 422, "{wrong}");
     }
     assert_eq!(world.get("/v1/apps/web/releases").await.json().as_array().map(Vec::len), Some(1));

@@ -18,9 +18,17 @@ fn file_bytes(size_gb: u64) -> u64 {
 }
 
 fn volume(world: &mut World, n: u8, size_gb: u32, source: Option<VolumeSource>) -> VolumeId {
+    let row = row(n, size_gb, source);
+    let id = row.id.clone();
+    world.config.volumes.insert(id.clone(), row);
+    world.publish();
+    id
+}
+
+fn row(n: u8, size_gb: u32, source: Option<VolumeSource>) -> VolumeRow {
     let id = VolumeId::from_random([n; 8]);
-    let row = VolumeRow {
-        id: id.clone(),
+    VolumeRow {
+        id,
         name: "data".into(),
         org: "personal".parse().unwrap(),
         app: "web".parse().unwrap(),
@@ -32,10 +40,7 @@ fn volume(world: &mut World, n: u8, size_gb: u32, source: Option<VolumeSource>) 
         auto_backup: false,
         encrypted: is_encrypted(),
         source,
-    };
-    world.config.volumes.insert(id.clone(), row);
-    world.publish();
-    id
+    }
 }
 
 fn with(id: &VolumeId) -> impl FnOnce(&mut serde_json::Value) {
@@ -87,8 +92,10 @@ fn is_open(id: &VolumeId) -> bool {
 /// Where it can be encrypted; elsewhere there is none, and it is said why.
 pub fn what_is_to_be_encrypted_is_so_or_is_not_made() {
     let mut world = World::new();
-    let id = volume(&mut world, 1, 1, None);
-    world.config.volumes.get_mut(&id).unwrap().encrypted = true;
+    // From the beginning: the host makes what it hears of.
+    let row = VolumeRow { encrypted: true, ..row(1, 1, None) };
+    let id = row.id.clone();
+    world.config.volumes.insert(id.clone(), row);
     world.publish();
     let offer = world.block_on(world.host().volume_encryption()).unwrap();
     let made = world.block_on(world.host().volume(&id, 1));
