@@ -94,6 +94,11 @@ impl ExitFile {
         Ok(Self { dir: opened, file, temporary, path: exit_path(machine_dir, attempt) })
     }
 
+    /// There was no attempt.
+    pub fn discard(self) -> io::Result<()> {
+        fs::remove_file(&self.temporary)
+    }
+
     /// Writes in place, then names it; durable when it returns.
     pub fn write(&mut self, record: &ExitRecord) -> io::Result<()> {
         let error = record.error.as_ref().map(|error| error.chars().take(EXIT_ERROR_MAX).collect());

@@ -127,15 +127,18 @@ fn run() -> io::Result<()> {
             kill_point(&spec, "supervisor.before-announce");
             announce()?;
             kill_point(&spec, "supervisor.after-announce");
-            machine.supervise()
+            let record = machine.supervise();
+            (spec.start || machine.started_at_ms.is_some()).then_some(record)
         }
         Err(e) => {
             // The agent hears of it now and finds it again after a crash of its own.
             say(&format!("{FAILED}{e}"));
-            failed_record(&spec, e.to_string())
+            spec.start.then(|| failed_record(&spec, e.to_string()))
         }
     };
     let _ = cgroup.kill_until_empty(KILL_DEADLINE); // the agent's clean-up tries again
+    // One that only stood ready was no attempt: its number is that of the next, which must not find a record of it.
+    let Some(record) = record else { return exit_file.discard() };
     kill_point(&spec, "supervisor.before-record");
     write_record(&mut exit_file, &record)?;
     kill_point(&spec, "supervisor.after-record");
@@ -625,7 +628,9 @@ impl<'a> Machine<'a> {
         }
         // Out of memory often shows as another exit: only the kernel's own kill counts.
         record.oom_killed &= record.signal == Some(libc::SIGKILL) || record.exit_code == Some(137);
-        self.log.line("system", &said(&record));
+        if self.started_at_ms.is_some() {
+            self.log.line("system", &said(&record));
+        }
         record
     }
 }

@@ -54,6 +54,18 @@ fn a_created_machine_starts_when_it_is_told() {
 }
 
 #[test]
+fn one_that_was_never_started_leaves_no_record() {
+    let world = World::new();
+    let machine = world.run(SupervisorSpec { start: false, ..world.spec("afa1", "echo now") });
+    let dir = machine.spec.machine_dir.clone();
+    let init = machine.client().status().unwrap().init_pid;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(init), nix::sys::signal::Signal::SIGKILL).unwrap();
+    until("it has ended", || dunlin_runtime::lock_holder(&dir).unwrap().is_none().then_some(()));
+    assert_eq!(std::fs::read_dir(dir.join("exit")).unwrap().count(), 0);
+    assert!(machine.log().is_empty());
+}
+
+#[test]
 fn what_cannot_run_says_why() {
     let world = World::new();
     let mut spec = world.spec("aa06", "");
