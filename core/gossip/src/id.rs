@@ -26,12 +26,10 @@ macro_rules! bounded_bytes {
                 &self.0
             }
 
-            #[allow(dead_code)]
             pub(crate) fn write(&self, out: &mut Vec<u8>) {
                 out.bytes(&self.0);
             }
 
-            #[allow(dead_code)]
             pub(crate) fn read(reader: &mut Reader<'_>) -> Decoded<Self> {
                 Self::new(reader.bytes($max, $what)?)
             }

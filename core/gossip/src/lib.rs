@@ -64,6 +64,7 @@ pub use log::{Cursor, Log, MAX_LOG_BYTES, MAX_ROWS};
 pub use lthash::LtHash;
 pub use message::{Alive, Batch, Entry, Fork, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Realm, Recovered, Root, Wanted};
 pub use node::{At, Change, Config, Counters, Event, Identity, Input, Node, Output, Status};
+pub use rng::Rng;
 pub use row::{Body, MAX_ROW_BYTES, MAX_VALUE_BYTES, Row};
 pub use snapshot::Snapshot;
 pub use subscribe::IDLE_MS;

@@ -69,6 +69,39 @@ pub struct MachineSpec {
     pub temp_dirs: Vec<TempDir>,
 }
 
+impl MachineSpec {
+    /// The image's own program in a machine of the usual size: no release's, in the group `app`, and nothing else in it.
+    pub fn of(version: MachineVersion, org: OrgName, app: AppName, image: ImageRef) -> Self {
+        Self {
+            version,
+            org,
+            app,
+            process_group: "app".to_owned(),
+            release: 0,
+            image,
+            entrypoint: None,
+            command: None,
+            env: BTreeMap::new(),
+            guest: Guest::default(),
+            swap_mb: 0,
+            files: vec![],
+            services: vec![],
+            checks: vec![],
+            restart: RestartPolicy::default(),
+            stop: StopConfig::default(),
+            secrets_version: 0,
+            metadata: BTreeMap::new(),
+            mounts: vec![],
+            auto_destroy: false,
+            schedule: None,
+            processes: vec![],
+            containers: vec![],
+            rootfs: MachineRootfs::default(),
+            temp_dirs: vec![],
+        }
+    }
+}
+
 /// An image by content.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ImageRef {

@@ -1,7 +1,7 @@
 //! Routing as a whole: examples first, then properties over generated apps.
 
 use dunlin_model::{
-    Concurrency, ConcurrencyKind, Generation, Guest, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
+    Concurrency, ConcurrencyKind, Generation, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
     Region, Service,
 };
 use dunlin_routing::{Availability, Decision, Head, Loads, Table, WaitReason};
@@ -59,32 +59,11 @@ fn snapshot(machines: &[M]) -> Snapshot {
             max_machines_running: None,
             concurrency: Concurrency { kind: ConcurrencyKind::Requests, soft_limit: m.soft, hard_limit: m.hard },
         };
+        let image = ImageRef { repository: "web".into(), digest: format!("sha256:{}", "0".repeat(64)), tag: None };
         let spec = MachineSpec {
-            version: version.clone(),
-            org: "personal".parse().unwrap(),
-            app: "web".parse().unwrap(),
-            process_group: "app".into(),
             release: 1,
-            image: ImageRef { repository: "web".into(), digest: format!("sha256:{}", "0".repeat(64)), tag: None },
-            entrypoint: None,
-            command: None,
-            env: Default::default(),
-            guest: Guest::default(),
             services: vec![service],
-            checks: vec![],
-            restart: Default::default(),
-            stop: Default::default(),
-            secrets_version: 0,
-            swap_mb: 0,
-            files: vec![],
-            metadata: Default::default(),
-            mounts: vec![],
-            auto_destroy: false,
-            schedule: None,
-            processes: vec![],
-            containers: vec![],
-            rootfs: Default::default(),
-            temp_dirs: vec![],
+            ..MachineSpec::of(version.clone(), "personal".parse().unwrap(), "web".parse().unwrap(), image)
         };
         let address = std::net::Ipv4Addr::new(10, 201, 0, n as u8 + 1);
         config.machines.insert(

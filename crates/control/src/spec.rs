@@ -37,13 +37,8 @@ pub(crate) fn groups(app: &AppRow, release: &ReleaseRow) -> BTreeMap<String, Gro
 fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec {
     let config = &release.config;
     MachineSpec {
-        version: MachineVersion::new(0, [0; 10]),
-        org: app.org.clone(),
-        app: app.name.clone(),
         process_group: group.to_owned(),
         release: release.number,
-        image: release.image.clone(),
-        entrypoint: None,
         command: config.command_for(group),
         env: env(config),
         guest: config.guest_for(group),
@@ -54,14 +49,7 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
         restart: config.restart_for(group),
         stop: config.stop(),
         secrets_version: release.secrets_version,
-        metadata: BTreeMap::new(),
-        mounts: vec![],
-        auto_destroy: false,
-        schedule: None,
-        processes: vec![],
-        containers: vec![],
-        rootfs: Default::default(),
-        temp_dirs: vec![],
+        ..MachineSpec::of(MachineVersion::new(0, [0; 10]), app.org.clone(), app.name.clone(), release.image.clone())
     }
 }
 

@@ -10,8 +10,7 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use dunlin_api::{Admission, AdmitRefusal, AdmitRequest, LastHop};
 use dunlin_model::{
-    Concurrency, ConcurrencyKind, Generation, Guest, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
-    Service,
+    Concurrency, ConcurrencyKind, Generation, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Service,
 };
 use dunlin_proxy::{AccessLog, CertSource, CertStore, Limits, LogFormat, Proxy, ProxyConfig, Routes};
 use dunlin_view::{AppFact, ConfigState, MachineAssignment, MachineFact, Snapshot};
@@ -120,32 +119,11 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
         max_machines_running: None,
         concurrency,
     };
+    let image = ImageRef { repository: "web".into(), digest: format!("sha256:{}", "0".repeat(64)), tag: None };
     let spec = MachineSpec {
-        version: version.clone(),
-        org: "personal".parse()?,
-        app: "web".parse()?,
-        process_group: "app".into(),
         release: 1,
-        image: ImageRef { repository: "web".into(), digest: format!("sha256:{}", "0".repeat(64)), tag: None },
-        entrypoint: None,
-        command: None,
-        env: Default::default(),
-        guest: Guest::default(),
         services: vec![service],
-        checks: vec![],
-        restart: Default::default(),
-        stop: Default::default(),
-        secrets_version: 0,
-        swap_mb: 0,
-        files: vec![],
-        metadata: Default::default(),
-        mounts: vec![],
-        auto_destroy: false,
-        schedule: None,
-        processes: vec![],
-        containers: vec![],
-        rootfs: Default::default(),
-        temp_dirs: vec![],
+        ..MachineSpec::of(version.clone(), "personal".parse()?, "web".parse()?, image)
     };
     let assignment = MachineAssignment {
         id: id.clone(),

@@ -5,7 +5,7 @@ use dunlin_model::desired::{HostRow, Ipv4Prefix, MachineRow};
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{
     AppName, CpuKind, Generation, Guest, HostId, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Region,
-    RestartPolicy, Service, StopConfig, VolumeId,
+    Service, VolumeId,
 };
 use dunlin_planner::{
     Demand, Desired, GroupTarget, KEPT_FOR_RESTARTS_PERCENT, Observed, Plan, PlanError, Pool, Purpose, StepKind, check, plan,
@@ -52,32 +52,13 @@ pub fn group(name: &str, count: u32, guest: Guest) -> GroupTarget {
         max_machines_running: None,
         concurrency: Default::default(),
     };
+    let image = ImageRef { repository: "web".into(), digest: "sha256:1".into(), tag: None };
     let spec = MachineSpec {
-        version: MachineVersion::new(0, [0; 10]),
-        org: "personal".parse().unwrap(),
-        app: app(),
         process_group: name.into(),
         release: 1,
-        image: ImageRef { repository: "web".into(), digest: "sha256:1".into(), tag: None },
-        entrypoint: None,
-        command: None,
-        env: BTreeMap::new(),
         guest,
         services: vec![service],
-        checks: vec![],
-        restart: RestartPolicy::default(),
-        stop: StopConfig::default(),
-        secrets_version: 0,
-        swap_mb: 0,
-        files: vec![],
-        metadata: BTreeMap::new(),
-        mounts: vec![],
-        auto_destroy: false,
-        schedule: None,
-        processes: vec![],
-        containers: vec![],
-        rootfs: Default::default(),
-        temp_dirs: vec![],
+        ..MachineSpec::of(MachineVersion::new(0, [0; 10]), "personal".parse().unwrap(), app(), image)
     };
     GroupTarget { count, spec, mount: None }
 }

@@ -3,8 +3,8 @@
 use dunlin_model::config::Strategy as DeployStrategy;
 use dunlin_model::desired::{HostRow, Ipv4Prefix, MachineRow};
 use dunlin_model::{
-    AppName, Check, CheckKind, CommandId, ExitInfo, Generation, Guest, HostId, ImageRef, MachineId, MachineSpec,
-    MachineState, MachineVersion, RestartPolicy, Service, StopConfig,
+    AppName, Check, CheckKind, CommandId, ExitInfo, Generation, HostId, ImageRef, MachineId, MachineSpec, MachineState,
+    MachineVersion, Service,
 };
 use dunlin_planner::{
     Desired, Ended, GroupTarget, Mark, Next, Observed, Plan, PlanError, Pool, Progress, Purpose, Step, StepKind, advance,
@@ -84,32 +84,11 @@ pub fn spec(image: Image, nth: u32, checked: bool) -> MachineSpec {
         max_machines_running: None,
         concurrency: Default::default(),
     };
+    let image = ImageRef { repository: "web".into(), digest: digest(image, nth), tag: None };
     MachineSpec {
-        version: MachineVersion::new(0, [0; 10]),
-        org: "personal".parse().unwrap(),
-        app: app(),
-        process_group: "app".into(),
-        release: 0,
-        image: ImageRef { repository: "web".into(), digest: digest(image, nth), tag: None },
-        entrypoint: None,
-        command: None,
-        env: BTreeMap::new(),
-        guest: Guest::default(),
         services: if checked { vec![service] } else { vec![] },
         checks: if checked { vec![check] } else { vec![] },
-        restart: RestartPolicy::default(),
-        stop: StopConfig::default(),
-        secrets_version: 0,
-        swap_mb: 0,
-        files: vec![],
-        metadata: BTreeMap::new(),
-        mounts: vec![],
-        auto_destroy: false,
-        schedule: None,
-        processes: vec![],
-        containers: vec![],
-        rootfs: Default::default(),
-        temp_dirs: vec![],
+        ..MachineSpec::of(MachineVersion::new(0, [0; 10]), "personal".parse().unwrap(), app(), image)
     }
 }
 
