@@ -28,25 +28,28 @@ impl Cpus {
 /// For an attempt that is about to begin. `None`: the host has no control groups for processors.
 pub fn give(shared: &Shared, id: &MachineId, spec: &MachineSpec) -> Option<CpuSet> {
     let all = all(&shared.cgroups)?;
-    let mut owned = shared.cpus.owned();
-    let before = shared_set(&all, &owned);
-    owned.remove(id);
-    if spec.guest.cpu_kind == CpuKind::Performance {
-        let own = choose(&all, &owned, spec.guest.cpus);
-        owned.insert(id.clone(), own.clone());
-        spread(shared, &all, &owned, &before);
-        return Some(own);
-    }
-    Some(shared_set(&all, &owned))
+    Some(give_of(shared, &all, &mut shared.cpus.owned(), id, spec))
 }
 
 /// The same for one whose control group is there, before its program starts.
 pub fn place(shared: &Shared, id: &MachineId, spec: &MachineSpec) {
-    let given = give(shared, id, spec);
-    if let Some(cpus) = &given {
-        set(&shared.cgroups, &SupervisorSpec::machine_cgroup(id.as_str()), cpus);
+    let Some(all) = all(&shared.cgroups) else { return };
+    // Held until it has them: whoever gives or takes meanwhile finds it as it will be.
+    let mut owned = shared.cpus.owned();
+    let cpus = give_of(shared, &all, &mut owned, id, spec);
+    set(&shared.cgroups, &SupervisorSpec::machine_cgroup(id.as_str()), &cpus);
+}
+
+fn give_of(shared: &Shared, all: &CpuSet, owned: &mut Owned, id: &MachineId, spec: &MachineSpec) -> CpuSet {
+    let before = shared_set(all, owned);
+    owned.remove(id);
+    if spec.guest.cpu_kind == CpuKind::Performance {
+        let own = choose(all, owned, spec.guest.cpus);
+        owned.insert(id.clone(), own.clone());
+        spread(shared, all, owned, &before);
+        return own;
     }
-    settle(shared, id, given.as_ref());
+    shared_set(all, owned)
 }
 
 /// Once its control group is there: meanwhile others may have got processors of their own, or given them back.

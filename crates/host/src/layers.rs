@@ -4,8 +4,8 @@
 //! `layers/` of the data directory has the templates, `machines/<id>/kept/` the layers that outlive an attempt. All are
 //! sparse: they take up disk as they fill. So a reserve of the disk is nobody's, see [`room`].
 
-use crate::Shared;
 use crate::agent::chain;
+use crate::{Shared, volumes};
 use dunlin_model::disk::{Persist, TempStorage};
 use dunlin_model::{Container, MachineId, MachineSpec};
 use dunlin_runtime::layer::{self, WritableLayer};
@@ -108,9 +108,8 @@ fn temp_bytes(size_mb: u32) -> u64 {
 
 /// Whether the disk has room for another machine that writes.
 pub fn room(data_dir: &Path) -> Result<(), String> {
-    let stat = nix::sys::statvfs::statvfs(data_dir).map_err(|e| format!("the disk cannot be asked for its room: {e}"))?;
-    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-    let reserve = reserve(stat.blocks().saturating_mul(stat.fragment_size()));
+    let (all, free) = volumes::disk(data_dir)?;
+    let reserve = reserve(all);
     if free >= reserve {
         return Ok(());
     }

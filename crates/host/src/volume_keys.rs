@@ -27,9 +27,6 @@ fn context(id: &VolumeId) -> String {
 
 /// Tried until it works: an operator who installs what is lacking restarts nothing.
 pub fn offer(shared: &Shared) -> VolumeEncryption {
-    if shared.volumes.encrypts.get().is_some() {
-        return VolumeEncryption::Offered;
-    }
     // Two trials at once would be in each other's way, and what fails then is taken for lacking.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);

@@ -240,21 +240,22 @@ pub(crate) fn is_made(shared: &Shared, id: &VolumeId) -> bool {
 
 /// The disk of the data directory, and what of it is free for volumes; whole GiB of both.
 pub fn disk_gb(data_dir: &Path) -> Result<(u32, u32), String> {
-    let (all, for_volumes) = disk(data_dir)?;
+    let (all, free) = disk(data_dir)?;
     let gb = |bytes: u64| u32::try_from(bytes >> 30).unwrap_or(u32::MAX);
-    Ok((gb(all), gb(for_volumes)))
+    Ok((gb(all), gb(free.saturating_sub(DISK_KEPT_BYTES))))
 }
 
-/// The same in bytes.
-fn disk(data_dir: &Path) -> Result<(u64, u64), String> {
+/// The disk of the data directory, and what of it is free; bytes of both.
+pub fn disk(data_dir: &Path) -> Result<(u64, u64), String> {
     let stat = nix::sys::statvfs::statvfs(data_dir).map_err(|e| format!("the disk cannot be asked for its room: {e}"))?;
     let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
-    Ok((bytes(stat.blocks()), bytes(stat.blocks_available()).saturating_sub(DISK_KEPT_BYTES)))
+    Ok((bytes(stat.blocks()), bytes(stat.blocks_available())))
 }
 
 /// Whether the disk has as much for a volume.
 pub fn room(data_dir: &Path, size_bytes: u64) -> Result<(), String> {
-    let (_, for_volumes) = disk(data_dir)?;
+    let (_, free) = disk(data_dir)?;
+    let for_volumes = free.saturating_sub(DISK_KEPT_BYTES);
     if size_bytes <= for_volumes {
         return Ok(());
     }

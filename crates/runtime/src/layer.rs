@@ -9,6 +9,7 @@
 //! loop device and file, whoever was killed before. See docs/decisions/what-a-machine-may-use.md.
 
 use crate::remove::remove_tree;
+use crate::features::chain;
 use crate::sys;
 use crate::volume::{self, LoopVolume, VolumeError, bypass_cache, copy_data, failed, mount_device};
 use nix::mount::MsFlags;
@@ -198,10 +199,6 @@ fn copy_unnamed(template: &Path, scratch: &Path) -> volume::Result<File> {
     let to = options.open(scratch).map_err(failed("make a file in", scratch))?;
     copy_data(&from, &to).map_err(failed("copy", template))?;
     Ok(to)
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |e| e.source()).fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Removes the kept layers in a directory but these: the others are of versions, or containers, that are over.
