@@ -20,7 +20,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("dunlin-gossip", &[]),
     ("dunlin-api", &["dunlin-model", "dunlin-view"]),
     ("dunlin-store", &["dunlin-model"]),
-    ("dunlin-cluster", &["dunlin-model", "dunlin-view"]),
+    ("dunlin-cluster", &["dunlin-model", "dunlin-view", "dunlin-gossip"]),
     ("dunlin-runtime", &["dunlin-model"]),
     ("dunlin-registry", &["dunlin-model", "dunlin-cluster"]),
     ("dunlin-builder", &["dunlin-model", "dunlin-api", "dunlin-registry"]),

@@ -29,6 +29,21 @@ pub struct ConfigState {
     pub certificates: Vec<CertificateFact>,
     /// Ids of revoked tokens.
     pub revoked_tokens: Vec<String>,
+    /// Hosts that were removed for good: nobody talks to them any more, and their names are never used again.
+    #[serde(default)]
+    pub removed_hosts: BTreeSet<HostId>,
+}
+
+/// How lately anything was heard of a host, as readers judge its facts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Freshness {
+    /// Within 6 s.
+    Fresh,
+    /// Within 30 s: others are preferred.
+    Aging,
+    /// Longer ago, or never in this process: the last resort, and said so.
+    Old,
 }
 
 /// How requests find an app.

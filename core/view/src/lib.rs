@@ -11,7 +11,7 @@ mod project;
 mod snapshot;
 
 pub use facts::{
-    AppFact, CertificateFact, CheckState, CheckStatus, ConfigState, HostFact, HostRoom, MachineAssignment, MachineFact,
+    AppFact, CertificateFact, CheckState, CheckStatus, ConfigState, Freshness, HostFact, HostRoom, MachineAssignment, MachineFact,
     SecretsFact,
 };
 pub use project::{Desired, project};

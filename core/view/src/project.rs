@@ -3,8 +3,8 @@
 use crate::{AppFact, CertificateFact, ConfigState, MachineAssignment, SecretsFact};
 use dunlin_model::desired::{AppRow, CertificateRow, MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::volume::{VolumeRow, VolumeTombstoneRow};
-use dunlin_model::{AppName, Generation};
-use std::collections::BTreeMap;
+use dunlin_model::{AppName, Generation, HostId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The rows of one store revision that readers outside control may know of.
 #[derive(Debug, Clone, Default)]
@@ -21,6 +21,7 @@ pub struct Desired {
     /// Resealed by control to each host that needs them; sealing needs randomness, so it is not done here.
     pub secrets: BTreeMap<AppName, Vec<SecretsFact>>,
     pub revoked_tokens: Vec<String>,
+    pub removed_hosts: BTreeSet<HostId>,
 }
 
 /// A pure function of the revision, so that any control process may publish it.
@@ -61,6 +62,7 @@ pub fn project(desired: Desired) -> ConfigState {
         secrets: desired.secrets,
         certificates: certificates.collect(),
         revoked_tokens: desired.revoked_tokens,
+        removed_hosts: desired.removed_hosts,
     }
 }
 

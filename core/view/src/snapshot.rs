@@ -1,6 +1,6 @@
 //! The fold of facts into what a reader sees.
 
-use crate::{ConfigState, HostFact, MachineFact};
+use crate::{ConfigState, Freshness, HostFact, MachineFact};
 use dunlin_model::{AppName, Generation, HostId, MachineId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,6 +13,8 @@ pub struct Snapshot {
     pub config_received_at_ms: Option<u64>,
     pub machines: BTreeMap<MachineId, Arc<MachineFact>>,
     pub hosts: BTreeMap<HostId, Arc<HostFact>>,
+    /// Of the other hosts; this process's own is always fresh.
+    pub heard: Arc<BTreeMap<HostId, Freshness>>,
 }
 
 /// Why facts were not taken.
@@ -69,6 +71,11 @@ impl Snapshot {
         let mut next = self.clone();
         next.hosts.insert(fact.id.clone(), fact);
         next
+    }
+
+    /// How far what a host says can be relied on. Of a host that nobody watches, which is this process's own, all is fresh.
+    pub fn freshness(&self, host: &HostId) -> Freshness {
+        self.heard.get(host).copied().unwrap_or(Freshness::Fresh)
     }
 
     /// Facts of an app's machines, in the order of their ids.

@@ -6,8 +6,12 @@
 //! lock. Tested by `tests/view.rs` and `tests/disk.rs`, with real files.
 #![forbid(unsafe_code)]
 
+mod authority;
 mod disk;
 mod live;
+mod member;
 
+pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name};
 pub use disk::{Loaded, ViewError};
 pub use live::{Age, Ages, Changes, View};
+pub use member::{Member, MemberError, MemberKeys};

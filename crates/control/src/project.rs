@@ -86,6 +86,7 @@ async fn load(ctx: &Ctx, cache: &mut SealedCache) -> Result<(Desired, Vec<String
         volume_tombstones: volume_tombstones.values()?,
         certificates: certificates.into_iter().map(|row| row.certificate).collect(),
         revoked_tokens: revoked.clone(),
+        removed_hosts: BTreeSet::new(),
     };
     Ok((desired, revoked))
 }

@@ -1,0 +1,180 @@
+//! Who a host is in its cluster, on its disk: `<data>/cluster/member.json`, 0600, whole or not there.
+
+use crate::authority::{Issued, PublicKeys};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use dunlin_gossip::Certificate;
+use dunlin_model::desired::Ipv4Prefix;
+use dunlin_model::{HostId, Region};
+use ed25519_dalek::{SigningKey, VerifyingKey};
+use rcgen::{KeyPair, PublicKeyData};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, thiserror::Error)]
+pub enum MemberError {
+    #[error("{} cannot be {verb}", .path.display())]
+    Io { path: PathBuf, verb: &'static str, source: std::io::Error },
+    #[error("{} may be read by others (mode {mode:o}): `chmod 600` it, and let the host join anew if they did", .path.display())]
+    TooOpen { path: PathBuf, mode: u32 },
+    #[error("{} is damaged ({why}): restore it from a backup, or let the host leave and join anew", .path.display())]
+    Damaged { path: PathBuf, why: String },
+    #[error("{0}")]
+    BadKey(&'static str),
+    #[error("a certificate cannot be made")]
+    Make(#[from] rcgen::Error),
+}
+
+/// The private keys of a host, made by itself; they never leave it.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct MemberKeys {
+    /// PKCS#8 PEM.
+    tls: String,
+    /// Ed25519, hexadecimal.
+    gossip: String,
+}
+
+/// A host as a member of its cluster.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Member {
+    pub host: HostId,
+    pub region: Region,
+    pub epoch: u32,
+    /// Apps are served as `<app>.<domain>`.
+    pub domain: String,
+    /// Its machines' addresses.
+    pub machine_prefix: Ipv4Prefix,
+    /// The host that control runs on.
+    pub control: HostId,
+    /// Where to begin: addresses of members, as they were when this one joined.
+    pub peers: Vec<(HostId, SocketAddr)>,
+    pub keys: MemberKeys,
+    pub issued: Issued,
+}
+
+impl MemberKeys {
+    pub fn generate() -> Result<Self, MemberError> {
+        let tls = KeyPair::generate()?;
+        Ok(Self { tls: tls.serialize_pem(), gossip: hex::encode(random::<32>()) })
+    }
+
+    pub fn public(&self) -> Result<PublicKeys, MemberError> {
+        let tls = KeyPair::from_pem(&self.tls)?;
+        Ok(PublicKeys { tls: base64(&tls.subject_public_key_info()), gossip: hex::encode(self.gossip()?.verifying_key().to_bytes()) })
+    }
+
+    pub(crate) fn tls_pem(&self) -> &str {
+        &self.tls
+    }
+
+    pub(crate) fn gossip(&self) -> Result<SigningKey, MemberError> {
+        let key = bytes_32(&self.gossip).ok_or(MemberError::BadKey("the private key for gossip has not 32 bytes"))?;
+        Ok(SigningKey::from_bytes(&key))
+    }
+}
+
+impl Member {
+    /// `None`: this host has not joined a cluster.
+    pub fn load(dir: &Path) -> Result<Option<Self>, MemberError> {
+        private_file(&Self::path(dir))
+    }
+
+    pub fn save(&self, dir: &Path) -> Result<(), MemberError> {
+        write_private(&Self::path(dir), self)
+    }
+
+    pub fn path(dir: &Path) -> PathBuf {
+        dir.join("member.json")
+    }
+
+    pub(crate) fn cluster_key(&self) -> Result<VerifyingKey, MemberError> {
+        let key = bytes_32(&self.issued.cluster_key).and_then(|bytes| VerifyingKey::from_bytes(&bytes).ok());
+        key.ok_or(MemberError::BadKey("the cluster's key is not an Ed25519 public key"))
+    }
+
+    pub(crate) fn log_certificate(&self) -> Result<Certificate, MemberError> {
+        let certificate = from_base64(&self.issued.log_certificate).and_then(|bytes| Certificate::from_bytes(&bytes).ok());
+        certificate.ok_or(MemberError::BadKey("the certificate of the host's log cannot be read"))
+    }
+}
+
+/// Reads a file that nobody but root may read; `None` if there is none.
+pub(crate) fn private_file<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, MemberError> {
+    let io = |verb| move |source| MemberError::Io { path: path.to_owned(), verb, source };
+    let bytes = match fs::read(path) {
+        Ok(bytes) => zeroize::Zeroizing::new(bytes),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io("read")(error)),
+    };
+    let mode = fs::metadata(path).map_err(io("read"))?.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        return Err(MemberError::TooOpen { path: path.to_owned(), mode });
+    }
+    let parsed = serde_json::from_slice(&bytes);
+    parsed.map(Some).map_err(|error| MemberError::Damaged { path: path.to_owned(), why: error.to_string() })
+}
+
+/// Whole or not at all, and on disk.
+pub(crate) fn write_private<T: Serialize>(path: &Path, value: &T) -> Result<(), MemberError> {
+    let io = |source| MemberError::Io { path: path.to_owned(), verb: "written", source };
+    let dir = path.parent().unwrap_or(Path::new("."));
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
+    let bytes = zeroize::Zeroizing::new(serde_json::to_vec_pretty(value).expect("plain data"));
+    let partial = path.with_extension("partial");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial).map_err(io)?;
+    file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(io)?;
+    fs::rename(&partial, path).map_err(io)?;
+    fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)
+}
+
+pub(crate) fn bytes_32(text: &str) -> Option<[u8; 32]> {
+    hex::decode(text).ok()?.try_into().ok()
+}
+
+pub(crate) fn base64(bytes: &[u8]) -> String {
+    STANDARD.encode(bytes)
+}
+
+pub(crate) fn from_base64(text: &str) -> Option<Vec<u8>> {
+    STANDARD.decode(text).ok()
+}
+
+/// Fresh random bytes from the kernel.
+pub(crate) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Authority;
+
+    #[test]
+    fn a_member_is_issued_for_kept_and_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let now_ms = 1_800_000_000_000;
+        let made = Authority::load_or_create(&dir.path().join("control/cluster"), now_ms).unwrap();
+        let authority = Authority::load_or_create(&dir.path().join("control/cluster"), now_ms).unwrap();
+        assert_eq!(made.ca_pem(), authority.ca_pem());
+        let keys = MemberKeys::generate().unwrap();
+        let (host, region): (HostId, Region) = ("h2".parse().unwrap(), "fra".parse().unwrap());
+        let issued = authority.issue(&host, &region, 1, &keys.public().unwrap(), now_ms).unwrap();
+        let machine_prefix = Ipv4Prefix { network: "10.202.0.0".parse().unwrap(), length: 16 };
+        let (control, peers) = ("h1".parse().unwrap(), vec![]);
+        let member = Member { host, region, epoch: 1, domain: "localhost".into(), machine_prefix, control, peers, keys, issued };
+        member.save(&dir.path().join("cluster")).unwrap();
+        let read = Member::load(&dir.path().join("cluster")).unwrap().unwrap();
+        assert!(read.log_certificate().unwrap().verify(&read.cluster_key().unwrap()));
+        assert_eq!(read.log_certificate().unwrap().key, read.keys.gossip().unwrap().verifying_key());
+        assert!(Member::load(dir.path()).unwrap().is_none());
+        fs::set_permissions(Member::path(&dir.path().join("cluster")), fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(Member::load(&dir.path().join("cluster")), Err(MemberError::TooOpen { .. })));
+    }
+}
