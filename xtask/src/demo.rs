@@ -137,7 +137,7 @@ impl Demo {
         let mut child = Command::new(dunlin)
             .args(["server", "--base-images", "bootstrapped", "--data-dir"])
             .arg(self.data())
-            .args(["--http", &format!("127.0.0.1:{}", ports.0), "--https", &format!("127.0.0.1:{}", ports.1)])
+            .args(["--http", &format!("127.0.0.1:{}", ports.0), "--https", &format!("127.0.0.1:{}", ports.1), "--cluster", "off"])
             .args(["--machine-prefix", &self.prefix()?])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

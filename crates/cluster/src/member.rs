@@ -53,6 +53,11 @@ pub struct Member {
     pub control: HostId,
     /// Where to begin: addresses of members, as they were when this one joined.
     pub peers: Vec<(HostId, SocketAddr)>,
+    /// Where it listens for the others, and where they reach that, if it was told when it joined.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<SocketAddr>,
     pub keys: MemberKeys,
     pub issued: Issued,
 }
@@ -168,7 +173,7 @@ mod tests {
         let issued = authority.issue(&host, &region, 1, &keys.public().unwrap(), now_ms).unwrap();
         let machine_prefix = Ipv4Prefix { network: "10.202.0.0".parse().unwrap(), length: 16 };
         let (control, peers) = ("h1".parse().unwrap(), vec![]);
-        let member = Member { host, region, epoch: 1, domain: "localhost".into(), machine_prefix, control, peers, keys, issued };
+        let member = Member { host, region, epoch: 1, domain: "localhost".into(), machine_prefix, control, peers, listen: None, advertise: None, keys, issued };
         member.save(&dir.path().join("cluster")).unwrap();
         let read = Member::load(&dir.path().join("cluster")).unwrap().unwrap();
         assert!(read.log_certificate().unwrap().verify(&read.cluster_key().unwrap()));

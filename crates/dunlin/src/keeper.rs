@@ -16,7 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::{self, File, OpenOptions};
 use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -51,6 +51,8 @@ pub struct Sockets {
     pub http: TcpListener,
     pub https: TcpListener,
     pub api: UnixListener,
+    /// Where members of the cluster meet, in this order: UDP and TCP.
+    pub cluster: Option<(UdpSocket, TcpListener)>,
     /// Held as long as the server lives: a new keeper waits for it.
     pub lock: OwnedFd,
     /// End of file means that the keeper is gone.
@@ -74,6 +76,7 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     let http = bind(settings.http, "http")?;
     let https = bind(settings.https, "https")?;
     let api = bind_api(settings)?;
+    let cluster = settings.cluster.map(bind_cluster).transpose()?;
     let enclave = match rustix::process::geteuid().is_root() {
         true if Enclave::find(&settings.run_dir())?.is_some() => bail!(
             "machines of another user's server live in {}; run it as that user, or end them with `dunlin cleanup --data-dir {}`",
@@ -94,6 +97,9 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     loop {
         let started = Instant::now();
         let mut sockets = vec![http.as_fd(), https.as_fd(), api.as_fd(), lock.as_fd()];
+        if let Some((udp, tcp)) = &cluster {
+            sockets.extend([udp.as_fd(), tcp.as_fd()]);
+        }
         if let Some(enclave) = &enclave {
             sockets.extend(enclave.descriptors());
         }
@@ -327,6 +333,14 @@ fn bind(addr: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
     }
 }
 
+/// UDP for what members say to each other, TCP for what edges pass on.
+fn bind_cluster(addr: SocketAddr) -> anyhow::Result<(UdpSocket, TcpListener)> {
+    let alone = "or start this server with `--cluster off` if it is to take no others";
+    let tcp = bind(addr, "cluster").context(alone)?;
+    let udp = UdpSocket::bind(tcp.local_addr()?).with_context(|| format!("cluster cannot listen on {addr}, UDP; {alone}"))?;
+    Ok((udp, tcp))
+}
+
 fn bind_api(settings: &Settings) -> anyhow::Result<UnixListener> {
     let path = settings.api_socket();
     match fs::remove_file(&path) {
@@ -346,7 +360,7 @@ fn spawn(
     inputs: &mpsc::Sender<Input>,
 ) -> anyhow::Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(7))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(9))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(sockets));
     rustix::net::sendmsg(&ours, &[IoSlice::new(b"s")], &mut ancillary, rustix::net::SendFlags::empty())?;
@@ -380,7 +394,7 @@ pub fn say_ready(keeper: &UnixStream) {
 /// The server's side: takes the sockets off standard input.
 pub fn receive_sockets() -> anyhow::Result<Sockets> {
     let keeper = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(7))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(9))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0; 1];
     rustix::net::recvmsg(
@@ -398,10 +412,20 @@ pub fn receive_sockets() -> anyhow::Result<Sockets> {
     let (Some(http), Some(https), Some(api), Some(lock)) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
         bail!("the keeper sent too few sockets");
     };
-    let rest: Vec<OwnedFd> = fds.collect();
+    let mut rest: Vec<OwnedFd> = fds.collect();
+    // Two of the cluster, three namespaces: their number tells which are there.
+    let cluster = match rest.len() {
+        2 | 5 => {
+            let namespaces = rest.split_off(2);
+            let both = std::mem::replace(&mut rest, namespaces);
+            let [udp, tcp] = <[OwnedFd; 2]>::try_from(both).map_err(|_| anyhow!("two are two"))?;
+            Some((udp.into(), tcp.into()))
+        }
+        _ => None,
+    };
     let enclave = match rest.len() {
         0 => None,
         _ => Some(rest.try_into().map_err(|_| anyhow!("the keeper sent too few namespaces"))?),
     };
-    Ok(Sockets { http: http.into(), https: https.into(), api: api.into(), lock, keeper, enclave })
+    Ok(Sockets { http: http.into(), https: https.into(), api: api.into(), cluster, lock, keeper, enclave })
 }

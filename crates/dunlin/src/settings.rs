@@ -19,6 +19,8 @@ const MAX_LABELS: usize = 16;
 const MAX_LABEL_BYTES: usize = 63;
 
 pub const DEFAULT_MACHINE_PREFIX: &str = "10.201.0.0/16";
+/// Where members of a cluster meet: UDP and TCP.
+pub const DEFAULT_CLUSTER: &str = "0.0.0.0:7373";
 
 /// Flags of `dunlin server`; each has a variable and a key of the settings file.
 #[derive(Debug, Clone, Default, Args)]
@@ -32,6 +34,12 @@ pub struct ServerArgs {
     /// Address of the edge for HTTPS [default: 0.0.0.0:443; 8443 likewise]
     #[arg(long, env = "DUNLIN_HTTPS", value_name = "ADDR:PORT")]
     pub https: Option<String>,
+    /// Address where the servers of a cluster meet, UDP and TCP; `off` for a server that stays alone [default: 0.0.0.0:7373]
+    #[arg(long, env = "DUNLIN_CLUSTER", value_name = "ADDR:PORT")]
+    pub cluster: Option<String>,
+    /// Where other servers reach that address [default: the address with which this computer reaches others]
+    #[arg(long, env = "DUNLIN_ADVERTISE", value_name = "ADDR:PORT")]
+    pub advertise: Option<String>,
     /// Apps are served as <app>.<domain> [default: localhost]
     #[arg(long, env = "DUNLIN_DOMAIN", value_name = "NAME")]
     pub domain: Option<String>,
@@ -113,6 +121,8 @@ struct FileSettings {
     data_dir: Option<PathBuf>,
     http: Option<String>,
     https: Option<String>,
+    cluster: Option<String>,
+    advertise: Option<String>,
     domain: Option<String>,
     host_id: Option<String>,
     region: Option<String>,
@@ -134,6 +144,9 @@ pub struct Settings {
     pub data_dir: PathBuf,
     pub http: SocketAddr,
     pub https: SocketAddr,
+    /// `None`: this server takes no others and joins none.
+    pub cluster: Option<SocketAddr>,
+    pub advertise: Option<SocketAddr>,
     pub domain: String,
     pub host_id: HostId,
     pub region: Region,
@@ -171,17 +184,27 @@ impl Settings {
         };
         let http = parse.socket("http", args.http.as_ref().or(file.http.as_ref()), usual_http);
         let https = parse.socket("https", args.https.as_ref().or(file.https.as_ref()), usual_https);
-        let domain = parse.domain(args.domain.as_ref().or(file.domain.as_ref()));
-        let host_id = parse.name("host-id", args.host_id.as_ref().or(file.host_id.as_ref()), "h1");
-        let region = parse.name("region", args.region.as_ref().or(file.region.as_ref()), "local");
+        let data_dir =
+            data_dir.map(Path::to_owned).or(file.data_dir).unwrap_or_else(dunlin_cli::default_data_dir);
+        let data_dir = std::path::absolute(&data_dir)?;
+        let joined = Joined::of(&data_dir)?;
+        let cluster = parse.cluster(args.cluster.as_ref().or(file.cluster.as_ref()), &joined);
+        let advertise = args.advertise.as_ref().or(file.advertise.as_ref());
+        let advertise = advertise.and_then(|text| parse.socket("advertise", Some(text), "")).or(joined.advertise);
+        let domain = parse.as_joined("domain", args.domain.as_ref().or(file.domain.as_ref()), joined.domain.as_ref());
+        let domain = parse.domain(domain.as_ref());
+        let host_id = parse.as_joined("host-id", args.host_id.as_ref().or(file.host_id.as_ref()), joined.host_id.as_ref());
+        let host_id = parse.name("host-id", host_id.as_ref(), "h1");
+        let region = parse.as_joined("region", args.region.as_ref().or(file.region.as_ref()), joined.region.as_ref());
+        let region = parse.name("region", region.as_ref(), "local");
         let zone = args.zone.as_ref().or(file.zone.as_ref());
         let zone = zone.and_then(|zone| parse.name("zone", Some(zone), ""));
         let labels = parse.labels(args.labels.as_ref().or(file.label.as_ref()));
-        let roles = parse.roles(args.roles.as_ref().or(file.role.as_ref()));
-        let prefix = parse.prefix(args.machine_prefix.as_ref().or(file.machine_prefix.as_ref()));
+        let roles = parse.roles(args.roles.as_ref().or(file.role.as_ref()), &joined);
+        let prefix = args.machine_prefix.as_ref().or(file.machine_prefix.as_ref());
+        let prefix = parse.as_joined("machine-prefix", prefix, joined.machine_prefix.as_ref());
+        let prefix = parse.prefix(prefix.as_ref());
         let memory_mb = args.memory_mb.or(file.memory_mb).map_or_else(default_memory_mb, Ok)?;
-        let data_dir =
-            data_dir.map(Path::to_owned).or(file.data_dir).unwrap_or_else(dunlin_cli::default_data_dir);
         if let (Some(http), Some(https)) = (http, https)
             && http == https
             && http.port() != 0
@@ -193,9 +216,11 @@ impl Settings {
                 if problems.is_empty() =>
             {
                 Ok(Self {
-                    data_dir: std::path::absolute(&data_dir)?,
+                    data_dir,
                     http,
                     https,
+                    cluster,
+                    advertise,
                     domain,
                     host_id,
                     region,
@@ -228,13 +253,15 @@ impl Settings {
 
     pub fn summary(&self) -> String {
         format!(
-            "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ndomain = {:?}\nhost_id = {:?}\nregion = {:?}\n{}label = {:?}\n\
+            "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ncluster = {:?}\n{}domain = {:?}\nhost_id = {:?}\nregion = {:?}\n{}label = {:?}\n\
              role = {:?}\n\
              machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nrootfs_gb = {}\nautostop_after = {}\n\
              ready_machines = {}\nlog_format = {:?}",
             self.data_dir,
             self.http.to_string(),
             self.https.to_string(),
+            self.cluster.map_or("off".to_owned(), |address| address.to_string()),
+            self.advertise.map_or(String::new(), |address| format!("advertise = {:?}\n", address.to_string())),
             self.domain,
             self.host_id.as_str(),
             self.region.as_str(),
@@ -250,6 +277,35 @@ impl Settings {
             self.ready_machines,
             format!("{:?}", self.log_format).to_lowercase(),
         )
+    }
+}
+
+/// What a server that has joined a cluster was told there. That of control itself is told nothing.
+#[derive(Default)]
+struct Joined {
+    is_member: bool,
+    listen: Option<SocketAddr>,
+    advertise: Option<SocketAddr>,
+    domain: Option<String>,
+    host_id: Option<String>,
+    region: Option<String>,
+    machine_prefix: Option<String>,
+}
+
+impl Joined {
+    fn of(data_dir: &Path) -> anyhow::Result<Self> {
+        let member = dunlin_cluster::Member::load(&data_dir.join("cluster"))?;
+        let Some(member) = member.filter(|member| member.control != member.host) else { return Ok(Self::default()) };
+        let prefix = member.machine_prefix;
+        Ok(Self {
+            is_member: true,
+            listen: member.listen,
+            advertise: member.advertise,
+            domain: Some(member.domain),
+            host_id: Some(member.host.to_string()),
+            region: Some(member.region.to_string()),
+            machine_prefix: Some(format!("{}/{}", prefix.network, prefix.length)),
+        })
     }
 }
 
@@ -292,13 +348,36 @@ impl Parse<'_> {
         self.keep(key, text, text.parse::<T>().map_err(|e| e.rule))
     }
 
-    fn roles(&mut self, roles: Option<&Vec<Role>>) -> Option<Vec<Role>> {
-        let mut roles = roles.cloned().unwrap_or_else(|| vec![Role::Control, Role::Host, Role::Proxy]);
+    fn roles(&mut self, roles: Option<&Vec<Role>>, joined: &Joined) -> Option<Vec<Role>> {
+        let usual = if joined.is_member { vec![Role::Host, Role::Proxy] } else { vec![Role::Control, Role::Host, Role::Proxy] };
+        let mut roles = roles.cloned().unwrap_or(usual);
         roles.sort_unstable();
         roles.dedup();
-        let valid = roles.contains(&Role::Host) && roles.contains(&Role::Proxy);
         let text = role_names(&roles);
-        self.keep("role", &text, valid.then_some(roles).ok_or("host and proxy run together until hosts form a fleet; leave out control only"))
+        if joined.is_member && roles.contains(&Role::Control) {
+            return self.keep("role", &text, Err("this server has joined a cluster whose control runs elsewhere: leave out control"));
+        }
+        let valid = roles.contains(&Role::Host) && roles.contains(&Role::Proxy);
+        self.keep("role", &text, valid.then_some(roles).ok_or("host and proxy run together; leave out control only"))
+    }
+
+    fn cluster(&mut self, text: Option<&String>, joined: &Joined) -> Option<SocketAddr> {
+        match text.map(String::as_str) {
+            None if joined.listen.is_some() => joined.listen,
+            Some("off") if !joined.is_member => None,
+            Some("off") => self.keep("cluster", "off", Err("this server has joined a cluster; `dunlin host leave` ends that")),
+            _ => self.socket("cluster", text, DEFAULT_CLUSTER),
+        }
+    }
+
+    /// What the cluster has settled for a member: it may be said again, and not be said otherwise.
+    fn as_joined(&mut self, key: &str, given: Option<&String>, joined: Option<&String>) -> Option<String> {
+        if let (Some(given), Some(joined)) = (given, joined)
+            && given != joined
+        {
+            let _ = writeln!(self.problems, "  {key} = {given:?}: this server has joined its cluster with {joined:?}; leave it out");
+        }
+        joined.or(given).cloned()
     }
 
     fn labels(&mut self, given: Option<&Vec<String>>) -> BTreeMap<String, String> {
@@ -364,6 +443,44 @@ mod tests {
         let settings = Settings::resolve(&args, None).unwrap();
         assert_eq!((settings.domain.as_str(), settings.region.as_str()), ("example.org", "ams"));
         assert_eq!(settings.http.port(), 80);
+        assert_eq!(settings.cluster, Some(DEFAULT_CLUSTER.parse().unwrap()));
+    }
+
+    #[test]
+    fn a_server_that_joined_is_who_it_was_told_to_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let prefix = parse_prefix("10.208.16.0/20").unwrap();
+        let (host, region): (HostId, Region) = ("w2".parse().unwrap(), "fra".parse().unwrap());
+        let authority = dunlin_cluster::Authority::load_or_create(dir.path(), 0).unwrap();
+        let keys = dunlin_cluster::MemberKeys::generate().unwrap();
+        let issued = authority.issue(&host, &region, 1, &keys.public().unwrap(), 0).unwrap();
+        let member = dunlin_cluster::Member {
+            host,
+            region,
+            epoch: 1,
+            domain: "example.org".into(),
+            machine_prefix: prefix,
+            control: "w1".parse().unwrap(),
+            peers: vec![],
+            listen: None,
+            advertise: None,
+            keys,
+            issued,
+        };
+        member.save(&dir.path().join("cluster")).unwrap();
+        let settings = Settings::resolve(&ServerArgs::default(), Some(dir.path())).unwrap();
+        assert_eq!((settings.host_id.as_str(), settings.domain.as_str()), ("w2", "example.org"));
+        assert_eq!((settings.roles, settings.machine_prefix), (vec![Role::Host, Role::Proxy], prefix));
+        let args = ServerArgs {
+            host_id: Some("w3".into()),
+            roles: Some(vec![Role::Control, Role::Host, Role::Proxy]),
+            cluster: Some("off".into()),
+            ..Default::default()
+        };
+        let error = format!("{:#}", Settings::resolve(&args, Some(dir.path())).unwrap_err());
+        for told in ["host-id = \"w3\"", "\"w2\"", "role = ", "cluster = \"off\""] {
+            assert!(error.contains(told), "{error}");
+        }
     }
 
     #[test]

@@ -208,6 +208,7 @@ impl Server {
             .arg(self.data())
             .args(["--http", &format!("127.0.0.1:{}", self.http)])
             .args(["--https", &format!("127.0.0.1:{}", self.https)])
+            .args(["--cluster", "off"])
             .args(["--machine-prefix", &self.machine_prefix.clone().unwrap_or_else(|| format!("{}0/24", self.address_prefix()))])
             .args(&self.flags)
             .stdin(Stdio::null());

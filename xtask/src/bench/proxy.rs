@@ -176,7 +176,7 @@ fn edge(dir: &Path, upstream: u16) -> anyhow::Result<Proxy> {
     let (http, https) = (free_port(), free_port());
     let mut command = Command::new(sh::target_dir().join("release/examples/edge"));
     command
-        .args(["--http", &format!("127.0.0.1:{http}"), "--https", &format!("127.0.0.1:{https}")])
+        .args(["--http", &format!("127.0.0.1:{http}"), "--https", &format!("127.0.0.1:{https}"), "--cluster", "off"])
         .args(["--upstream", &format!("127.0.0.1:{upstream}"), "--threads", "2", "--sockets", "2", "--host", HOST])
         .args([PathBuf::from("--cert"), dir.join("cert.pem"), "--key".into(), dir.join("key.pem")])
         .args([PathBuf::from("--log"), dir.join("edge.log")]);

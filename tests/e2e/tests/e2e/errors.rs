@@ -163,7 +163,7 @@ fn not_root_and_a_kernel_that_lacks_something() {
     let as_nobody = |args: &[&str]| {
         Command::new("setpriv").args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&public).args(args).output().unwrap()
     };
-    let server = as_nobody(&["server", "--data-dir", "/tmp/dunlin-nobody", "--http", "127.0.0.1:0", "--https", "127.0.0.1:0"]);
+    let server = as_nobody(&["server", "--data-dir", "/tmp/dunlin-nobody", "--http", "127.0.0.1:0", "--https", "127.0.0.1:0", "--cluster", "off"]);
     assert!(!server.status.success() && text(&server).contains("needs root") && text(&server).contains("sudo"), "{}", text(&server));
     // All of it at once: what is there, what is required, and what would cost something.
     for need in ["user namespaces: there", "usermod --add-subuids", "cgroups", "internet", "hint:"] {
@@ -177,7 +177,7 @@ fn not_root_and_a_kernel_that_lacks_something() {
     let lacking = Command::new("setpriv")
         .args(["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"])
         .arg(&public)
-        .args(["server", "--http", "127.0.0.1:0", "--https", "127.0.0.1:0", "--data-dir"])
+        .args(["server", "--http", "127.0.0.1:0", "--https", "127.0.0.1:0", "--cluster", "off", "--data-dir"])
         .arg(dir.path().join("data"))
         .output()
         .unwrap();
