@@ -11,7 +11,10 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, NameConstraints, SubjectPublicKeyInfo,
 };
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -96,6 +99,18 @@ impl Authority {
 
     pub fn ca_pem(&self) -> &str {
         &self.ca_pem
+    }
+
+    /// By what a new host knows the authority: SHA-256 of its certificate.
+    pub fn ca_sha256(&self) -> Result<[u8; 32], MemberError> {
+        let der = CertificateDer::from_pem_slice(self.ca_pem.as_bytes());
+        let der = der.map_err(|_| MemberError::BadKey("the authority's certificate is not PEM"))?;
+        Ok(Sha256::digest(&der).into())
+    }
+
+    /// Whether it has issued this.
+    pub(crate) fn has_issued(&self, issued: &Issued) -> bool {
+        issued.ca_pem == self.ca_pem && issued.cluster_key == hex::encode(self.gossip.verifying_key().to_bytes())
     }
 
     /// Certifies a host's keys. The epoch is higher with every new set of keys of the same host.

@@ -8,10 +8,12 @@
 
 mod authority;
 mod disk;
+mod joining;
 mod live;
 mod member;
 
 pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name};
 pub use disk::{Loaded, ViewError};
+pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_BYTES, NotAJoinToken, TokenProof};
 pub use live::{Age, Ages, Changes, View};
-pub use member::{Member, MemberError, MemberKeys};
+pub use member::{ControlHost, Member, MemberError, MemberKeys};

@@ -1,6 +1,6 @@
 //! Who a host is in its cluster, on its disk: `<data>/cluster/member.json`, 0600, whole or not there.
 
-use crate::authority::{Issued, PublicKeys};
+use crate::authority::{Authority, Issued, LEAF_VALID, PublicKeys};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use dunlin_gossip::Certificate;
@@ -39,6 +39,15 @@ pub struct MemberKeys {
     gossip: String,
 }
 
+/// The host that control runs on, as its settings have it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControlHost {
+    pub host: HostId,
+    pub region: Region,
+    pub domain: String,
+    pub machine_prefix: Ipv4Prefix,
+}
+
 /// A host as a member of its cluster.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Member {
@@ -68,6 +77,22 @@ impl MemberKeys {
         Ok(Self { tls: tls.serialize_pem(), gossip: hex::encode(random::<32>()) })
     }
 
+    /// Those of a host that is about to join. They stay until it has: an answer that was lost is asked for again with the
+    /// same keys.
+    pub fn to_join_with(dir: &Path) -> Result<Self, MemberError> {
+        let path = Self::path_until_joined(dir);
+        if let Some(keys) = private_file(&path)? {
+            return Ok(keys);
+        }
+        let keys = Self::generate()?;
+        write_private(&path, &keys)?;
+        Ok(keys)
+    }
+
+    fn path_until_joined(dir: &Path) -> PathBuf {
+        dir.join("joining.json")
+    }
+
     pub fn public(&self) -> Result<PublicKeys, MemberError> {
         let tls = KeyPair::from_pem(&self.tls)?;
         Ok(PublicKeys { tls: base64(&tls.subject_public_key_info()), gossip: hex::encode(self.gossip()?.verifying_key().to_bytes()) })
@@ -90,7 +115,58 @@ impl Member {
     }
 
     pub fn save(&self, dir: &Path) -> Result<(), MemberError> {
-        write_private(&Self::path(dir), self)
+        write_private(&Self::path(dir), self)?;
+        match fs::remove_file(MemberKeys::path_until_joined(dir)) {
+            Err(source) if source.kind() != ErrorKind::NotFound => {
+                Err(MemberError::Io { path: MemberKeys::path_until_joined(dir), verb: "removed", source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The host leaves: its keys are gone.
+    pub fn forget(dir: &Path) -> Result<(), MemberError> {
+        let io = |source| MemberError::Io { path: Self::path(dir), verb: "removed", source };
+        fs::remove_file(Self::path(dir)).map_err(io)?;
+        fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)
+    }
+
+    /// Control's own host, which needs no token. What it has is kept and renewed; where it was another host or region, or
+    /// its file is gone, it begins anew.
+    pub fn of_control(dir: &Path, authority: &Authority, of: &ControlHost, now_ms: u64) -> Result<Self, MemberError> {
+        let is_of_it = |kept: &Self| kept.host == of.host && kept.region == of.region && authority.has_issued(&kept.issued);
+        let kept = Self::load(dir)?.filter(is_of_it);
+        let is_same = |kept: &Self| kept.domain == of.domain && kept.machine_prefix == of.machine_prefix && kept.control == of.host;
+        if let Some(kept) = &kept
+            && is_same(kept)
+            && !kept.is_due(now_ms)
+        {
+            return Ok(kept.clone());
+        }
+        let (keys, epoch, peers) = match kept {
+            Some(kept) => (kept.keys, kept.epoch, kept.peers),
+            // Later than every epoch that it has had, also those that nothing on this disk tells of.
+            None => (MemberKeys::generate()?, u32::try_from(now_ms / 1000).unwrap_or(u32::MAX), vec![]),
+        };
+        let member = Self {
+            issued: authority.issue(&of.host, &of.region, epoch, &keys.public()?, now_ms)?,
+            host: of.host.clone(),
+            region: of.region.clone(),
+            epoch,
+            domain: of.domain.clone(),
+            machine_prefix: of.machine_prefix,
+            control: of.host.clone(),
+            peers,
+            keys,
+        };
+        member.save(dir)?;
+        Ok(member)
+    }
+
+    /// Two thirds of its certificate's life are over.
+    pub fn is_due(&self, now_ms: u64) -> bool {
+        let third_ms = LEAF_VALID.as_millis() as u64 / 3;
+        self.issued.not_after_ms.saturating_sub(now_ms) <= third_ms
     }
 
     pub fn path(dir: &Path) -> PathBuf {
@@ -179,7 +255,52 @@ mod tests {
         assert!(read.log_certificate().unwrap().verify(&read.cluster_key().unwrap()));
         assert_eq!(read.log_certificate().unwrap().key, read.keys.gossip().unwrap().verifying_key());
         assert!(Member::load(dir.path()).unwrap().is_none());
+        Member::forget(&dir.path().join("cluster")).unwrap();
+        assert!(Member::load(&dir.path().join("cluster")).unwrap().is_none());
+        read.save(&dir.path().join("cluster")).unwrap();
         fs::set_permissions(Member::path(&dir.path().join("cluster")), fs::Permissions::from_mode(0o644)).unwrap();
         assert!(matches!(Member::load(&dir.path().join("cluster")), Err(MemberError::TooOpen { .. })));
+    }
+
+    #[test]
+    fn keys_to_join_with_stay_until_the_host_has_joined() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("cluster");
+        let keys = MemberKeys::to_join_with(&dir).unwrap();
+        assert_eq!(MemberKeys::to_join_with(&dir).unwrap().public().unwrap(), keys.public().unwrap());
+        let authority = Authority::load_or_create(&dir.join("control"), 0).unwrap();
+        Member::of_control(&dir, &authority, &control_host("h1", "fra"), 0).unwrap();
+        assert_ne!(MemberKeys::to_join_with(&dir).unwrap().public().unwrap(), keys.public().unwrap());
+    }
+
+    fn control_host(host: &str, region: &str) -> ControlHost {
+        ControlHost {
+            host: host.parse().unwrap(),
+            region: region.parse().unwrap(),
+            domain: "localhost".into(),
+            machine_prefix: Ipv4Prefix { network: "10.201.0.0".parse().unwrap(), length: 16 },
+        }
+    }
+
+    #[test]
+    fn the_host_of_control_keeps_what_it_has_renews_it_and_begins_anew_as_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let (control, dir) = (dir.path().join("control"), dir.path().join("cluster"));
+        let start_ms = 1_800_000_000_000;
+        let authority = Authority::load_or_create(&control, start_ms).unwrap();
+        let of_control = |of: &ControlHost, now_ms| Member::of_control(&dir, &authority, of, now_ms).unwrap();
+        let at_first = of_control(&control_host("h1", "fra"), start_ms);
+        assert_eq!(of_control(&control_host("h1", "fra"), start_ms + 1).issued, at_first.issued);
+        let late_ms = start_ms + LEAF_VALID.as_millis() as u64 * 2 / 3 + 1;
+        let renewed = of_control(&control_host("h1", "fra"), late_ms);
+        assert!(renewed.issued.not_after_ms > at_first.issued.not_after_ms);
+        assert_eq!((renewed.epoch, renewed.keys.public().unwrap()), (at_first.epoch, at_first.keys.public().unwrap()));
+        assert_eq!(renewed.issued.log_certificate, at_first.issued.log_certificate, "one right to one log");
+        for elsewhere in [control_host("h1", "ams"), control_host("h9", "ams")] {
+            let anew = of_control(&elsewhere, late_ms);
+            assert!(anew.epoch > at_first.epoch);
+            assert_ne!(anew.keys.public().unwrap(), at_first.keys.public().unwrap());
+            assert_eq!(Member::load(&dir).unwrap().unwrap().host, elsewhere.host);
+        }
     }
 }
