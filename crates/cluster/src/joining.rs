@@ -134,7 +134,7 @@ impl JoinAnswer {
     /// The member that the answer makes of a host with these keys.
     pub fn member(self, host: HostId, keys: MemberKeys) -> Member {
         let Self { issued, region, epoch, domain, machine_prefix, control, peers } = self;
-        Member { host, region, epoch, domain, machine_prefix, control, peers, keys, issued }
+        Member { host, region, epoch, domain, machine_prefix, control, peers, listen: None, advertise: None, keys, issued }
     }
 }
 

@@ -157,6 +157,8 @@ impl Member {
             machine_prefix: of.machine_prefix,
             control: of.host.clone(),
             peers,
+            listen: None,
+            advertise: None,
             keys,
         };
         member.save(dir)?;
