@@ -1,9 +1,10 @@
-//! One entry for all house work: `cargo xtask demo|test|sim|endure|bench|tidy`.
+//! One entry for all house work: `cargo xtask demo|test|sim|fuzz|endure|bench|tidy`.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod demo;
 mod endure;
+mod fuzz;
 mod packages;
 mod sh;
 mod sim;
@@ -25,6 +26,7 @@ usage: cargo xtask <command>
   sim --seed N    tell the story of one seed of the simulator (tests/sim)
   sim --minutes N look through as many seeds as that allows
   sim --flock ... the same of hosts that share state; with --hosts N figures of so many
+  fuzz [NAME]     feed foreign bytes to what reads them (--seconds N each, 60 by default)
   endure          start and stop machines 2,000 times (--cycles N) under kills of the agent, and count what is left
   bench [NAME]    print figures beside their peers': deploy, create, machines, neighbours, proxy, idle, scale
   tidy            check the house rules";
@@ -53,6 +55,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["test", "--vm"] => vm::run(),
         ["sim", rest @ ..] => sim::command(rest),
         ["endure", rest @ ..] => endure::command(rest),
+        ["fuzz", rest @ ..] => fuzz::command(rest),
         ["bench", names @ ..] => bench::run(names),
         ["tidy"] => tidy::run(),
         _ => bail!("{USAGE}"),

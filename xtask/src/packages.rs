@@ -53,7 +53,11 @@ pub enum For {
     Test,
     Bench,
     Vm,
+    Fuzz,
 }
+
+/// libFuzzer is built from its source.
+const FUZZ: &[Package] = &[("/usr/bin/c++", "g++", "builds libFuzzer")];
 
 type Package = (&'static str, &'static str, &'static str);
 
@@ -63,6 +67,7 @@ fn missing(purpose: For) -> Vec<Package> {
         For::Test => [RUN, TEST].concat(),
         For::Bench => [RUN, TEST, BENCH].concat(),
         For::Vm => [RUN, VM].concat(),
+        For::Fuzz => FUZZ.to_vec(),
     };
     wanted.into_iter().filter(|(file, ..)| !exists(file)).collect()
 }

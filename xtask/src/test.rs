@@ -1,7 +1,7 @@
 //! `cargo xtask test`: sets everything up and passes all tests.
 
 use crate::demo::Demo;
-use crate::{packages, sh, tidy, vm};
+use crate::{fuzz, packages, sh, tidy, vm};
 use anyhow::bail;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -19,6 +19,7 @@ pub fn run(scope: Scope) -> anyhow::Result<()> {
     sh::run(sh::cargo().args(["build", "--package", "dunlin"]))?;
     sh::run(sh::cargo().args(["test", "--workspace", "--exclude", "dunlin-e2e", "--no-fail-fast"]))?;
     if scope == Scope::All {
+        fuzz::run(fuzz::GATE_SECONDS, &[])?;
         if vm::is_possible() {
             vm::run()?;
         } else {
