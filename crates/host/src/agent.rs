@@ -12,7 +12,7 @@ use dunlin_machine::{Alive, Asked, Deny, Effect, Event, Machine, Order, Record, 
 use dunlin_model::{CommandId, MachineId, MachineState};
 use dunlin_runtime::Phase;
 use dunlin_view::{CheckStatus, ConfigState, HostFact, MachineFact, Snapshot};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -59,6 +59,8 @@ pub enum Input {
     Fact(MachineId, oneshot::Sender<Option<(MachineFact, bool)>>),
     /// Of it, what no fact says.
     Record(MachineId, oneshot::Sender<Option<Box<Record>>>),
+    /// What its machines are made of.
+    Images(oneshot::Sender<BTreeSet<String>>),
     Heartbeat,
     /// Which stopped machines should stand ready may have changed.
     Ready,
@@ -173,6 +175,9 @@ impl Agent {
                 }
                 Input::Record(id, reply) => {
                     let _ = reply.send(self.slots.get(&id).map(|slot| Box::new(slot.machine.record().clone())));
+                }
+                Input::Images(reply) => {
+                    let _ = reply.send(self.images()); // as above
                 }
                 Input::Heartbeat => {
                     self.heartbeat();

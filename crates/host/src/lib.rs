@@ -21,6 +21,7 @@ mod cpus;
 mod digest;
 mod exec;
 mod firewall;
+mod images;
 mod journal;
 mod kill;
 mod last_hop;

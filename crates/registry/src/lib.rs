@@ -3,11 +3,12 @@
 //! ```text
 //! push  -> server -> ContentStore -> Images::ensure -> layer directories, lowest first
 //! pull  -> another registry ----^
+//! peer  -> another host --------^
 //! bootstrap -> Debian packages -^
 //! ```
 //!
 //! Owns the content store (blobs by digest, and per repository what it may see), the `/v2/` server, the
-//! client of other registries, the unpacked layers, and the base images made from Debian packages.
+//! client of other registries, what hosts give one another, the unpacked layers, and the base images made from Debian packages.
 //! Never decides who may do what (the caller's `Authorizer` does), never mounts anything outside a private
 //! mount namespace, never trusts a byte that came over the network: every digest is checked, every size has
 //! a named limit. Tested in `tests/` with skopeo, podman, buildah and Debian's docker-registry,
@@ -16,6 +17,7 @@
 pub mod bootstrap;
 mod digest;
 mod manifest;
+pub mod peer;
 mod pull;
 mod server;
 mod store;

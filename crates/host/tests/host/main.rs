@@ -9,6 +9,7 @@ mod cpus;
 mod exec;
 mod files;
 mod firewall;
+mod images;
 mod last_hop;
 mod life;
 mod logs;
@@ -46,6 +47,7 @@ const TESTS: &[Test] = tests![
     files: a_machine_has_its_files_and_those_of_its_secrets;
     firewall: it_comes_back_when_somebody_flushes_it, a_docker_that_starts_later_cuts_nobody_off,
         a_host_without_name_servers_starts_and_follows_when_it_gets_some;
+    images: they_come_from_another_host_and_only_they_are_kept, one_that_no_host_has_is_the_machines_problem;
     last_hop: a_request_that_gives_up_leaves_the_machine_to_be_woken_by_the_next,
         a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not,
         a_request_is_answered_before_its_machine_is_told_to_stop;

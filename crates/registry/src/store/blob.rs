@@ -99,6 +99,15 @@ impl ContentStore {
         Ok(Some(BlobWriter { file, path, dir: self.inner.dir.clone(), hasher, len, kept: Kept::ForLater }))
     }
 
+    /// Bytes that an unfinished pull of it left.
+    pub(crate) fn partial_len(&self, digest: &Digest) -> Result<u64, StoreError> {
+        match fs::metadata(self.inner.dir.join("partial").join(digest.hex())) {
+            Ok(metadata) => Ok(metadata.len()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(e) => Err(self.io(e, "look an unfinished pull up")),
+        }
+    }
+
     /// Checks the digest, makes the content durable, and lets `repo` see it.
     pub(crate) fn finish_blob(&self, repo: &Repo, writer: BlobWriter, expected: Option<&Digest>) -> Result<Digest, StoreError> {
         let digest = self.seal(writer, expected)?;
@@ -109,6 +118,17 @@ impl ContentStore {
         }
         self.link_blob(repo, &digest)?;
         Ok(digest)
+    }
+
+    /// Whether content is here, for the platform itself. It counts as used now.
+    pub(crate) fn touch_content(&self, digest: &Digest) -> Result<bool, StoreError> {
+        let _guard = self.inner.links.read().unwrap_or_else(|e| e.into_inner());
+        self.seen(&self.blob_path(digest))
+    }
+
+    /// Checks the digest and makes the content durable. No repository sees it; the collector leaves it for its grace.
+    pub(crate) fn keep_content(&self, writer: BlobWriter, expected: &Digest) -> Result<(), StoreError> {
+        self.seal(writer, Some(expected)).map(drop)
     }
 
     /// Reads content through, and sets it aside if it is not what its name says. For whoever could make nothing of it.

@@ -22,6 +22,7 @@ pub(crate) use uploads::{UploadError, Uploads};
 
 use crate::digest::{Digest, InvalidName, Repo, is_tag};
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, is_known_media_type};
+use crate::peer::MAX_SERVED;
 use bytes::Bytes;
 use files::{hold_lock, list, path_exists, read_small, remove_if_there, write_durably};
 use std::fs::{self, File};
@@ -29,6 +30,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime};
+use tokio::sync::Semaphore;
 
 /// What somebody asked about lately is not collected: a client that saw a blob here is about to name it.
 pub(crate) const GC_GRACE: Duration = Duration::from_secs(3600);
@@ -74,6 +76,8 @@ struct Inner {
     /// Readers add links, the collector removes: never both at once.
     links: RwLock<()>,
     uploads: Uploads,
+    /// Blobs that are read for other hosts.
+    serving: Semaphore,
     /// Held for life: only a process that is alone removes what others left unfinished.
     _lock: File,
 }
@@ -94,7 +98,8 @@ impl ContentStore {
             clean(&dir.join("partial"), PARTIAL_KEPT).map_err(io("remove unfinished pulls"))?;
             clean(&dir.join("damaged"), DAMAGED_KEPT).map_err(io("remove damaged content"))?;
         }
-        Ok(Self { inner: Arc::new(Inner { dir, links: RwLock::new(()), uploads: Uploads::default(), _lock: lock }) })
+        let serving = Semaphore::new(MAX_SERVED);
+        Ok(Self { inner: Arc::new(Inner { dir, links: RwLock::new(()), uploads: Uploads::default(), serving, _lock: lock }) })
     }
 
     pub fn dir(&self) -> &Path {
@@ -103,6 +108,10 @@ impl ContentStore {
 
     pub(crate) fn uploads(&self) -> &Uploads {
         &self.inner.uploads
+    }
+
+    pub(crate) fn serving(&self) -> &Semaphore {
+        &self.inner.serving
     }
 
     // --- manifests and tags

@@ -107,14 +107,14 @@ fn needed(inner: &Inner, keep: &[Digest]) -> Result<BTreeSet<String>, UnpackErro
     let mut needed = BTreeSet::new();
     for digest in keep {
         // An image that is not here any more may be what machines run: without knowing what it needs nothing may go.
-        let (_, _, layers, _) = read_image(&inner.store, digest).map_err(|error| match error {
+        let parts = read_image(&inner.store, digest).map_err(|error| match error {
             UnpackError::Store(StoreError::NotFound(_) | StoreError::Damaged(_)) => {
                 let what = format!("the image {digest}, which is in use (no layer is collected until it is pushed again),");
                 UnpackError::Store(StoreError::NotFound(what))
             }
             other => other,
         })?;
-        needed.extend(layers.iter().flat_map(Layer::names));
+        needed.extend(parts.layers.iter().flat_map(Layer::names));
     }
     Ok(needed)
 }

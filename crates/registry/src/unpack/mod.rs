@@ -20,6 +20,7 @@ pub(crate) use layer::{Packed, unpack_layer};
 
 use crate::digest::Digest;
 use crate::manifest::{ImageConfig, MAX_CONFIG_BYTES, MAX_LAYERS, MAX_MANIFEST_BYTES, Manifest, parse_config};
+use crate::peer::{FetchError, Peers};
 use crate::store::{ContentStore, GC_GRACE, StoreError, is_full};
 use collect::{Held, Uses};
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
@@ -47,6 +48,8 @@ pub enum UnpackError {
     Io { what: String, source: io::Error },
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
 }
 
 impl UnpackError {
@@ -112,6 +115,16 @@ struct Inner {
     /// One at a time per name of a layer; the others find it done.
     busy: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
     uses: Arc<Uses>,
+    /// Other hosts, where there are some.
+    peers: OnceLock<Peers>,
+}
+
+/// What is read of an image before it is unpacked.
+struct Parts {
+    digest: Digest,
+    config: ImageConfig,
+    layers: Vec<Layer>,
+    size: u64,
 }
 
 #[derive(Clone)]
@@ -165,15 +178,27 @@ impl Images {
             permits: Semaphore::new(MAX_PARALLEL_LAYERS),
             busy: Mutex::default(),
             uses: Arc::new(Uses::begin()),
+            peers: OnceLock::new(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
+    /// From now on, what the store lacks of an image comes from other hosts. To be said once; later calls change nothing.
+    pub fn fetch_from(&self, peers: Peers) {
+        let _ = self.inner.peers.set(peers);
+    }
+
     /// Unpacks what is not unpacked yet. Of an index, the image for this computer.
     pub async fn ensure(&self, manifest: &Digest) -> Result<ImageRecord, UnpackError> {
-        let (store, wanted) = (self.inner.store.clone(), manifest.clone());
-        let read = tokio::task::spawn_blocking(move || read_image(&store, &wanted));
-        let (digest, config, layers, size) = read.await.map_err(died)??;
+        match self.ensure_once(manifest).await {
+            // It is set aside, and another host may have it whole.
+            Err(UnpackError::Store(StoreError::Damaged(_))) if self.inner.peers.get().is_some() => self.ensure_once(manifest).await,
+            ended => ended,
+        }
+    }
+
+    async fn ensure_once(&self, manifest: &Digest) -> Result<ImageRecord, UnpackError> {
+        let Parts { digest, config, layers, size } = self.read(manifest).await?;
         let held = Arc::new(self.inner.uses.hold(layers.iter().flat_map(Layer::names)));
         // Each by itself first and side by side; those that turn out to need the ones below, after them.
         let own = layers.iter().map(|layer| self.ensure_layer(layer, None, &held));
@@ -189,6 +214,26 @@ impl Images {
         }
         let visible = tokio::task::spawn_blocking(move || below::visible(paths)).await.map_err(died)?;
         Ok(ImageRecord { digest, layers: visible.map_err(UnpackError::io("look at the layers"))?, config, size })
+    }
+
+    /// Reads what the image consists of. What the store lacks comes from other hosts first, if there are some.
+    async fn read(&self, manifest: &Digest) -> Result<Parts, UnpackError> {
+        let read = || {
+            let (inner, wanted) = (self.inner.clone(), manifest.clone());
+            tokio::task::spawn_blocking(move || {
+                let parts = read_image(&inner.store, &wanted)?;
+                let is_whole = inner.peers.get().is_none() || inner.has_all(&parts)?;
+                Ok::<_, UnpackError>((parts, is_whole))
+            })
+        };
+        let found = read().await.map_err(died)?;
+        match (&found, self.inner.peers.get()) {
+            (Ok((_, false)) | Err(UnpackError::Store(StoreError::NotFound(_) | StoreError::Damaged(_))), Some(peers)) => {
+                peers.fetch_image(&self.inner.store, manifest).await?;
+                Ok(read().await.map_err(died)??.0)
+            }
+            _ => Ok(found?.0),
+        }
     }
 
     /// Removes layers that none of these manifests needs and that nobody used during the last hour. Returns how
@@ -235,6 +280,16 @@ impl Inner {
 
     fn find(&self, layer: &Layer) -> Option<PathBuf> {
         layer.names().into_iter().map(|name| self.layers().join(name)).find(|path| path.is_dir())
+    }
+
+    /// Whether every layer is unpacked, or here to be.
+    fn has_all(&self, parts: &Parts) -> Result<bool, UnpackError> {
+        for layer in &parts.layers {
+            if self.find(layer).is_none() && !self.store.touch_content(&layer.blob)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn unpack(&self, layer: &Layer, name: &str, below: Option<&[PathBuf]>) -> Result<Option<PathBuf>, UnpackError> {
@@ -288,7 +343,7 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     }
 }
 
-fn read_image(store: &ContentStore, wanted: &Digest) -> Result<(Digest, ImageConfig, Vec<Layer>, u64), UnpackError> {
+fn read_image(store: &ContentStore, wanted: &Digest) -> Result<Parts, UnpackError> {
     let (digest, manifest) = platform_manifest(store, wanted)?;
     let refuse = |why: String| UnpackError::Refused(why);
     let config = manifest.config.as_ref().ok_or_else(|| refuse("it is an index inside an index".into()))?;
@@ -310,7 +365,7 @@ fn read_image(store: &ContentStore, wanted: &Digest) -> Result<(Digest, ImageCon
         };
         layers.push(Layer { blob: layer.digest, diff_id, chain_id, media_type: layer.media_type });
     }
-    Ok((digest, config, layers, size))
+    Ok(Parts { digest, config, layers, size })
 }
 
 fn platform_manifest(store: &ContentStore, wanted: &Digest) -> Result<(Digest, Manifest), UnpackError> {
