@@ -11,9 +11,10 @@ use dunlin_view::MachineFact;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 use tokio::sync::mpsc;
 
-/// Commands to the owner of machines; in the process today, over mutual TLS in a fleet.
+/// Commands to the owner of machines: in the process, or over a stream to another host ([`crate::remote`]).
 #[async_trait]
 pub trait HostApi: Send + Sync {
     fn host_id(&self) -> &HostId;
@@ -106,11 +107,14 @@ pub enum Refusal {
     WaitHopeless { state: MachineState },
     #[error("the disk is full: {0}")]
     DiskFull(String),
+    /// It may be down, or cut off; what was asked may have been done all the same.
+    #[error("host {host} cannot be reached: {why}")]
+    Unreachable { host: HostId, why: String },
     #[error("{0}")]
     Failed(String),
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reserve {
     pub machine: MachineId,
     pub guest: Guest,
@@ -201,7 +205,7 @@ pub struct VolumeSnapshot {
     pub retention_days: u32,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitFor {
     pub states: Vec<MachineState>,
     pub version: Option<MachineVersion>,
@@ -245,7 +249,8 @@ impl ExecRequest {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ExecProgram {
     Command(Vec<String>),
     /// Copies files between the machine and the session's streams, with no program of the image.
@@ -274,7 +279,8 @@ pub struct ExecSession {
     pub control: mpsc::Sender<ExecControl>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ExecControl {
     Resize(WindowSize),
     /// `SIGTERM`, `TERM` or a number, to the command's process group.
@@ -291,7 +297,7 @@ pub enum ExecOutput {
     Failed(String),
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct LogQuery {
     pub app: Option<AppName>,
     pub machine: Option<MachineId>,
@@ -304,6 +310,14 @@ pub struct LogQuery {
 /// Lines in the order of their time, as well as several machines allow.
 pub struct LogStream {
     pub lines: mpsc::Receiver<LogLine>,
+    /// Set before the lines end, where they end because their host was lost: why.
+    pub broken: Arc<OnceLock<Refusal>>,
+}
+
+impl LogStream {
+    pub fn new(lines: mpsc::Receiver<LogLine>) -> Self {
+        Self { lines, broken: Arc::default() }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,6 +10,7 @@ pub mod error;
 pub mod exec;
 pub mod host;
 pub mod last_hop;
+pub mod remote;
 pub mod volumes;
 pub mod wire;
 

@@ -35,7 +35,7 @@ pub fn stream(shared: Arc<Shared>, query: LogQuery) -> Result<LogStream, Refusal
         send(&shared, &query, watch.as_ref(), &sender);
         drop(turn);
     });
-    Ok(LogStream { lines })
+    Ok(LogStream::new(lines))
 }
 
 /// A watch says that the lines to come are wanted, too.

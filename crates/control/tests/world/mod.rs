@@ -313,7 +313,7 @@ impl HostApi for SmallHost {
         let app = query.app.unwrap_or_else(|| "web".parse().unwrap());
         let line = "Traceback: no module named flask".into();
         sender.send(LogLine { at_ms: 1, app, machine, stream: "stderr".into(), program: String::new(), line }).await.unwrap();
-        Ok(LogStream { lines })
+        Ok(LogStream::new(lines))
     }
 
     async fn processes(&self, id: &MachineId) -> Result<Vec<dunlin_api::Process>, Refusal> {
