@@ -2,13 +2,15 @@
 //!
 //! Keys: `apps/<app>`, `releases/<app>/<number, 10 digits>`, `machines/<id>`, `tombstones/<id>`,
 //! `secrets/<app>/<NAME>`, `secrets_version/<app>`, `plans/<app>`, `hosts/<id>`,
-//! `certificates/<name>`, `addresses/<ipv4>`, `volumes/<id>`, `volume_tombstones/<id>`; control's own: `progress/<app>`, `events/<app>/<number>`,
-//! `secrets_sets/<app>/<version, 20 digits>`, `revoked/<token id>`, `configs/<machine id>`, `launches/<machine id>`.
+//! `removed_hosts/<id>`, `certificates/<name>`, `addresses/<ipv4>`, `volumes/<id>`, `volume_tombstones/<id>`; control's own: `progress/<app>`, `events/<app>/<number>`,
+//! `secrets_sets/<app>/<version, 20 digits>`, `revoked/<token id>`, `configs/<machine id>`, `launches/<machine id>`,
+//! `host_tokens/<id>`, `members/<host>`.
 
 use crate::config::AppConfig;
 use crate::{AppName, Generation, HostId, ImageRef, MachineId, MachineSpec, OrgName, Region, Zone};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::Ipv4Addr;
 
 /// An app: a namespace of machines with one current release.
@@ -133,6 +135,21 @@ pub struct HostRow {
     /// By an operator: it gets no new machine, and keeps those that it has. Not for the host itself to say.
     #[serde(default)]
     pub cordoned: bool,
+    /// By an operator: its machines move to other hosts, those that can. It is cordoned, too.
+    #[serde(default)]
+    pub draining: bool,
+    /// 0: before this was kept.
+    #[serde(default)]
+    pub joined_at_ms: u64,
+}
+
+/// Of one host.
+pub const HOST_LABELS_MAX: usize = 16;
+const LABEL_BYTES_MAX: usize = 63;
+
+/// Whether this may be the key or the value of a host's label.
+pub fn is_host_label(text: &str) -> bool {
+    (1..=LABEL_BYTES_MAX).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
 }
 
 /// A block of IPv4 addresses.
@@ -142,7 +159,29 @@ pub struct Ipv4Prefix {
     pub length: u8,
 }
 
+impl fmt::Display for Ipv4Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.network, self.length)
+    }
+}
+
 impl Ipv4Prefix {
+    /// Whether machines of a host may have addresses of it: private, of at least a /24, and written by its first address.
+    pub fn is_for_machines(&self) -> bool {
+        let is_sized = (8..=24).contains(&self.length);
+        is_sized && u32::from(self.network) & !self.mask() == 0 && self.network.is_private()
+    }
+
+    /// Whether some address is in both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let mask = self.mask() & other.mask();
+        u32::from(self.network) & mask == u32::from(other.network) & mask
+    }
+
+    fn mask(&self) -> u32 {
+        u32::MAX.checked_shl(32 - u32::from(self.length.min(32))).unwrap_or(0)
+    }
+
     /// The `n`th address for a machine, `None` past the last. Network and broadcast are not given out, and the
     /// end of the block is the builders'.
     pub fn nth(&self, n: u32) -> Option<Ipv4Addr> {
@@ -178,6 +217,9 @@ pub struct CertificateRow {
     pub chain_pem: String,
     /// PKCS#8 PEM, sealed by [`crate::seal`], base64.
     pub sealed_key: String,
+    /// The same, sealed to each host's key.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sealed: BTreeMap<HostId, String>,
     pub not_after_ms: u64,
 }
 
@@ -190,6 +232,30 @@ mod tests {
         let old = r#"{"id":"h1","region":"local","prefix":{"network":"10.201.0.0","length":16},"public_key":"","cpus":2,"memory_mb":4096}"#;
         let row: HostRow = serde_json::from_str(old).unwrap();
         assert_eq!((row.zone, row.labels.len(), row.cordoned), (None, 0, false));
+        assert_eq!((row.draining, row.joined_at_ms), (false, 0));
+    }
+
+    #[test]
+    fn blocks_overlap_where_one_is_in_the_other() {
+        let block = |text: &str| {
+            let (network, length) = text.split_once('/').unwrap();
+            Ipv4Prefix { network: network.parse().unwrap(), length: length.parse().unwrap() }
+        };
+        for (one, other, expected) in [
+            ("10.201.0.0/16", "10.201.16.0/20", true),
+            ("10.208.0.0/20", "10.208.16.0/20", false),
+            ("10.208.0.0/12", "10.223.240.0/20", true),
+            ("10.208.0.0/12", "10.224.0.0/20", false),
+            ("0.0.0.0/0", "10.0.0.0/8", true),
+            ("10.0.0.1/32", "10.0.0.2/32", false),
+        ] {
+            assert_eq!(block(one).overlaps(&block(other)), expected, "{one} {other}");
+            assert_eq!(block(other).overlaps(&block(one)), expected, "{other} {one}");
+            assert!(block(one).overlaps(&block(one)));
+        }
+        for (text, expected) in [("10.201.0.0/16", true), ("10.201.1.0/16", false), ("8.8.8.0/24", false), ("10.0.0.0/25", false), ("0.0.0.0/0", false)] {
+            assert_eq!(block(text).is_for_machines(), expected, "{text}");
+        }
     }
 
     #[test]

@@ -84,7 +84,11 @@ pub struct SecretsFact {
 pub struct CertificateFact {
     pub names: Vec<String>,
     pub chain_pem: String,
+    /// To the host that control runs on.
     pub sealed_key: String,
+    /// To each host.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sealed: BTreeMap<HostId, String>,
     pub not_after_ms: u64,
 }
 

@@ -48,6 +48,7 @@ pub fn project(desired: Desired) -> ConfigState {
         names: row.names,
         chain_pem: row.chain_pem,
         sealed_key: row.sealed_key,
+        sealed: row.sealed,
         not_after_ms: row.not_after_ms,
     });
     let asked_for = desired.tombstones.iter().filter(|tombstone| tombstone.reason == TombstoneReason::Person);

@@ -2,14 +2,17 @@
 
 use crate::issue::{self, Issued};
 use crate::keys::{KeyError, private_dir, random, write_private};
-use crate::rows::{Change, key};
+use crate::rows::{Change, RemovedHostRow, key};
 use crate::{Ctx, now_ms};
-use dunlin_model::desired::CertificateRow;
+use dunlin_model::HostId;
+use dunlin_model::desired::{CertificateRow, HostRow};
 use dunlin_model::seal::SealingKey;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// People install the authority by hand: it lives long.
@@ -88,26 +91,35 @@ async fn names(ctx: &Ctx) -> Result<Vec<String>, CertificateError> {
     Ok(names)
 }
 
-/// Makes the certificate if there is none, if it ends soon, or if the host's key is another.
+/// Makes the certificate if there is none, if it ends soon, if the host's key is another, or if a host was removed that
+/// had its key.
 pub(crate) async fn ensure(ctx: &Ctx) -> Result<(), CertificateError> {
     let names = names(ctx).await?;
     let row_key = key::certificate(&ctx.domain);
     let found = ctx.state.get::<StoredCertificate>(&row_key).await?;
     let soon_ms = now_ms() + (RENEW_BEFORE_DAYS * DAY).as_millis() as u64;
+    let removed = ctx.state.list::<RemovedHostRow>("removed_hosts/").await?;
+    let last_removed_at_ms = removed.iter().map(|row| row.value.removed_at_ms).max();
     let is_good = |row: &StoredCertificate| {
         row.certificate.names == names
             && row.certificate.not_after_ms > soon_ms
             && row.sealed_to == ctx.host_row.public_key
             && row.authority_pem == ctx.authority.ca.chain_pem
+            && row.master_sealed.is_some()
+            && last_removed_at_ms.is_none_or(|at_ms| at_ms < row.issued_at_ms)
     };
     if found.as_ref().is_some_and(|row| is_good(&row.value)) {
         return Ok(());
     }
+    // Not within the millisecond of a removal: the next look would take it for one of before.
+    let issued_at_ms = now_ms().max(last_removed_at_ms.map_or(0, |at_ms| at_ms + 1));
     let leaf = issue::issue(&ctx.authority.ca, &names, now_ms(), LEAF_VALID_DAYS * DAY)?;
     let to = SealingKey::from_base64(&ctx.host_row.public_key)?;
-    let context = format!("certificate/{}", names[0]);
+    let key_pem = leaf.key_pem.as_bytes();
+    let master_sealed = Some(ctx.keys.master.sealing_key().seal(&row_key, key_pem, random())?);
     let certificate = CertificateRow {
-        sealed_key: to.seal(&context, leaf.key_pem.as_bytes(), random())?,
+        sealed_key: to.seal(&context(&names), key_pem, random())?,
+        sealed: BTreeMap::new(),
         names,
         chain_pem: leaf.chain_pem,
         not_after_ms: now_ms() + (LEAF_VALID_DAYS * DAY).as_millis() as u64,
@@ -116,6 +128,8 @@ pub(crate) async fn ensure(ctx: &Ctx) -> Result<(), CertificateError> {
         certificate,
         sealed_to: ctx.host_row.public_key.clone(),
         authority_pem: ctx.authority.ca.chain_pem.clone(),
+        master_sealed,
+        issued_at_ms,
     };
     ctx.state.commit(Change::default().if_as_read(row_key.clone(), found.as_ref()).put(row_key, &row)).await?;
     tracing::info!(domain = %ctx.domain, days = LEAF_VALID_DAYS, "certificate issued");
@@ -129,6 +143,70 @@ pub(crate) struct StoredCertificate {
     pub certificate: CertificateRow,
     sealed_to: String,
     authority_pem: String,
+    /// The key, so that it can be sealed to hosts that join later; `None`: of before there were such.
+    #[serde(default)]
+    master_sealed: Option<String>,
+    #[serde(default)]
+    issued_at_ms: u64,
+}
+
+fn context(names: &[String]) -> String {
+    format!("certificate/{}", names[0])
+}
+
+/// Keys of certificates as they are sealed to hosts. Sealed again only when a key is another: every publication would
+/// bring all of them anew otherwise.
+#[derive(Default)]
+pub(crate) struct SealedCertificates(BTreeMap<(String, HostId), Sealed>);
+
+/// What was sealed to whom, and the result.
+#[derive(Clone)]
+struct Sealed {
+    chain_pem: String,
+    host_key: String,
+    sealed: String,
+}
+
+impl SealedCertificates {
+    /// The certificates for all hosts: each is an edge.
+    pub fn rows(&mut self, ctx: &Ctx, stored: Vec<StoredCertificate>, hosts: &[HostRow]) -> Vec<CertificateRow> {
+        let mut fresh = BTreeMap::new();
+        let mut rows = Vec::new();
+        for row in stored {
+            let name = row.certificate.names.first().cloned().unwrap_or_default();
+            let mut opened = None;
+            let mut sealed = BTreeMap::new();
+            for host in hosts {
+                let place = (name.clone(), host.id.clone());
+                let is_same = |known: &Sealed| known.chain_pem == row.certificate.chain_pem && known.host_key == host.public_key;
+                let known = self.0.remove(&place).filter(is_same);
+                let found = known.or_else(|| {
+                    let key_pem = opened.get_or_insert_with(|| open(ctx, &name, &row)).as_ref()?;
+                    seal_for(&row.certificate, key_pem, host)
+                });
+                if let Some(found) = found {
+                    sealed.insert(host.id.clone(), found.sealed.clone());
+                    fresh.insert(place, found);
+                }
+            }
+            rows.push(CertificateRow { sealed, ..row.certificate });
+        }
+        self.0 = fresh;
+        rows
+    }
+}
+
+/// `None`: its key is made anew, or the master key is another one, and that must not keep all else from being published.
+fn open(ctx: &Ctx, name: &str, row: &StoredCertificate) -> Option<Zeroizing<Vec<u8>>> {
+    let opened = ctx.keys.master.open(&key::certificate(name), row.master_sealed.as_ref()?);
+    opened.inspect_err(|error| tracing::error!(name, %error, "a certificate's key cannot be opened: is the master key another one?")).ok()
+}
+
+fn seal_for(certificate: &CertificateRow, key_pem: &[u8], host: &HostRow) -> Option<Sealed> {
+    let to = SealingKey::from_base64(&host.public_key);
+    let sealed = to.and_then(|to| to.seal(&context(&certificate.names), key_pem, random()));
+    let sealed = sealed.inspect_err(|error| tracing::error!(host = %host.id, %error, "a certificate's key cannot be sealed to the host"));
+    Some(Sealed { chain_pem: certificate.chain_pem.clone(), host_key: host.public_key.clone(), sealed: sealed.ok()? })
 }
 
 pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {

@@ -35,6 +35,10 @@ impl Failure {
         Self::new(ErrorCode::NotFound, message)
     }
 
+    pub fn body(self) -> ErrorBody {
+        ErrorBody { error: self.message, status: self.code, hint: self.hint, request_id: crate::api::request_id() }
+    }
+
     /// Something of ours broke; the chain goes to the log, where a request's lines carry its id.
     pub fn internal(what: &str, error: &(dyn std::error::Error + 'static)) -> Self {
         tracing::error!(error = %chain(error), "{what}");
@@ -97,8 +101,6 @@ impl From<Refusal> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let request_id = crate::api::request_id();
-        let body = ErrorBody { error: self.message, status: self.code, hint: self.hint, request_id };
-        (status, axum::Json(body)).into_response()
+        (status, axum::Json(self.body())).into_response()
     }
 }

@@ -27,6 +27,7 @@ mod keys;
 mod kill;
 mod launch;
 mod machine_rows;
+mod members;
 mod project;
 mod reconcile;
 mod registry;
@@ -45,7 +46,7 @@ pub use images::{BaseImages, ResolveImage, Wanted};
 pub use keys::KeyError;
 pub use kill::kill_points;
 pub use registry::resolver;
-pub use start::{BuilderSettings, Control, ControlConfig, Metrics, Parts, Ready, StartError};
+pub use start::{BuilderSettings, Control, ControlConfig, Enrolment, Fleet, FleetQuestion, Metrics, Parts, Ready, StartError};
 
 use dunlin_api::HostApi;
 use dunlin_api::wire::HostCost;
@@ -71,6 +72,10 @@ pub(crate) struct Ctx {
     pub keys: keys::Keys,
     pub tokens: tokens::Tokens,
     pub authority: certificates::Authority,
+    /// Certifies hosts.
+    pub cluster: dunlin_cluster::Authority,
+    /// `None`: this server is alone.
+    pub fleet: Option<Fleet>,
     pub events: events::Events,
     pub room: reconcile::Room,
     pub kill: kill::KillPoints,
@@ -94,6 +99,8 @@ pub(crate) struct Ctx {
     pub launches: Notify,
     /// Machines are made by hand one at a time: names and addresses are looked for before they are taken.
     pub machines_writer: Mutex<()>,
+    /// Hosts join and are removed one at a time: blocks of addresses are looked for before they are taken.
+    pub hosts_writer: Mutex<()>,
     /// Secrets are read, changed and written by one request at a time.
     pub secrets_writer: Mutex<()>,
     /// One build at a time.

@@ -1,6 +1,6 @@
 //! From every change of desired state to config facts in the view.
 
-use crate::certificates::StoredCertificate;
+use crate::certificates::{SealedCertificates, StoredCertificate};
 use crate::failure::Failure;
 use crate::rows::SecretsVersionRow;
 use crate::secret_sets::SealedCache;
@@ -20,7 +20,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// Publishes until `stop`.
 pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
-    let mut cache = SealedCache::default();
+    let mut cache = Sealed::default();
     let mut changes = ctx.state.changes();
     let mut published = None;
     loop {
@@ -39,7 +39,14 @@ pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
     }
 }
 
-async fn publish(ctx: &Ctx, cache: &mut SealedCache, published: &mut Option<Generation>) -> Result<(), Failure> {
+/// What was sealed to hosts before.
+#[derive(Default)]
+struct Sealed {
+    secrets: SealedCache,
+    certificates: SealedCertificates,
+}
+
+async fn publish(ctx: &Ctx, cache: &mut Sealed, published: &mut Option<Generation>) -> Result<(), Failure> {
     let (desired, revoked) = load(ctx, cache).await?;
     if *published == Some(desired.generation) {
         return Ok(());
@@ -57,13 +64,13 @@ async fn publish(ctx: &Ctx, cache: &mut SealedCache, published: &mut Option<Gene
 
 /// All rows that others may know of, read at one revision: config facts are those of one revision. Sets of secrets are
 /// read beside them, as they never change.
-async fn load(ctx: &Ctx, cache: &mut SealedCache) -> Result<(Desired, Vec<String>), Failure> {
+async fn load(ctx: &Ctx, cache: &mut Sealed) -> Result<(Desired, Vec<String>), Failure> {
     let prefixes = [
         "apps/", "hosts/", "machines/", "secrets_version/", "revoked/", "tombstones/", "certificates/", "volumes/",
-        "volume_tombstones/",
+        "volume_tombstones/", "removed_hosts/",
     ];
     let (rows, generation) = ctx.state.at_once(prefixes).await?;
-    let [apps, hosts, machines, versions, revoked, tombstones, certificates, volumes, volume_tombstones] = rows;
+    let [apps, hosts, machines, versions, revoked, tombstones, certificates, volumes, volume_tombstones, removed] = rows;
     let apps: Vec<AppRow> = apps.values()?;
     let hosts: Vec<HostRow> = hosts.values()?;
     let exists = |name: &AppName| apps.iter().any(|app| app.name == *name);
@@ -78,15 +85,15 @@ async fn load(ctx: &Ctx, cache: &mut SealedCache) -> Result<(Desired, Vec<String
     let desired = Desired {
         generation,
         domain: ctx.domain.clone(),
-        secrets: cache.facts(ctx, &sets, &hosts).await?,
+        secrets: cache.secrets.facts(ctx, &sets, &hosts).await?,
         apps,
         machines: machines.machines(generation.incarnation)?,
         tombstones: tombstones.values::<TombstoneRow>()?,
         volumes: volumes.values()?,
         volume_tombstones: volume_tombstones.values()?,
-        certificates: certificates.into_iter().map(|row| row.certificate).collect(),
+        certificates: cache.certificates.rows(ctx, certificates, &hosts),
         revoked_tokens: revoked.clone(),
-        removed_hosts: BTreeSet::new(),
+        removed_hosts: removed.keys().filter_map(|key| key.strip_prefix("removed_hosts/")?.parse().ok()).collect(),
     };
     Ok((desired, revoked))
 }

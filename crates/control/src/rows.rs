@@ -6,13 +6,14 @@
 
 use crate::failure::Failure;
 use dunlin_api::ErrorCode;
-use dunlin_model::desired::MachineRow;
+use dunlin_cluster::PublicKeys;
+use dunlin_model::desired::{Ipv4Prefix, MachineRow};
 use dunlin_model::{AppName, Generation, HostId, MachineId, VolumeId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use dunlin_store::{Compare as StoreCompare, Op as StoreOp, Store, StoreError};
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use tokio::sync::watch;
 
 /// A freed address rests this long, so that nobody who remembers it reaches a stranger.
@@ -61,6 +62,32 @@ pub(crate) struct SecretsSetRow {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RevokedRow {
     pub at_ms: u64,
+}
+
+/// `host_tokens/<id>`: lets one host join.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HostTokenRow {
+    pub secret_digest: String,
+    pub expires_at_ms: u64,
+    pub used_by: Option<HostId>,
+}
+
+/// `members/<host>`: what is known of a host that joined, for control alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MemberRow {
+    /// Of its keys.
+    pub epoch: u32,
+    pub keys: PublicKeys,
+    pub addr: SocketAddr,
+    /// That it ran when it last said so.
+    pub version: String,
+}
+
+/// `removed_hosts/<id>`: kept for ever, so that an id never means two hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RemovedHostRow {
+    pub removed_at_ms: u64,
+    pub prefix: Ipv4Prefix,
 }
 
 pub(crate) mod key {
@@ -128,6 +155,15 @@ pub(crate) mod key {
     }
     pub fn host(id: &HostId) -> String {
         format!("hosts/{id}")
+    }
+    pub fn host_token(id: &str) -> String {
+        format!("host_tokens/{id}")
+    }
+    pub fn member(host: &HostId) -> String {
+        format!("members/{host}")
+    }
+    pub fn removed_host(host: &HostId) -> String {
+        format!("removed_hosts/{host}")
     }
     pub fn certificate(name: &str) -> String {
         format!("certificates/{name}")

@@ -5,17 +5,20 @@ use crate::failure::Failure;
 use crate::images::{BaseImages, Images, ResolveImage};
 use crate::keys::{KeyError, Keys, private_dir};
 use crate::kill::KillPoints;
-use crate::rows::{Change, SecretsVersionRow, State, key};
+use crate::rows::{Change, RemovedHostRow, SecretsVersionRow, State, key};
 use crate::tokens::Tokens;
-use crate::{Ctx, api, ended, forget, grow, launch, now_ms, project, reconcile, registry};
+use crate::{Ctx, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry};
 use axum::Router;
-use dunlin_api::HostApi;
+use dunlin_api::{ErrorCode, HostApi};
 use dunlin_api::wire::HostCost;
-use dunlin_cluster::View;
-use dunlin_model::OrgName;
+use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, MAX_JOIN_BYTES, View};
+use dunlin_model::{HostId, OrgName};
 use dunlin_model::desired::HostRow;
 use dunlin_registry::ContentStore;
 use dunlin_store::Store;
+use futures_util::future::BoxFuture;
+use serde::de::DeserializeOwned;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -51,6 +54,27 @@ pub struct ControlConfig {
     pub kill_at: Option<String>,
     pub metrics: Vec<Metrics>,
     pub ready: Vec<Ready>,
+    /// `None`: this server is alone, and no host can join.
+    pub fleet: Option<Fleet>,
+}
+
+/// What the running cluster lends to control.
+#[derive(Clone)]
+pub struct Fleet {
+    /// Where other hosts reach this one.
+    pub addr: SocketAddr,
+    /// Whether a host answers others now.
+    pub is_up: Arc<dyn Fn(&HostId) -> bool + Send + Sync>,
+    /// What this host knows of the cluster, for people.
+    pub ask: Arc<dyn Fn(FleetQuestion) -> BoxFuture<'static, serde_json::Value> + Send + Sync>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FleetQuestion {
+    /// Members, how fresh each is, what is behind.
+    Status,
+    /// Whether the logs that are held are what their writers signed.
+    Verify,
 }
 
 #[derive(Debug, Clone)]
@@ -79,6 +103,8 @@ pub enum StartError {
     Store(#[from] Failure),
     #[error("there is no kill point {name:?}; they are {}", crate::kill_points().join(", "))]
     UnknownKillPoint { name: String },
+    #[error("control cannot start without the cluster's authority")]
+    Cluster(#[from] dunlin_cluster::MemberError),
     #[error("contexts of earlier builds cannot be removed")]
     Leftovers(#[source] std::io::Error),
 }
@@ -102,6 +128,7 @@ impl Control {
         }
         let keys = Keys::load_or_create(&control_dir)?;
         let authority = Authority::load_or_create(&config.data_dir.join("ca"), &config.domain)?;
+        let cluster = dunlin_cluster::Authority::load_or_create(&control_dir.join("cluster"), now_ms())?;
         api::remove_leftovers(&config.data_dir).map_err(StartError::Leftovers)?;
         let ctx = Arc::new(Ctx {
             state,
@@ -112,6 +139,8 @@ impl Control {
             tokens: Tokens::new(keys.tokens.clone()),
             keys,
             authority,
+            cluster,
+            fleet: config.fleet,
             events: Default::default(),
             room: Default::default(),
             kill,
@@ -132,6 +161,7 @@ impl Control {
             work: Notify::new(),
             launches: Notify::new(),
             machines_writer: Mutex::new(()),
+            hosts_writer: Mutex::new(()),
             secrets_writer: Mutex::new(()),
             build_slot: Arc::new(Semaphore::new(1)),
             published: AtomicBool::new(false),
@@ -175,6 +205,26 @@ impl Control {
         registry::images_in_use(&self.ctx).await
     }
 
+    /// Lets a host join that has a token.
+    pub async fn join(&self, request: JoinRequest) -> Result<JoinAnswer, Failure> {
+        members::join(&self.ctx, request).await
+    }
+
+    /// What a member says of itself, and its certificate anew. The caller knows by the connection that it is that host.
+    pub async fn renew(&self, host: &HostId, report: HostReport) -> Result<JoinAnswer, Failure> {
+        members::renew(&self.ctx, host, report).await
+    }
+
+    /// The same for a transport, bytes in and out.
+    pub fn enrolment(&self) -> Enrolment {
+        Enrolment(Arc::clone(&self.ctx))
+    }
+
+    /// Where the hosts of the cluster are, as they said last.
+    pub async fn addresses(&self) -> Result<Vec<(HostId, SocketAddr)>, Failure> {
+        members::addresses(&self.ctx).await
+    }
+
     /// The authority's certificate, which people may trust.
     pub fn ca_certificate_path(&self) -> PathBuf {
         self.ctx.authority.certificate_path()
@@ -188,15 +238,68 @@ impl Control {
     }
 }
 
+/// How hosts join and renew. An answer is JSON: what was asked for, or an [`ErrorBody`](dunlin_api::ErrorBody).
+#[derive(Clone)]
+pub struct Enrolment(Arc<Ctx>);
+
+impl Enrolment {
+    /// A [`JoinRequest`], from anybody.
+    pub async fn join(&self, request: &[u8]) -> Vec<u8> {
+        let answer = match parsed(request) {
+            Ok(request) => members::join(&self.0, request).await,
+            Err(failure) => Err(failure),
+        };
+        written(answer)
+    }
+
+    /// A [`HostReport`] of the member at the other end of the connection.
+    pub async fn renew(&self, host: &HostId, report: &[u8]) -> Vec<u8> {
+        let answer = match parsed(report) {
+            Ok(report) => members::renew(&self.0, host, report).await,
+            Err(failure) => Err(failure),
+        };
+        written(answer)
+    }
+}
+
+fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
+    if bytes.len() > MAX_JOIN_BYTES {
+        return Err(Failure::new(ErrorCode::TooLarge, format!("a request to join has at most {MAX_JOIN_BYTES} bytes")));
+    }
+    serde_json::from_slice(bytes).map_err(|error| {
+        Failure::bad_request(format!("the request to join cannot be read: {error}")).hint("are both hosts of a similar version? see `dunlin version`")
+    })
+}
+
+fn written(answer: Result<JoinAnswer, Failure>) -> Vec<u8> {
+    let json = match answer {
+        Ok(answer) => serde_json::to_vec(&answer),
+        Err(failure) => {
+            tracing::warn!(%failure, "a host was refused");
+            serde_json::to_vec(&failure.body())
+        }
+    };
+    json.expect("plain data")
+}
+
 /// Writes this host's row, if it is another than the stored one.
 async fn join(ctx: &Ctx) -> Result<(), Failure> {
     let key = key::host(&ctx.host_row.id);
     let found = ctx.state.get::<HostRow>(&key).await?;
     // A cordon is an operator's, and outlives restarts.
-    let cordoned = found.as_ref().is_some_and(|row| row.value.cordoned);
-    let row = HostRow { cordoned, ..ctx.host_row.clone() };
+    let kept = found.as_ref().map(|found| &found.value);
+    let row = HostRow {
+        cordoned: kept.is_some_and(|row| row.cordoned),
+        draining: kept.is_some_and(|row| row.draining),
+        joined_at_ms: kept.map_or_else(now_ms, |row| row.joined_at_ms),
+        ..ctx.host_row.clone()
+    };
     if found.as_ref().is_some_and(|found| found.value == row) {
         return Ok(());
+    }
+    if ctx.state.get::<RemovedHostRow>(&key::removed_host(&row.id)).await?.is_some() {
+        return Err(Failure::new(ErrorCode::NameTaken, format!("a host {} was removed, and its id is never used again", row.id))
+            .hint("start this server with another --host-id"));
     }
     ctx.state.commit(Change::default().if_as_read(key.clone(), found.as_ref()).put(key, &row)).await?;
     Ok(())

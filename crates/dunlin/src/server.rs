@@ -214,6 +214,8 @@ fn host_row(settings: &Settings, key: &dunlin_model::seal::OpeningKey) -> HostRo
         zone: settings.zone.clone(),
         labels: settings.labels.clone(),
         cordoned: false, // control keeps what an operator said
+        draining: false,
+        joined_at_ms: 0,
     }
 }
 
@@ -279,7 +281,7 @@ fn start_edge(
     let store = Arc::new(ArcSwap::from_pointee(CertStore::empty()));
     // What the disk remembers is served from the first connection on; connections wait already.
     routes.update(&view.current());
-    let mut served = certs::Served::new(key.clone(), store.clone());
+    let mut served = certs::Served::new(settings.host_id.clone(), key.clone(), store.clone());
     served.update(&view.current());
     tokio::spawn(routes.clone().follow(view.clone()));
     tokio::spawn(served.follow(view.clone()));
@@ -406,6 +408,7 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
         kill_at: plan.kill_at.clone(),
         metrics: vec![metrics],
         ready: vec![certs::ready(plan.view.clone()) as Ready],
+        fleet: None,
     };
     let parts = Parts {
         store: store.clone(),

@@ -90,6 +90,8 @@ fn host(number: usize) -> HostRow {
         zone: Some(format!("z{}", number / REGIONS % 3).parse().expect("a zone")),
         labels: BTreeMap::new(),
         cordoned: number % 50 == 7,
+        draining: false,
+        joined_at_ms: 0,
     }
 }
 

@@ -33,6 +33,8 @@ pub fn host_row(id: &str, code: &str, zone: Option<&str>, cpus: u32, memory_mb: 
         zone: zone.map(|zone| zone.parse().unwrap()),
         labels: BTreeMap::new(),
         cordoned: false,
+        draining: false,
+        joined_at_ms: 0,
     }
 }
 

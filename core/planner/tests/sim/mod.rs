@@ -161,6 +161,8 @@ impl World {
             zone: None,
             labels: BTreeMap::new(),
             cordoned: false,
+            draining: false,
+            joined_at_ms: 0,
         };
         Desired {
             app: app(),

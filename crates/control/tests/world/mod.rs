@@ -17,7 +17,7 @@ use dunlin_api::{
 };
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
-use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Parts, StartError, Wanted};
+use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, StartError, Wanted};
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
@@ -442,6 +442,7 @@ impl World {
             kill_at,
             metrics: vec![Box::new(|text| text.push_str("dunlin_test_total 1\n"))],
             ready: vec![],
+            fleet: Some(fleet()),
         };
         let parts = Parts {
             store: open_store(data).await,
@@ -616,6 +617,15 @@ impl Answer {
     }
 }
 
+/// All hosts are up.
+fn fleet() -> Fleet {
+    Fleet {
+        addr: "10.0.0.1:7373".parse().unwrap(),
+        is_up: Arc::new(|_| true),
+        ask: Arc::new(|question| Box::pin(async move { serde_json::json!({ "asked": format!("{question:?}") }) })),
+    }
+}
+
 /// This host.
 pub fn host_row() -> HostRow {
     HostRow {
@@ -628,6 +638,8 @@ pub fn host_row() -> HostRow {
         zone: None,
         labels: BTreeMap::new(),
         cordoned: false,
+        draining: false,
+        joined_at_ms: 0,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use arc_swap::ArcSwap;
 use dunlin_cluster::View;
+use dunlin_model::HostId;
 use dunlin_model::seal::OpeningKey;
 use dunlin_proxy::{CertSource, CertStore};
 use dunlin_view::{CertificateFact, Snapshot};
@@ -10,14 +11,15 @@ use zeroize::Zeroizing;
 
 /// The certificates that the edge serves now.
 pub struct Served {
+    host: HostId,
     key: OpeningKey,
     store: Arc<ArcSwap<CertStore>>,
     facts: Vec<CertificateFact>,
 }
 
 impl Served {
-    pub fn new(key: OpeningKey, store: Arc<ArcSwap<CertStore>>) -> Self {
-        Self { key, store, facts: Vec::new() }
+    pub fn new(host: HostId, key: OpeningKey, store: Arc<ArcSwap<CertStore>>) -> Self {
+        Self { host, key, store, facts: Vec::new() }
     }
 
     /// Swaps other certificates in. One that cannot be used is left out and told of; the others are served.
@@ -26,7 +28,7 @@ impl Served {
             return;
         }
         self.facts.clone_from(&snapshot.config.certificates);
-        let sources: Vec<CertSource> = self.facts.iter().filter_map(|fact| open(fact, &self.key)).collect();
+        let sources: Vec<CertSource> = self.facts.iter().filter_map(|fact| open(fact, &self.host, &self.key)).collect();
         match CertStore::build(&sources) {
             Ok(built) => self.store.store(Arc::new(built)),
             Err(error) => tracing::error!(error = %chain(&error), "new certificates cannot be served; the old ones stay"),
@@ -44,9 +46,17 @@ impl Served {
     }
 }
 
-fn open(fact: &CertificateFact, key: &OpeningKey) -> Option<CertSource> {
+fn open(fact: &CertificateFact, host: &HostId, key: &OpeningKey) -> Option<CertSource> {
     let context = format!("certificate/{}", fact.names.first()?);
-    let opened = key.open(&context, &fact.sealed_key).map_err(|error| {
+    let sealed = match fact.sealed.get(host) {
+        Some(sealed) => sealed,
+        None if fact.sealed.is_empty() => &fact.sealed_key, // of before there were other hosts
+        None => {
+            tracing::info!(name = context, "the certificate's key is not sealed to this host yet");
+            return None;
+        }
+    };
+    let opened = key.open(&context, sealed).map_err(|error| {
         tracing::error!(name = context, %error, "a certificate's key cannot be opened; is this another host's data?");
     });
     let key_pem = Zeroizing::new(String::from_utf8_lossy(&opened.ok()?).into_owned());
