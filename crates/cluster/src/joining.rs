@@ -1,7 +1,7 @@
 //! What a new host and control say to each other, and the token that lets it in.
 
 use crate::authority::{Issued, PublicKeys};
-use crate::member::{self, Member, MemberKeys};
+use crate::member::{self, Member, MemberKeys, Said};
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::{HostId, Region, Zone};
 use serde::{Deserialize, Serialize};
@@ -134,7 +134,7 @@ impl JoinAnswer {
     /// The member that the answer makes of a host with these keys.
     pub fn member(self, host: HostId, keys: MemberKeys) -> Member {
         let Self { issued, region, epoch, domain, machine_prefix, control, peers } = self;
-        Member { host, region, epoch, domain, machine_prefix, control, peers, listen: None, advertise: None, keys, issued }
+        Member { host, region, epoch, domain, machine_prefix, control, peers, said: Said::default(), keys, issued }
     }
 }
 

@@ -16,4 +16,4 @@ pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name};
 pub use disk::{Loaded, ViewError};
 pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_BYTES, NotAJoinToken, TokenProof};
 pub use live::{Age, Ages, Changes, View};
-pub use member::{ControlHost, Member, MemberError, MemberKeys};
+pub use member::{ControlHost, Member, MemberError, MemberKeys, Said};

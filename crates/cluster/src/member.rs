@@ -5,11 +5,12 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use dunlin_gossip::Certificate;
 use dunlin_model::desired::Ipv4Prefix;
-use dunlin_model::{HostId, Region};
+use dunlin_model::{HostId, Region, Zone};
 use ed25519_dalek::{SigningKey, VerifyingKey};
 use rcgen::{KeyPair, PublicKeyData};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
@@ -48,6 +49,20 @@ pub struct ControlHost {
     pub machine_prefix: Ipv4Prefix,
 }
 
+/// What an operator said of a host when it joined; the settings of its server go before it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Said {
+    /// Where it listens for the others, and where they reach that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<SocketAddr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Zone>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
 /// A host as a member of its cluster.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Member {
@@ -62,11 +77,8 @@ pub struct Member {
     pub control: HostId,
     /// Where to begin: addresses of members, as they were when this one joined.
     pub peers: Vec<(HostId, SocketAddr)>,
-    /// Where it listens for the others, and where they reach that, if it was told when it joined.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub listen: Option<SocketAddr>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub advertise: Option<SocketAddr>,
+    #[serde(default)]
+    pub said: Said,
     pub keys: MemberKeys,
     pub issued: Issued,
 }
@@ -157,8 +169,7 @@ impl Member {
             machine_prefix: of.machine_prefix,
             control: of.host.clone(),
             peers,
-            listen: None,
-            advertise: None,
+            said: Said::default(),
             keys,
         };
         member.save(dir)?;
@@ -251,7 +262,7 @@ mod tests {
         let issued = authority.issue(&host, &region, 1, &keys.public().unwrap(), now_ms).unwrap();
         let machine_prefix = Ipv4Prefix { network: "10.202.0.0".parse().unwrap(), length: 16 };
         let (control, peers) = ("h1".parse().unwrap(), vec![]);
-        let member = Member { host, region, epoch: 1, domain: "localhost".into(), machine_prefix, control, peers, listen: None, advertise: None, keys, issued };
+        let member = Member { host, region, epoch: 1, domain: "localhost".into(), machine_prefix, control, peers, said: Said::default(), keys, issued };
         member.save(&dir.path().join("cluster")).unwrap();
         let read = Member::load(&dir.path().join("cluster")).unwrap().unwrap();
         assert!(read.log_certificate().unwrap().verify(&read.cluster_key().unwrap()));

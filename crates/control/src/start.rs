@@ -220,6 +220,11 @@ impl Control {
         Enrolment(Arc::clone(&self.ctx))
     }
 
+    /// Of the store: desired state of an earlier one is older than all of this.
+    pub fn incarnation(&self) -> u64 {
+        self.ctx.state.incarnation()
+    }
+
     /// Where the hosts of the cluster are, as they said last.
     pub async fn addresses(&self) -> Result<Vec<(HostId, SocketAddr)>, Failure> {
         members::addresses(&self.ctx).await

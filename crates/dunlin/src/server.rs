@@ -4,9 +4,11 @@
 //! control is there, and without it. Control that cannot start is tried again; meanwhile its API says why.
 
 mod certs;
+mod fleet;
 mod front;
 mod keys;
 mod machines;
+mod relay;
 mod sweep;
 
 use crate::keeper::{self, Sockets};
@@ -15,7 +17,7 @@ use anyhow::Context;
 use arc_swap::ArcSwap;
 use dunlin_api::wire::HostCost;
 use dunlin_cluster::{Loaded, View};
-use dunlin_control::{BuilderSettings, Control, ControlConfig, Metrics, Parts, Ready};
+use dunlin_control::{BuilderSettings, Control, ControlConfig, Enrolment, Metrics, Parts, Ready};
 use dunlin_host::{Host, HostConfig};
 use dunlin_model::desired::HostRow;
 use dunlin_model::hash::fnv1a;
@@ -27,7 +29,7 @@ use dunlin_store::Store;
 use front::Front;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{SignalKind, signal};
@@ -69,6 +71,11 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
     let owners = Owners { first: abilities.ids.of_layers() };
     let images = Images::open_as(&paths.images, content.clone(), owners).context("the folder of images cannot be opened")?;
     let host_key = keys::host_key(&paths.host_key)?;
+    let (udp, tcp) = sockets.cluster.as_ref().map(|(udp, tcp)| Ok::<_, std::io::Error>((udp.try_clone()?, tcp.try_clone()?))).transpose()?.unzip();
+    let fleet = fleet::start(&settings, udp, &view).await?;
+    if let Some(fleet) = &fleet {
+        images.fetch_from(fleet.peers());
+    }
 
     let host = start_host(&settings, abilities, &host_key, kill_at.host, view.clone(), images.clone())?;
     let (api, edge_api, registry) = (Front::new("the API"), Front::new("the API"), Front::new("the registry"));
@@ -79,12 +86,27 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
         registry.serve(front::bind(&paths.registry_socket, front::For::Machines)?, stop.clone()),
         machines::serve(edge_api.clone(), front::bind(&paths.machines_socket, front::For::Machines)?, stop.clone()),
     ];
-    let local_metrics = metrics(&host, &proxy);
+    let local_metrics = metrics(&host, &proxy, fleet.as_ref());
     api.set_metrics(local_metrics.clone());
 
+    let enrolment = Arc::new(OnceLock::new());
+    if let Some(fleet) = &fleet {
+        fleet.serve(host.clone(), &content, &edge_api, &registry);
+        fleet.enrol(&enrolment);
+    }
     if !settings.roles.contains(&Role::Control) {
-        for front in [&api, &edge_api, &registry] {
-            front.close("this server runs without the control role");
+        match &fleet {
+            Some(fleet) => {
+                fleet.relay(&[&api, &edge_api], &registry);
+                let report = fleet::report(settings.clone(), host_key.sealing_key().to_base64(), fleet.cluster.advertised());
+                tokio::spawn(fleet.clone().keep_enrolled(report, stop.clone()));
+                tokio::spawn(sweep::of_member(host.clone(), content.clone(), images.clone(), stop.clone()));
+            }
+            None => {
+                for front in [&api, &edge_api, &registry] {
+                    front.close("this server runs without the control role, and has joined no cluster");
+                }
+            }
         }
     }
     let ready = sockets.keeper.try_clone()?;
@@ -104,6 +126,8 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
             kill_at: kill_at.control,
             metrics: local_metrics,
             fronts: (api, edge_api, registry),
+            fleet: fleet.clone(),
+            enrolment,
         };
         tokio::spawn(keep_control(plan, stop.clone(), ready))
     });
@@ -127,6 +151,9 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
         let _ = front.await; // as above
     }
     host.shutdown().await;
+    if let Some(fleet) = fleet {
+        fleet.cluster.shutdown().await;
+    }
     tokio::task::spawn_blocking(move || view.flush()).await?.context("the view's snapshot could not be written")?;
     tracing::info!("server stopped");
     Ok(())
@@ -320,11 +347,14 @@ fn access_log(format: LogFormat) -> Option<AccessLog> {
 /// What this process can say of itself without control.
 type SharedMetrics = Arc<dyn Fn(&mut String) + Send + Sync>;
 
-fn metrics(host: &Arc<Host>, proxy: &Proxy) -> SharedMetrics {
-    let (host, proxy) = (host.clone(), proxy.metrics());
+fn metrics(host: &Arc<Host>, proxy: &Proxy, fleet: Option<&fleet::Fleet>) -> SharedMetrics {
+    let (host, proxy, cluster) = (host.clone(), proxy.metrics(), fleet.map(|fleet| fleet.cluster.clone()));
     Arc::new(move |out| {
         host.render_metrics(out);
         proxy.render(out);
+        if let Some(cluster) = &cluster {
+            cluster.render_metrics(out);
+        }
         front::process_metrics(out);
     })
 }
@@ -342,6 +372,9 @@ struct ControlPlan {
     kill_at: Option<String>,
     metrics: SharedMetrics,
     fronts: (Arc<Front>, Arc<Front>, Arc<Front>),
+    fleet: Option<fleet::Fleet>,
+    /// How hosts join, for whoever stands at the cluster's door.
+    enrolment: Arc<OnceLock<Enrolment>>,
 }
 
 /// Starts control once the host knows its machines; if it cannot start, says why and tries again. Traffic goes on
@@ -371,6 +404,12 @@ async fn keep_control(plan: ControlPlan, stop: CancellationToken, keeper: std::o
     let service = format!("registry.{}", plan.settings.domain);
     let state = RegistryState { store: plan.content.clone(), authorize: control.registry_authorizer(), service };
     registry.open(dunlin_registry::router(state));
+    if let Some(fleet) = &plan.fleet {
+        let _ = plan.enrolment.set(control.enrolment()); // control starts once
+        if let Err(error) = fleet.publish(&plan.paths.data, control.incarnation()) {
+            tracing::error!(error = format!("{error:#}"), "desired state cannot be told to other hosts");
+        }
+    }
     edge_api.open(control.edge_router());
     api.open(control.root_router());
     keeper::say_ready(&keeper);
@@ -408,7 +447,7 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
         kill_at: plan.kill_at.clone(),
         metrics: vec![metrics],
         ready: vec![certs::ready(plan.view.clone()) as Ready],
-        fleet: None,
+        fleet: plan.fleet.as_ref().map(fleet::Fleet::lend),
     };
     let parts = Parts {
         store: store.clone(),

@@ -197,9 +197,10 @@ impl Settings {
         let host_id = parse.name("host-id", host_id.as_ref(), "h1");
         let region = parse.as_joined("region", args.region.as_ref().or(file.region.as_ref()), joined.region.as_ref());
         let region = parse.name("region", region.as_ref(), "local");
-        let zone = args.zone.as_ref().or(file.zone.as_ref());
+        let zone = args.zone.as_ref().or(file.zone.as_ref()).or(joined.zone.as_ref());
         let zone = zone.and_then(|zone| parse.name("zone", Some(zone), ""));
-        let labels = parse.labels(args.labels.as_ref().or(file.label.as_ref()));
+        let labels = args.labels.as_ref().or(file.label.as_ref());
+        let labels = labels.map_or_else(|| joined.labels.clone(), |given| parse.labels(given));
         let roles = parse.roles(args.roles.as_ref().or(file.role.as_ref()), &joined);
         let prefix = args.machine_prefix.as_ref().or(file.machine_prefix.as_ref());
         let prefix = parse.as_joined("machine-prefix", prefix, joined.machine_prefix.as_ref());
@@ -290,6 +291,8 @@ struct Joined {
     host_id: Option<String>,
     region: Option<String>,
     machine_prefix: Option<String>,
+    zone: Option<String>,
+    labels: BTreeMap<String, String>,
 }
 
 impl Joined {
@@ -299,8 +302,10 @@ impl Joined {
         let prefix = member.machine_prefix;
         Ok(Self {
             is_member: true,
-            listen: member.listen,
-            advertise: member.advertise,
+            listen: member.said.listen,
+            advertise: member.said.advertise,
+            zone: member.said.zone.map(|zone| zone.to_string()),
+            labels: member.said.labels,
             domain: Some(member.domain),
             host_id: Some(member.host.to_string()),
             region: Some(member.region.to_string()),
@@ -380,9 +385,9 @@ impl Parse<'_> {
         joined.or(given).cloned()
     }
 
-    fn labels(&mut self, given: Option<&Vec<String>>) -> BTreeMap<String, String> {
+    fn labels(&mut self, given: &[String]) -> BTreeMap<String, String> {
         let mut labels = BTreeMap::new();
-        for text in given.into_iter().flatten() {
+        for text in given {
             let is_part = |part: &str| (1..=MAX_LABEL_BYTES).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_graphic());
             let parsed = text.split_once('=').filter(|(key, value)| is_part(key) && is_part(value));
             let parsed = parsed.filter(|_| labels.len() < MAX_LABELS).ok_or("expected KEY=VALUE of at most 63 visible characters each, and 16 of them");
@@ -462,14 +467,14 @@ mod tests {
             machine_prefix: prefix,
             control: "w1".parse().unwrap(),
             peers: vec![],
-            listen: None,
-            advertise: None,
+            said: dunlin_cluster::Said { zone: "rack-1".parse().ok(), ..Default::default() },
             keys,
             issued,
         };
         member.save(&dir.path().join("cluster")).unwrap();
         let settings = Settings::resolve(&ServerArgs::default(), Some(dir.path())).unwrap();
         assert_eq!((settings.host_id.as_str(), settings.domain.as_str()), ("w2", "example.org"));
+        assert_eq!(settings.zone.unwrap().as_str(), "rack-1");
         assert_eq!((settings.roles, settings.machine_prefix), (vec![Role::Host, Role::Proxy], prefix));
         let args = ServerArgs {
             host_id: Some("w3".into()),

@@ -1,0 +1,350 @@
+//! This server as a member of its cluster: what it listens for, whom it asks, and who is served what.
+
+use super::front::Front;
+use super::relay;
+use crate::settings::{Role, Settings};
+use anyhow::Context;
+use dunlin_api::{ErrorBody, ErrorCode, HostApi};
+use dunlin_api::remote::{self, Duplex, RemoteHost};
+use dunlin_cluster::{
+    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, JoinAnswer, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_BYTES, Member, Service,
+    read_frame, write_frame,
+};
+use dunlin_control::{Enrolment, FleetQuestion};
+use dunlin_model::HostId;
+use dunlin_registry::{ContentStore, peer};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio_util::sync::CancellationToken;
+
+const PROBE_WITHIN: Duration = Duration::from_secs(1);
+/// What a frame on a stream to join begins with, if a member sends it: somebody else's request, or its own report.
+const PASSED_ON: u8 = b'j';
+const RENEW: u8 = b'r';
+const MAX_ENROL_BYTES: usize = MAX_JOIN_BYTES + 1;
+const ENROLLED_WITHIN: Duration = Duration::from_secs(30);
+const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(3600);
+const RENEW_RETRY: Duration = Duration::from_secs(10);
+/// Any address of the internet: nothing is sent there, the kernel only says by which of its own it would be reached.
+const SOMEWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 9);
+
+#[derive(Clone)]
+pub struct Fleet {
+    pub cluster: Cluster,
+    pub member: Member,
+    dir: PathBuf,
+}
+
+/// Takes part in the cluster. `None`: this server stays alone.
+pub async fn start(
+    settings: &Settings,
+    socket: Option<UdpSocket>,
+    view: &dunlin_cluster::View,
+) -> anyhow::Result<Option<Fleet>> {
+    let Some(socket) = socket else { return Ok(None) };
+    let dir = settings.data_dir.join("cluster");
+    let member = if settings.roles.contains(&Role::Control) {
+        let authority = Authority::load_or_create(&authority_dir(&settings.data_dir), super::now_ms())?;
+        let of = ControlHost {
+            host: settings.host_id.clone(),
+            region: settings.region.clone(),
+            domain: settings.domain.clone(),
+            machine_prefix: settings.machine_prefix,
+        };
+        Member::of_control(&dir, &authority, &of, super::now_ms())?
+    } else {
+        match Member::load(&dir)? {
+            Some(member) => member,
+            None => {
+                tracing::info!("this server has joined no cluster: it serves what it last knew");
+                return Ok(None);
+            }
+        }
+    };
+    let listen = socket.local_addr().context("the cluster's socket has no address")?;
+    let advertise = settings.advertise.unwrap_or_else(|| advertised(listen, &member));
+    let config = ClusterConfig { member: member.clone(), socket, advertise, dir: dir.clone() };
+    let cluster = Cluster::start(config, view.clone()).await.context("this server cannot take part in its cluster")?;
+    tracing::info!(%listen, %advertise, host = %member.host, control = %member.control, "member of a cluster");
+    Ok(Some(Fleet { cluster, member, dir }))
+}
+
+pub fn authority_dir(data: &Path) -> PathBuf {
+    data.join("control/cluster")
+}
+
+/// The address by which this computer reaches the others is the one by which they reach it, if nobody says otherwise.
+fn advertised(listen: SocketAddr, member: &Member) -> SocketAddr {
+    if !listen.ip().is_unspecified() {
+        return listen;
+    }
+    let towards = member.peers.iter().find(|(host, _)| *host != member.host).map_or(SOMEWHERE, |(_, address)| *address);
+    let found = UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
+        socket.connect(towards)?;
+        socket.local_addr()
+    });
+    match found {
+        Ok(own) => SocketAddr::new(own.ip(), listen.port()),
+        Err(error) => {
+            tracing::warn!(%error, "no way to others is known; only servers on this computer reach this one, unless --advertise says where");
+            SocketAddr::new(Ipv4Addr::LOCALHOST.into(), listen.port())
+        }
+    }
+}
+
+impl Fleet {
+    /// What other members ask of this one. `control`: this server is the one that all API requests are for.
+    pub fn serve(&self, host: Arc<dyn HostApi>, content: &ContentStore, api: &Arc<Front>, registry: &Arc<Front>) {
+        let content = content.clone();
+        self.of_members(Service::Host, move |stream| remote::serve(stream, host.clone()));
+        self.of_members(Service::Blob, move |stream| peer::serve(stream, content.clone()));
+        if self.runs_control() {
+            for (service, front) in [(Service::Api, api), (Service::Registry, registry)] {
+                let front = front.clone();
+                self.of_members(service, move |stream| relay::answer(front.clone(), stream));
+            }
+        }
+    }
+
+    pub fn runs_control(&self) -> bool {
+        self.member.control == self.member.host
+    }
+
+    fn of_members<F>(&self, service: Service, serve: impl Fn(dunlin_cluster::Stream) -> F + Send + Sync + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let handler: Handler = Arc::new(move |peer, stream| match peer {
+            Some(_) => Box::pin(serve(stream)),
+            None => Box::pin(std::future::ready(())), // whoever is no member is told nothing
+        });
+        self.cluster.serve(service, handler);
+    }
+
+    /// A member's doors: what it is asked of the API and the registry, control answers.
+    pub fn relay(&self, api: &[&Arc<Front>], registry: &Arc<Front>) {
+        let to_control = |service| relay::router(self.cluster.clone(), self.member.control.clone(), service);
+        api.iter().for_each(|front| front.open(to_control(Service::Api)));
+        registry.open(to_control(Service::Registry));
+    }
+
+    /// How control reaches a host other than its own.
+    pub fn reach(&self) -> Arc<dyn Fn(&HostId) -> Option<Arc<dyn HostApi>> + Send + Sync> {
+        let cluster = self.cluster.clone();
+        let known: Mutex<BTreeMap<HostId, Arc<dyn HostApi>>> = Mutex::default();
+        Arc::new(move |host| {
+            cluster.address(host)?;
+            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+            let cluster = &cluster;
+            let reached = known.entry(host.clone()).or_insert_with(|| {
+                let (cluster, to) = (cluster.clone(), host.clone());
+                let dial: remote::Dial = Arc::new(move || {
+                    let (cluster, to) = (cluster.clone(), to.clone());
+                    Box::pin(async move { Ok(Box::new(cluster.open(&to, Service::Host).await?) as Box<dyn Duplex>) })
+                });
+                Arc::new(RemoteHost::new(host.clone(), dial))
+            });
+            Some(reached.clone())
+        })
+    }
+
+    /// A host that has no certificate yet is let in by control; any member passes its request on.
+    pub fn enrol(&self, control: &Arc<OnceLock<Enrolment>>) {
+        let (cluster, to, is_here) = (self.cluster.clone(), self.member.control.clone(), self.runs_control());
+        let control = control.clone();
+        let handler: Handler = Arc::new(move |peer, mut stream| {
+            let (cluster, to, control) = (cluster.clone(), to.clone(), control.clone());
+            Box::pin(async move {
+                let done = async {
+                    let request = read_frame(&mut stream, MAX_ENROL_BYTES).await?;
+                    let answer = match (is_here, peer, request.split_first()) {
+                        (true, None, _) => enrolled(&control, Ask::Join(&request)).await,
+                        (true, Some(_), Some((&PASSED_ON, request))) => enrolled(&control, Ask::Join(request)).await,
+                        (true, Some(host), Some((&RENEW, report))) => enrolled(&control, Ask::Renew(&host, report)).await,
+                        (false, None, _) => match ask(&cluster, &to, PASSED_ON, &request).await {
+                            Ok(answer) => answer,
+                            Err(error) => unavailable(&format!("control, which runs on host {to}, cannot be asked: {error}")),
+                        },
+                        _ => unavailable("this request is for the host that control runs on"),
+                    };
+                    write_frame(&mut stream, &answer).await?;
+                    stream.shutdown().await
+                };
+                if let Err(error) = done.await {
+                    tracing::debug!(%error, "a request to join broke off");
+                }
+            })
+        });
+        self.cluster.serve(Service::Join, handler);
+    }
+
+    /// Tells control what this host is now, and takes its certificate anew: at the start, and when it is due.
+    pub async fn keep_enrolled(self, report: impl Fn(&Member) -> anyhow::Result<HostReport>, stop: CancellationToken) {
+        let dir = self.dir.clone();
+        let mut member = self.member.clone();
+        let mut is_told = false;
+        loop {
+            let pause = if is_told && !member.is_due(super::now_ms()) {
+                LOOK_AT_CERTIFICATE
+            } else {
+                match self.renew(&member, &report).await {
+                    Ok(renewed) => {
+                        is_told = true;
+                        if let Err(error) = renewed.save(&dir) {
+                            tracing::error!(error = %error, "this host's new certificate is not on disk; it is asked for again after a restart");
+                        }
+                        member = renewed;
+                        LOOK_AT_CERTIFICATE
+                    }
+                    Err(error) => {
+                        tracing::warn!(error = format!("{error:#}"), "control was not told of this host; apps go on, tried again in {} s", RENEW_RETRY.as_secs());
+                        RENEW_RETRY
+                    }
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn renew(&self, member: &Member, report: impl Fn(&Member) -> anyhow::Result<HostReport>) -> anyhow::Result<Member> {
+        let report = serde_json::to_vec(&report(member)?)?;
+        let answer = ask(&self.cluster, &member.control, RENEW, &report).await?;
+        if let Ok(refused) = serde_json::from_slice::<ErrorBody>(&answer) {
+            anyhow::bail!("{}", refused.error);
+        }
+        let answer: JoinAnswer = serde_json::from_slice(&answer).context("control's answer cannot be read")?;
+        let renewed = Member { said: member.said.clone(), ..answer.member(member.host.clone(), member.keys.clone()) };
+        self.cluster.renew(renewed.issued.clone())?;
+        Ok(renewed)
+    }
+
+    /// Control tells all members what should be.
+    pub fn publish(&self, data: &Path, incarnation: u64) -> anyhow::Result<()> {
+        let authority = Authority::load_or_create(&authority_dir(data), super::now_ms())?;
+        let (certificate, key) = authority.config_log(&self.member.region, incarnation);
+        self.cluster.publish_config_of(certificate, key);
+        Ok(())
+    }
+
+    /// What the cluster lends to control.
+    pub fn lend(&self) -> dunlin_control::Fleet {
+        let cluster = self.cluster.clone();
+        dunlin_control::Fleet {
+            addr: self.cluster.advertised(),
+            is_up: self.is_up(),
+            ask: Arc::new(move |question| {
+                let cluster = cluster.clone();
+                Box::pin(async move {
+                    match question {
+                        FleetQuestion::Status => {
+                            serde_json::json!({ "host": cluster.host(), "cluster": cluster.status(), "members": cluster.members() })
+                        }
+                        FleetQuestion::Verify => serde_json::json!({ "host": cluster.host(), "unsound": cluster.verify().await }),
+                    }
+                })
+            }),
+        }
+    }
+
+    /// Whether a host answers control itself.
+    pub fn probe(&self) -> dunlin_control::Probe {
+        let cluster = self.cluster.clone();
+        Arc::new(move |host: HostId| {
+            let cluster = cluster.clone();
+            Box::pin(async move { cluster.ping(&host, PROBE_WITHIN).await.is_ok() })
+        })
+    }
+
+    pub fn is_up(&self) -> Arc<dyn Fn(&HostId) -> bool + Send + Sync> {
+        let cluster = self.cluster.clone();
+        Arc::new(move |host| cluster.is_up(host))
+    }
+
+    /// From whom images are fetched: the nearest first, control last, which has them all.
+    pub fn peers(&self) -> peer::Peers {
+        let (cluster, control) = (self.cluster.clone(), self.member.control.clone());
+        let dial: peer::Dial = Arc::new(move |host| {
+            let (cluster, host) = (cluster.clone(), host.clone());
+            Box::pin(async move { Ok(Box::new(cluster.open(&host, Service::Blob).await?) as Box<dyn peer::Duplex>) })
+        });
+        let (cluster, own) = (self.cluster.clone(), self.member.host.clone());
+        peer::Peers::new(dial, move || {
+            let others = cluster.members().into_iter().filter(|member| member.alive && member.id != own);
+            let mut near: Vec<_> = others.map(|member| (member.id == control, member.rtt_us.unwrap_or(u64::MAX), member.id)).collect();
+            near.sort();
+            near.into_iter().map(|(.., host)| host).collect()
+        })
+    }
+}
+
+/// What this host says of itself to control.
+pub fn report(settings: Settings, sealing_key: String, addr: SocketAddr) -> impl Fn(&Member) -> anyhow::Result<HostReport> {
+    move |member| {
+        Ok(HostReport {
+            zone: settings.zone.clone(),
+            labels: settings.labels.clone(),
+            cpus: settings.cpus,
+            memory_mb: settings.memory_mb,
+            sealing_key: sealing_key.clone(),
+            keys: member.keys.public()?,
+            addr,
+            version: crate::VERSION.into(),
+            clock_ms: super::now_ms(),
+        })
+    }
+}
+
+enum Ask<'a> {
+    Join(&'a [u8]),
+    Renew(&'a HostId, &'a [u8]),
+}
+
+async fn enrolled(control: &OnceLock<Enrolment>, ask: Ask<'_>) -> Vec<u8> {
+    match (control.get(), ask) {
+        (None, _) => unavailable("control is still starting"),
+        (Some(control), Ask::Join(request)) => control.join(request).await,
+        (Some(control), Ask::Renew(host, report)) => control.renew(host, report).await,
+    }
+}
+
+async fn ask(cluster: &Cluster, control: &HostId, what: u8, body: &[u8]) -> std::io::Result<Vec<u8>> {
+    let asked = async {
+        let mut stream = cluster.open(control, Service::Join).await?;
+        write_frame(&mut stream, &[&[what], body].concat()).await?;
+        read_frame(&mut stream, MAX_JOIN_ANSWER_BYTES).await
+    };
+    tokio::time::timeout(ENROLLED_WITHIN, asked).await.map_err(std::io::Error::from).flatten()
+}
+
+fn unavailable(why: &str) -> Vec<u8> {
+    let body = ErrorBody {
+        error: why.to_owned(),
+        status: ErrorCode::Unavailable,
+        hint: Some("try again in a moment".into()),
+        request_id: None,
+    };
+    serde_json::to_vec(&body).expect("plain data")
+}
+
+/// Machines of other hosts are asked for at their own host, over TCP.
+pub fn of_edge(fleet: &Fleet, listener: TcpListener) -> dunlin_proxy::Fleet {
+    let cluster = || fleet.cluster.clone();
+    let (server, client, address, rtt) = (cluster(), cluster(), cluster(), cluster());
+    dunlin_proxy::Fleet {
+        host: fleet.member.host.clone(),
+        listener,
+        tls_server: Box::new(move || server.tls_server()),
+        tls_client: Box::new(move || client.tls_client()),
+        address: Box::new(move |host| address.address(host)),
+        server_name: Cluster::server_name,
+        peer_host: Cluster::peer_host,
+        rtt: Box::new(move |host| rtt.rtt(host)),
+    }
+}
