@@ -139,7 +139,8 @@ pub(crate) struct Links {
 struct Inner {
     host: HostId,
     hello: Hello,
-    endpoint: Endpoint,
+    /// Until it is closed: then the port is free again.
+    endpoint: Mutex<Option<Endpoint>>,
     tls: Arc<Tls>,
     dial_named: ClientConfig,
     dial_any: ClientConfig,
@@ -183,7 +184,7 @@ impl Links {
             hello,
             dial_named: client(&tls.quic_client)?,
             dial_any: client(&tls.quic_client_of_any)?,
-            endpoint,
+            endpoint: Mutex::new(Some(endpoint)),
             tls,
             table: Mutex::default(),
             handlers: Mutex::default(),
@@ -273,13 +274,20 @@ impl Links {
         };
         let _ = tokio::time::timeout(Duration::from_millis(200), left).await; // what has not left by then is lost
         self.inner.stop.cancel();
-        self.inner.endpoint.close(LEAVING, b"leaving");
+        let endpoint = self.inner.endpoint.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(endpoint) = endpoint else { return };
+        endpoint.close(LEAVING, b"leaving");
         self.inner.tasks.close();
         let ended = async {
             self.inner.tasks.wait().await;
-            self.inner.endpoint.wait_idle().await;
+            endpoint.wait_idle().await;
         };
         let _ = tokio::time::timeout(Duration::from_secs(2), ended).await; // the peers notice by themselves then
+    }
+
+    fn endpoint(&self) -> io::Result<Endpoint> {
+        let endpoint = self.inner.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        endpoint.ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "this host has left the cluster"))
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {

@@ -27,9 +27,10 @@ const REFUSED: VarInt = VarInt::from_u32(6);
 
 impl Links {
     pub(super) async fn accept(self) {
+        let Ok(endpoint) = self.endpoint() else { return };
         loop {
             let incoming = tokio::select! {
-                incoming = self.inner.endpoint.accept() => incoming,
+                incoming = endpoint.accept() => incoming,
                 () = self.inner.stop.cancelled() => return,
             };
             let Some(incoming) = incoming else { return };

@@ -132,7 +132,7 @@ impl Links {
             Expect::Host(host) => (self.inner.dial_named.clone(), tls_name(host)),
             Expect::Writer(_) | Expect::AnyHost => (self.inner.dial_any.clone(), HOSTS_DOMAIN.to_owned()),
         };
-        let connecting = self.inner.endpoint.connect_with(config, target.addr, &name).map_err(io::Error::other)?;
+        let connecting = self.endpoint()?.connect_with(config, target.addr, &name).map_err(io::Error::other)?;
         let connection = connecting.await?;
         let host = host_of(&connection).ok_or_else(|| io::Error::other("it shows no certificate of a host"))?;
         if !target.expect.admits(&host, OriginId::of(&log_name(&host))) {

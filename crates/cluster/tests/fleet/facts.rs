@@ -14,7 +14,7 @@ async fn members_find_each_other_and_share_what_they_say() {
     until("the others have h2's machines", || [h1, h3].iter().all(|host| host.sees(&machine_id(1)) == Some(1) && host.sees(&machine_id(2)) == Some(1))).await;
     let seen = h3.view.current();
     assert_eq!(seen.hosts[&id("h2")].cpus, 2);
-    assert_eq!(seen.freshness(&id("h2")), Freshness::Fresh);
+    until("h2 is fresh", || h3.view.current().heard.get(&id("h2")) == Some(&Freshness::Fresh)).await;
     assert_eq!(h3.cluster.address(&id("h2")), Some(h2.cluster.advertised()));
     h2.view.publish_machine(machine(1, "h2", 2)).unwrap();
     h2.view.remove_machine(&machine_id(2));

@@ -26,13 +26,14 @@ async fn streams_carry_bytes_both_ways_and_end_when_they_are_dropped() {
             Box::pin(async move {
                 assert_eq!(from, Some(id("h2")));
                 let mut buffer = [0; 4096];
-                while let Ok(count @ 1..) = stream.read(&mut buffer).await {
-                    if stream.write_all(&buffer[..count]).await.is_err() {
-                        break;
+                let whole = loop {
+                    match stream.read(&mut buffer).await {
+                        Ok(0) => break stream.shutdown().await.is_ok(),
+                        Ok(count) if stream.write_all(&buffer[..count]).await.is_ok() => {}
+                        _ => break false,
                     }
-                }
-                let whole = stream.shutdown().await.is_ok();
-                let _ = told.send(whole).await;
+                };
+                told.send(whole).await.unwrap();
             })
         }),
     );

@@ -1,6 +1,6 @@
 //! An authority, members of its making, and waiting for what must become true.
 
-use dunlin_cluster::{Authority, Cluster, ClusterConfig, Member, MemberKeys, View};
+use dunlin_cluster::{Authority, Cluster, ClusterConfig, ClusterError, Member, MemberKeys, View};
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::{Generation, HostId, MachineId, MachineState, MachineVersion};
 use dunlin_view::{ConfigState, HostFact, MachineAssignment, MachineFact};
@@ -66,8 +66,17 @@ impl World {
         let dir = self.dir.path().join(folder);
         member.save(&dir).unwrap();
         let view = View::memory();
-        let config = ClusterConfig { member, listen, advertise: listen, dir };
-        let cluster = Cluster::start(config, view.clone()).await.unwrap();
+        let begin = async {
+            loop {
+                let config = ClusterConfig { member: member.clone(), listen, advertise: listen, dir: dir.clone() };
+                match Cluster::start(config, view.clone()).await {
+                    // The port of a process that has just shut down.
+                    Err(ClusterError::Bind { .. }) => tokio::task::yield_now().await,
+                    started => return started.unwrap(),
+                }
+            }
+        };
+        let cluster = tokio::time::timeout(DEADLINE, begin).await.expect("the port is free");
         Host { cluster, view }
     }
 
