@@ -56,6 +56,20 @@ impl Own {
         matches!(self.state, State::Silenced)
     }
 
+    /// Another log is this process's to write, and nobody was asked about it: those that were have to be asked again.
+    pub fn ask_again(&mut self, nonce: impl FnOnce() -> u64, now_ms: u64) {
+        match &mut self.state {
+            State::Asking { since_ms, next_ms, .. } if *next_ms <= *since_ms => return, // nobody was asked yet
+            State::Asking { next_ms, answered, .. } => {
+                answered.clear();
+                *next_ms = now_ms;
+            }
+            State::Speaking => self.state = State::asking(now_ms),
+            State::Silenced => return,
+        }
+        self.nonce = nonce();
+    }
+
     /// The sequence above which this life begins.
     pub fn base(&self, origin: OriginId, life: Life) -> u64 {
         let highest = self.highest.get(&origin).copied().unwrap_or_default();

@@ -268,6 +268,11 @@ impl Node {
         self.members.active()
     }
 
+    /// Everybody of whom this process knows where they are, whether they answer or not.
+    pub fn peers(&self) -> Vec<Peer> {
+        self.members.known()
+    }
+
     /// To be kept on disk: who to ask after the next start, and what readers know meanwhile.
     pub fn snapshot(&self) -> Vec<u8> {
         crate::snapshot::encode(self.clock_ms, &self.members.known(), &self.catalogue)

@@ -47,6 +47,7 @@ impl Node {
         }
         let writer = Writer { certificate, key, begun: false, foreign: false, pending: BTreeMap::new(), schema: 0, said: false, pending_at: None };
         self.writers.insert(origin, writer);
+        self.own.ask_again(|| self.rng.draw(), self.now_ms);
     }
 
     pub(crate) fn publish(&mut self, origin: OriginId, schema: u32, changes: Vec<Change>, at: Option<At>) {

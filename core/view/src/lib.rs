@@ -15,4 +15,4 @@ pub use facts::{
     SecretsFact,
 };
 pub use project::{Desired, project};
-pub use snapshot::{Refused, Snapshot};
+pub use snapshot::{HostFacts, Refused, Snapshot};

@@ -2,7 +2,7 @@
 
 use crate::{ConfigState, Freshness, HostFact, MachineFact};
 use dunlin_model::{AppName, Generation, HostId, MachineId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// One immutable view: config facts of one revision, and the newest fact of each machine and host.
@@ -15,6 +15,19 @@ pub struct Snapshot {
     pub hosts: BTreeMap<HostId, Arc<HostFact>>,
     /// Of the other hosts; this process's own is always fresh.
     pub heard: Arc<BTreeMap<HostId, Freshness>>,
+}
+
+/// What one host says at once.
+#[derive(Debug, Clone)]
+pub struct HostFacts {
+    pub host: HostId,
+    pub said: Option<HostFact>,
+    /// Each names `host` as its host.
+    pub machines: Vec<MachineFact>,
+    /// It has them no more.
+    pub gone: Vec<MachineId>,
+    /// It has no others than `machines`. That orders nobody to do anything.
+    pub whole: bool,
 }
 
 /// Why facts were not taken.
@@ -39,6 +52,39 @@ impl Snapshot {
 
     /// The view with a newer fact of one machine.
     pub fn with_machine(&self, fact: Arc<MachineFact>) -> Result<Self, Refused> {
+        self.check(&fact)?;
+        let mut next = self.clone();
+        next.machines.insert(fact.id.clone(), fact);
+        Ok(next)
+    }
+
+    /// The view with what several hosts say, on one copy; and how many of their facts were not taken.
+    pub fn with_facts(&self, facts: Vec<HostFacts>) -> (Self, usize) {
+        let (mut next, mut refused) = (self.clone(), 0);
+        for HostFacts { host, said, machines, gone, whole } in facts {
+            if whole {
+                let named: BTreeSet<&MachineId> = machines.iter().map(|fact| &fact.id).collect();
+                next.machines.retain(|id, fact| fact.host != host || named.contains(id));
+            }
+            for id in gone {
+                if next.machines.get(&id).is_some_and(|fact| fact.host == host) {
+                    next.machines.remove(&id);
+                }
+            }
+            if let Some(said) = said {
+                next.hosts.insert(host, Arc::new(said));
+            }
+            for fact in machines {
+                match next.check(&fact) {
+                    Ok(()) => drop(next.machines.insert(fact.id.clone(), Arc::new(fact))),
+                    Err(_) => refused += 1,
+                }
+            }
+        }
+        (next, refused)
+    }
+
+    fn check(&self, fact: &MachineFact) -> Result<(), Refused> {
         if let Some(held) = self.machines.get(&fact.id)
             && held.host == fact.host
             && fact.sequence <= held.sequence
@@ -55,9 +101,7 @@ impl Snapshot {
                 owner: assignment.host.clone(),
             });
         }
-        let mut next = self.clone();
-        next.machines.insert(fact.id.clone(), fact);
-        Ok(next)
+        Ok(())
     }
 
     /// The view without a machine that its host has destroyed.

@@ -1,19 +1,39 @@
-//! The live view: one [`Snapshot`](dunlin_view::Snapshot) that everybody in this process reads.
+//! The live cluster: one [`Snapshot`](dunlin_view::Snapshot) that everybody in this process reads, and how hosts fill it for each other.
 //!
-//! Owns the handle to the current snapshot, the order in which facts are folded into it, subscriptions,
-//! and a checksummed copy of the config facts on disk, so that a host and an edge start without control.
-//! It never decides what a fact means (`dunlin-view` does) and never opens the store. Reading takes no
-//! lock. Tested by `tests/view.rs` and `tests/disk.rs`, with real files.
+//! ```text
+//! View <-- facts, desired state -- flock (drives gossip) <-- link (QUIC, mutual TLS) --> other hosts
+//!                                                            link --> streams: calls, images, joining
+//! ```
+//!
+//! Owns the handle to the current snapshot, the order in which facts are folded into it, subscriptions, a checksummed copy of
+//! the config facts on disk, so that a host and an edge start without control; a host's identity and its keys; the connections
+//! between hosts. It never decides what a fact means (`dunlin-view` does) and never opens the store. Reading the view takes no
+//! lock. Tested by `tests/`, with real files and real sockets on loopback. `docs/decisions/a-fleet.md` has the reasons.
 #![forbid(unsafe_code)]
 
 mod authority;
+mod cluster;
+pub mod config_rows;
 mod disk;
+mod facts;
+mod flock;
+mod join;
 mod joining;
+mod link;
 mod live;
 mod member;
+mod status;
+mod stream;
+mod tls;
 
 pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name};
+pub use cluster::{Cluster, ClusterConfig, ClusterError};
 pub use disk::{Loaded, ViewError};
+pub use join::{JoinError, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, join};
 pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_BYTES, NotAJoinToken, TokenProof};
+pub use link::Handler;
 pub use live::{Age, Ages, Changes, View};
 pub use member::{ControlHost, Member, MemberError, MemberKeys, Said};
+pub use status::{ClusterStatus, GossipCounts, LogStatus, MemberStatus, Silenced, TransportCounts};
+pub use stream::{Service, Stream, read_frame, write_frame};
+pub use tls::TlsError;

@@ -3,8 +3,8 @@
 use crate::disk::{self, Keeper, Loaded, ViewError};
 use arc_swap::ArcSwap;
 use dunlin_model::{HostId, MachineId};
-use dunlin_view::{ConfigState, HostFact, MachineFact, Refused, Snapshot};
-use std::collections::BTreeMap;
+use dunlin_view::{ConfigState, Freshness, HostFact, HostFacts, MachineFact, Refused, Snapshot};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
@@ -20,6 +20,8 @@ struct Inner {
     /// Held while a fact is folded in, so that no writer loses another's.
     write: Mutex<()>,
     changes: watch::Sender<u64>,
+    /// Of them, what this process says itself: its host's facts, and desired state.
+    own: watch::Sender<u64>,
     /// When the config facts that came from disk were written there.
     saved_at_ms: Option<u64>,
     keeper: Option<Keeper>,
@@ -49,6 +51,7 @@ impl View {
             current: ArcSwap::from_pointee(snapshot),
             write: Mutex::new(()),
             changes: watch::Sender::new(0),
+            own: watch::Sender::new(0),
             saved_at_ms,
             keeper,
         };
@@ -75,6 +78,7 @@ impl View {
             // Under the lock, so that the file never goes back to an older generation.
             keeper.save(config, now_ms);
         }
+        self.tell_own();
         drop(guard);
         Ok(())
     }
@@ -84,6 +88,7 @@ impl View {
         let _guard = self.lock();
         let next = self.current().with_machine(Arc::new(fact))?;
         self.set(next);
+        self.tell_own();
         Ok(())
     }
 
@@ -93,6 +98,7 @@ impl View {
         let current = self.current();
         if current.machines.contains_key(id) {
             self.set(current.without_machine(id));
+            self.tell_own();
         }
     }
 
@@ -101,6 +107,36 @@ impl View {
         let _guard = self.lock();
         let next = self.current().with_host(Arc::new(fact));
         self.set(next);
+        self.tell_own();
+    }
+
+    /// What other hosts say, all at once, and how lately each was heard; gives how many facts were not taken.
+    pub(crate) fn fold(&self, facts: Vec<HostFacts>, heard: Arc<BTreeMap<HostId, Freshness>>) -> usize {
+        let _guard = self.lock();
+        let current = self.current();
+        if facts.is_empty() && current.heard == heard {
+            return 0;
+        }
+        let (next, refused) = current.with_facts(facts);
+        self.set(Snapshot { heard, ..next });
+        refused
+    }
+
+    /// Hosts that were removed for good say nothing any more.
+    pub(crate) fn forget_hosts(&self, removed: &BTreeSet<HostId>) {
+        let _guard = self.lock();
+        let current = self.current();
+        if current.hosts.keys().any(|host| removed.contains(host)) || current.machines.values().any(|fact| removed.contains(&fact.host)) {
+            let mut next = Snapshot::clone(&current);
+            next.hosts.retain(|host, _| !removed.contains(host));
+            next.machines.retain(|_, fact| !removed.contains(&fact.host));
+            self.set(next);
+        }
+    }
+
+    /// Rings for what this process says itself.
+    pub(crate) fn subscribe_own(&self) -> watch::Receiver<u64> {
+        self.inner.own.subscribe()
     }
 
     /// How old each writer's facts are.
@@ -130,6 +166,10 @@ impl View {
     fn lock(&self) -> MutexGuard<'_, ()> {
         // The guarded value is empty and a snapshot is swapped whole: a panic elsewhere broke nothing.
         self.inner.write.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_own(&self) {
+        self.inner.own.send_modify(|count| *count += 1);
     }
 
     fn set(&self, next: Snapshot) {

@@ -1,0 +1,299 @@
+//! The handle: what the rest of a process does with the cluster.
+
+use crate::authority::{Issued, log_name};
+use crate::flock::{self, Command, Driver, HOLD_MS, Inlets, Keep, Seen};
+use crate::link::{Expect, Handler, Inbox, Links, Target};
+use crate::live::View;
+use crate::member::{self, Member, MemberError, now_ms};
+use crate::status::{self, ClusterStatus, MemberStatus, TransportCounts};
+use crate::stream::{Service, Stream};
+use crate::tls::{self, Tls, TlsError};
+use arc_swap::ArcSwap;
+use dunlin_gossip::{Certificate, Config, Identity, Node, Now, OriginId, Peer};
+use dunlin_model::HostId;
+use dunlin_view::Freshness;
+use ed25519_dalek::SigningKey;
+use rustls_pki_types::{CertificateDer, ServerName};
+use std::collections::BTreeSet;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// What has come and was not given to gossip yet. Datagrams have at most 1,200 bytes, messages 288 KiB.
+const MAX_DATAGRAMS: usize = 4_096;
+const MAX_MESSAGES: usize = 32;
+const MAX_COMMANDS: usize = 16;
+
+pub struct ClusterConfig {
+    pub member: Member,
+    /// UDP.
+    pub listen: SocketAddr,
+    /// Where the others reach it. Port 0 means the one that was bound.
+    pub advertise: SocketAddr,
+    /// `<data>/cluster`.
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    #[error("the cluster's port {listen}/udp cannot be used: check that the address is this host's and that nothing else has the port")]
+    Bind { listen: SocketAddr, source: io::Error },
+    #[error("others cannot reach a host at {0}: give an address of this host's, such as its public one")]
+    Advertise(SocketAddr),
+    #[error("what this host knows of its cluster cannot be read from {}: check the folder's permissions", .dir.display())]
+    Disk { dir: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Member(#[from] MemberError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// This host's part in the cluster. A clone is the same.
+#[derive(Clone)]
+pub struct Cluster {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    links: Links,
+    tls: Arc<Tls>,
+    view: View,
+    dir: PathBuf,
+    commands: mpsc::Sender<Command>,
+    stop: CancellationToken,
+    driver: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the driver and the handle share.
+pub(crate) struct Shared {
+    pub member: Member,
+    pub seen: ArcSwap<Seen>,
+}
+
+impl Cluster {
+    /// Binds, begins from what the last process has left, and finds the others.
+    pub async fn start(config: ClusterConfig, view: View) -> Result<Self, ClusterError> {
+        let ClusterConfig { member, listen, advertise, dir } = config;
+        if advertise.ip().is_unspecified() {
+            return Err(ClusterError::Advertise(advertise));
+        }
+        let tls = Arc::new(Tls::new(&member.host, &member.keys, &member.issued)?);
+        let removed: BTreeSet<HostId> = view.current().config.removed_hosts.iter().filter(|host| **host != member.host).cloned().collect();
+        tls.refuse(removed);
+        let (datagrams, datagrams_in) = mpsc::channel(MAX_DATAGRAMS);
+        let (messages, messages_in) = mpsc::channel(MAX_MESSAGES);
+        let (commands, commands_in) = mpsc::channel(MAX_COMMANDS);
+        let inbox = Inbox { datagrams, messages };
+        let links = Links::start(&member.host, tls.clone(), listen, advertise, inbox).map_err(|source| ClusterError::Bind { listen, source })?;
+        let node = node(&member, links.advertised(), &dir)?;
+        let shared = Arc::new(Shared { member, seen: ArcSwap::default() });
+        let stop = CancellationToken::new();
+        let inlets = Inlets { datagrams: datagrams_in, messages: messages_in, commands: commands_in, stop: stop.clone() };
+        let driver = Driver::new(node, links.clone(), view.clone(), tls.clone(), shared.clone(), Keep::new(&dir));
+        let driver = Mutex::new(Some(tokio::spawn(driver.run(inlets))));
+        Ok(Self { inner: Arc::new(Inner { shared, links, tls, view, dir, commands, stop, driver }) })
+    }
+
+    /// Where the others reach this host.
+    pub fn advertised(&self) -> SocketAddr {
+        self.inner.links.advertised()
+    }
+
+    pub fn host(&self) -> &HostId {
+        &self.inner.shared.member.host
+    }
+
+    /// Streams for `service` that others open are given to the handler. A later one replaces it.
+    pub fn serve(&self, service: Service, handler: Handler) {
+        self.inner.links.serve(service, handler);
+    }
+
+    /// Opens a stream; dials if need be, for some seconds at most. A host that has just died may be noticed only on the stream.
+    pub async fn open(&self, host: &HostId, service: Service) -> io::Result<Stream> {
+        let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("it is not known where host {host} is"));
+        let addr = self.address(host).ok_or_else(unknown)?;
+        self.inner.links.open(Target { addr, expect: Expect::Host(host.clone()) }, service).await
+    }
+
+    /// A byte there and back.
+    pub async fn ping(&self, host: &HostId, deadline: Duration) -> io::Result<Duration> {
+        let ping = async {
+            let mut stream = self.open(host, Service::Ping).await?;
+            let began = Instant::now();
+            stream.write_u8(0).await?;
+            stream.shutdown().await?;
+            stream.read_u8().await?;
+            Ok(began.elapsed())
+        };
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("host {host} does not answer within {deadline:?}"));
+        tokio::time::timeout(deadline, ping).await.map_err(late)?
+    }
+
+    /// Where a host is, by membership, or as it was when this one joined. The port is that of TCP, too.
+    pub fn address(&self, host: &HostId) -> Option<SocketAddr> {
+        if *host == self.inner.shared.member.host {
+            return Some(self.advertised());
+        }
+        if self.inner.tls.is_removed(host) {
+            return None;
+        }
+        let seat = self.inner.shared.seen.load().members.get(&origin(host)).map(|seat| seat.addr);
+        let seed = || self.inner.shared.member.peers.iter().find(|(peer, _)| peer == host).map(|(_, addr)| *addr);
+        seat.or_else(seed)
+    }
+
+    /// All hosts that are known, without this one.
+    pub fn members(&self) -> Vec<MemberStatus> {
+        let (seen, view) = (self.inner.shared.seen.load_full(), self.inner.view.current());
+        let others = seen.names.iter().filter(|(_, host)| **host != self.inner.shared.member.host && !self.inner.tls.is_removed(host));
+        let status = |(origin, host): (&OriginId, &HostId)| {
+            let seat = seen.members.get(origin);
+            MemberStatus {
+                id: host.clone(),
+                region: seat.and_then(|seat| seat.region.clone()).or_else(|| seen.regions.get(origin).cloned()),
+                address: self.address(host),
+                alive: seat.is_some(),
+                freshness: view.heard.get(host).copied().unwrap_or(Freshness::Old),
+                age_ms: seen.ages_ms.get(origin).copied().flatten(),
+                rtt_us: self.rtt(host).map(|rtt| rtt.as_micros() as u64),
+            }
+        };
+        others.map(status).collect()
+    }
+
+    /// Membership's word: the host answers. Of this one it is true.
+    pub fn is_up(&self, host: &HostId) -> bool {
+        *host == self.inner.shared.member.host || self.inner.shared.seen.load().members.contains_key(&origin(host))
+    }
+
+    /// Of the connection with it, if there is one.
+    pub fn rtt(&self, host: &HostId) -> Option<Duration> {
+        self.inner.links.rtt(host)
+    }
+
+    /// For the last hop over TCP: whoever dials must show a host's certificate; [`Self::peer_host`] says whose.
+    pub fn tls_server(&self) -> Arc<rustls::ServerConfig> {
+        self.inner.tls.server.clone()
+    }
+
+    /// Its counterpart; ask for [`Self::server_name`].
+    pub fn tls_client(&self) -> Arc<rustls::ClientConfig> {
+        self.inner.tls.client.clone()
+    }
+
+    pub fn server_name(host: &HostId) -> ServerName<'static> {
+        tls::server_name(host)
+    }
+
+    /// Who is on the other side of a TLS connection.
+    pub fn peer_host(certificates: &[CertificateDer<'_>]) -> Option<HostId> {
+        tls::peer_host(certificates)
+    }
+
+    /// From now on this process says what desired state is: the view's, whenever it changes. See
+    /// [`Authority::config_log`](crate::Authority::config_log).
+    pub fn publish_config_of(&self, certificate: Certificate, key: SigningKey) {
+        let command = Command::PublishConfig { certificate: Box::new(certificate), key: Box::new(key) };
+        if self.inner.commands.try_send(command).is_err() && !self.inner.stop.is_cancelled() {
+            tracing::error!("desired state is not published: the cluster's driver does not answer");
+        }
+    }
+
+    /// Whether another process has this host's identity, so that this one says nothing; [`Self::status`] says which.
+    pub fn is_silenced(&self) -> bool {
+        self.inner.shared.seen.load().silenced.is_some()
+    }
+
+    pub fn status(&self) -> ClusterStatus {
+        let seen = self.inner.shared.seen.load_full();
+        let counters = self.inner.links.counters();
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        ClusterStatus {
+            speaks: seen.speaks,
+            silenced: seen.silenced.clone(),
+            members: seen.members.len(),
+            logs: seen.logs.clone(),
+            gossip: seen.gossip,
+            transport: TransportCounts {
+                links: self.inner.links.connected().len() as u64,
+                dials: read(&counters.dials),
+                dials_failed: read(&counters.dials_failed),
+                accepted: read(&counters.accepted),
+                refused: read(&counters.refused),
+                joiners: read(&counters.joiners),
+                dropped_out: read(&counters.dropped_out),
+                dropped_in: read(&counters.dropped_in),
+            },
+        }
+    }
+
+    /// Compares all that is held with what its writers signed; gives the names of logs that are not sound.
+    pub async fn verify(&self) -> Vec<String> {
+        let (reply, answer) = oneshot::channel();
+        if self.inner.commands.send(Command::Verify(reply)).await.is_err() {
+            return vec![];
+        }
+        answer.await.unwrap_or_default() // the driver has ended
+    }
+
+    pub fn render_metrics(&self, out: &mut String) {
+        status::render(&self.status(), out);
+    }
+
+    /// Shows a new certificate from now on, and keeps it.
+    pub fn renew(&self, issued: Issued) -> Result<(), ClusterError> {
+        let member = &self.inner.shared.member;
+        self.inner.tls.renew(&member.keys, &issued)?;
+        let renewed = Member { issued, ..member.clone() };
+        Ok(renewed.save(&self.inner.dir)?)
+    }
+
+    /// Says good-bye, saves, closes.
+    pub async fn shutdown(&self) {
+        self.inner.stop.cancel();
+        let driver = self.inner.driver.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(driver) = driver
+            && driver.await.is_err()
+        {
+            tracing::error!("the cluster's driver has panicked");
+        }
+        self.inner.links.close().await;
+    }
+}
+
+fn origin(host: &HostId) -> OriginId {
+    OriginId::of(&log_name(host))
+}
+
+/// A new life of this host in gossip.
+fn node(member: &Member, advertised: SocketAddr, dir: &std::path::Path) -> Result<Node, ClusterError> {
+    let cluster = member.cluster_key()?;
+    let snapshot = flock::load(dir, cluster).map_err(|source| ClusterError::Disk { dir: dir.to_owned(), source })?;
+    let region = crate::authority::region_of(&member.region);
+    // Of peers from before only the address matters; their regions are heard from themselves.
+    let peer = |(host, at): &(HostId, SocketAddr)| Peer {
+        id: origin(host),
+        region: region.clone(),
+        addr: flock::addr(*at),
+        life: 0,
+        started_ms: 0,
+        renewed: 0,
+    };
+    let peers = member.peers.iter().filter(|(host, _)| *host != member.host).map(peer).collect();
+    let config = Config { cluster, seed: u64::from_le_bytes(member::random()), peers, membership: true, hold_ms: HOLD_MS };
+    let identity = Identity {
+        certificate: member.log_certificate()?,
+        key: member.keys.gossip()?,
+        addr: flock::addr(advertised),
+        life: u64::from_le_bytes(member::random()),
+    };
+    Ok(Node::new(config, identity, snapshot, Now { ms: 0, wall_ms: now_ms() }))
+}

@@ -1,0 +1,150 @@
+//! Desired state as rows of the log `config/0`: one entry of the projection a row, in numbered pieces where it is longer.
+//!
+//! The row `at` says which generation the others are, how many they are, and a sum over them, so that readers take whole states
+//! only. Where they come from is the log's signature's business.
+
+use dunlin_gossip::{Change, Key, MAX_VALUE_BYTES, Topic};
+use dunlin_model::{AppName, Generation, HostId, MachineId, VolumeId};
+use dunlin_view::{CertificateFact, ConfigState};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+const AT: &str = "at";
+/// Between an entry's key and the number of a piece; no id has it.
+const PIECE: char = '#';
+/// So many pieces are 40 MB: a longer entry is an error of whoever wrote it.
+const MAX_PIECES: usize = 10_000;
+
+/// Entries that this version cannot read. They are left out, and the rest is taken.
+pub type Unreadable = Vec<String>;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct At {
+    generation: Generation,
+    entries: usize,
+    digest: String,
+}
+
+/// A config state as entries: key to JSON. The generation is not among them.
+pub fn entries(config: &ConfigState) -> BTreeMap<String, Vec<u8>> {
+    let mut entries = BTreeMap::new();
+    let mut put = |key: String, value: Vec<u8>| drop(entries.insert(key, value));
+    config.apps.iter().for_each(|(name, app)| put(format!("app/{name}"), json(app)));
+    config.machines.iter().for_each(|(id, machine)| put(format!("machine/{id}"), json(machine)));
+    config.tombstones.iter().for_each(|(id, host)| put(format!("tombstone/{id}"), json(host)));
+    config.asked_for.iter().for_each(|id| put(format!("asked/{id}"), json(&())));
+    config.volumes.iter().for_each(|(id, volume)| put(format!("volume/{id}"), json(volume)));
+    config.volume_tombstones.iter().for_each(|(id, host)| put(format!("volume_tombstone/{id}"), json(host)));
+    config.secrets.iter().for_each(|(app, facts)| put(format!("secrets/{app}"), json(facts)));
+    config.certificates.iter().enumerate().for_each(|(at, certificate)| put(format!("certificate/{at:06}"), json(certificate)));
+    config.revoked_tokens.iter().for_each(|id| put(format!("revoked/{}", short(id)), json(id)));
+    config.removed_hosts.iter().for_each(|host| put(format!("removed_host/{host}"), json(&())));
+    entries
+}
+
+/// The counterpart of [`entries`]. Revoked tokens come in the order of their keys.
+pub fn from_entries(generation: Generation, entries: &BTreeMap<String, Vec<u8>>) -> (ConfigState, Unreadable) {
+    let mut config = ConfigState { generation, ..ConfigState::default() };
+    let mut unreadable = vec![];
+    for (key, value) in entries {
+        if take(&mut config, key, value).is_none() {
+            unreadable.push(key.clone());
+        }
+    }
+    (config, unreadable)
+}
+
+fn take(config: &mut ConfigState, key: &str, value: &[u8]) -> Option<()> {
+    let (kind, id) = key.split_once('/')?;
+    match kind {
+        "app" => drop(config.apps.insert(parse::<AppName>(id)?, read(value)?)),
+        "machine" => drop(config.machines.insert(parse::<MachineId>(id)?, read(value)?)),
+        "tombstone" => drop(config.tombstones.insert(parse::<MachineId>(id)?, read(value)?)),
+        "asked" => drop(config.asked_for.insert(parse::<MachineId>(id)?)),
+        "volume" => drop(config.volumes.insert(parse::<VolumeId>(id)?, read(value)?)),
+        "volume_tombstone" => drop(config.volume_tombstones.insert(parse::<VolumeId>(id)?, read(value)?)),
+        "secrets" => drop(config.secrets.insert(parse::<AppName>(id)?, read(value)?)),
+        "certificate" => config.certificates.push(read::<CertificateFact>(value)?),
+        "revoked" => config.revoked_tokens.push(read(value)?),
+        "removed_host" => drop(config.removed_hosts.insert(parse::<HostId>(id)?)),
+        _ => return None,
+    }
+    Some(())
+}
+
+/// All rows of a config state, `at` included.
+pub(crate) fn rows(config: &ConfigState) -> BTreeMap<String, Vec<u8>> {
+    let mut rows = BTreeMap::new();
+    for (key, value) in entries(config) {
+        if value.len() <= MAX_VALUE_BYTES {
+            rows.insert(key, value);
+            continue;
+        }
+        let pieces = value.chunks(MAX_VALUE_BYTES).enumerate();
+        rows.extend(pieces.map(|(at, piece)| (format!("{key}{PIECE}{at:04}"), piece.to_vec())));
+    }
+    let at = At { generation: config.generation, entries: rows.len(), digest: digest(&rows) };
+    rows.insert(AT.into(), json(&at));
+    rows
+}
+
+/// What makes `new` out of `old`.
+pub(crate) fn difference(old: &BTreeMap<String, Vec<u8>>, new: &BTreeMap<String, Vec<u8>>) -> Vec<Change> {
+    let change = |key: &String, value: Option<&Vec<u8>>| {
+        let topic = Topic::new("").expect("it is short");
+        let value = value.map(|value| (topic, value.clone()));
+        Change { key: Key::new(key).expect("ids are shorter than a key may be"), value, seq: None }
+    };
+    let gone = old.keys().filter(|key| !new.contains_key(*key)).map(|key| change(key, None));
+    let changed = new.iter().filter(|(key, value)| old.get(*key) != Some(value)).map(|(key, value)| change(key, Some(value)));
+    gone.chain(changed).collect()
+}
+
+/// The state that rows are, if they are one whole state.
+pub(crate) fn assemble(mut rows: BTreeMap<String, Vec<u8>>) -> Option<(ConfigState, Unreadable)> {
+    let at: At = read(&rows.remove(AT)?)?;
+    if at.entries != rows.len() || at.digest != digest(&rows) {
+        return None;
+    }
+    let mut entries: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    for (key, value) in rows {
+        match key.split_once(PIECE) {
+            None => drop(entries.insert(key, value)),
+            // In the order of their numbers, which is that of their keys.
+            Some((entry, number)) if number.parse::<usize>().is_ok_and(|number| number < MAX_PIECES) => {
+                entries.entry(entry.to_owned()).or_default().extend_from_slice(&value);
+            }
+            Some(_) => return None,
+        }
+    }
+    Some(from_entries(at.generation, &entries))
+}
+
+fn digest(rows: &BTreeMap<String, Vec<u8>>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for (key, value) in rows {
+        for part in [key.as_bytes(), value] {
+            hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+        }
+    }
+    hasher.finalize().to_hex()[..32].to_owned()
+}
+
+/// A token's id is whatever its maker took: bounded here.
+fn short(id: &str) -> String {
+    blake3::hash(id.as_bytes()).to_hex()[..32].to_owned()
+}
+
+fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("plain data")
+}
+
+fn read<T: DeserializeOwned>(value: &[u8]) -> Option<T> {
+    serde_json::from_slice(value).ok()
+}
+
+fn parse<T: FromStr>(text: &str) -> Option<T> {
+    text.parse().ok()
+}

@@ -1,0 +1,459 @@
+//! The driver of gossip: a task that owns the node, gives it what comes, sends what it says, and keeps the view.
+//!
+//! ```text
+//! links --datagrams, messages--> Node --> links
+//!  view --own facts, config---->  |  --> facts of others, config, how lately each was heard --> view
+//!                                 +--> snapshot on disk
+//! ```
+
+mod keep;
+
+use crate::authority::{CONFIG_LOG, log_name};
+use crate::cluster::Shared;
+use crate::config_rows;
+use crate::facts::{self, Published, SCHEMA, Skipped};
+use crate::link::{Arrival, Expect, Links, Packet, Target, count};
+use crate::live::View;
+use crate::member::now_ms;
+use crate::status::{GossipCounts, LogStatus, Silenced};
+use crate::tls::Tls;
+use dunlin_gossip::{Addr, Certificate, Event, Input, Name, Node, Now, OriginId, Output, Peer, Row};
+use dunlin_model::{Generation, HostId, Region};
+use dunlin_view::{ConfigState, Freshness, HostFacts};
+use ed25519_dalek::SigningKey;
+pub(crate) use keep::{Keep, load};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// About a round trip between regions.
+pub(crate) const HOLD_MS: u64 = 50;
+/// How lately hosts were heard, and what an operator sees, is worked out this often.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const FRESH_MS: u64 = 6_000;
+const AGING_MS: u64 = 30_000;
+/// Of what waits, in one go: then the view is swapped once.
+const MAX_BATCH: usize = 64;
+
+pub(crate) enum Command {
+    PublishConfig { certificate: Box<Certificate>, key: Box<SigningKey> },
+    Verify(oneshot::Sender<Vec<String>>),
+}
+
+/// Where a member is, by membership.
+#[derive(Debug, Clone)]
+pub(crate) struct Seat {
+    pub addr: SocketAddr,
+    pub region: Option<Region>,
+}
+
+/// What others ask of the driver without waiting for it.
+#[derive(Default)]
+pub(crate) struct Seen {
+    pub members: BTreeMap<OriginId, Seat>,
+    /// Names of writers, as far as they are known.
+    pub names: BTreeMap<OriginId, HostId>,
+    pub regions: BTreeMap<OriginId, Region>,
+    pub ages_ms: BTreeMap<OriginId, Option<u64>>,
+    pub logs: Vec<LogStatus>,
+    pub speaks: bool,
+    pub silenced: Option<Silenced>,
+    pub gossip: GossipCounts,
+}
+
+pub(crate) struct Inlets {
+    pub datagrams: mpsc::Receiver<Arrival>,
+    pub messages: mpsc::Receiver<Arrival>,
+    pub commands: mpsc::Receiver<Command>,
+    pub stop: CancellationToken,
+}
+
+pub(crate) struct Driver {
+    node: Node,
+    links: Links,
+    view: View,
+    tls: Arc<Tls>,
+    shared: Arc<Shared>,
+    host: HostId,
+    own: OriginId,
+    started: Instant,
+    targets: HashMap<Addr, Target>,
+    /// Hosts that were known from the beginning, by their logs.
+    seeds: BTreeMap<OriginId, HostId>,
+    published: Published,
+    publish_at: Option<Instant>,
+    /// Facts of others that are not in the view yet.
+    news: Vec<HostFacts>,
+    heard: Arc<BTreeMap<HostId, Freshness>>,
+    config: Config,
+    removed: BTreeSet<HostId>,
+    silenced: Option<Silenced>,
+    skipped: Skipped,
+    old_facts: u64,
+    keep: Keep,
+}
+
+/// Desired state: read from its log, or written to it.
+struct Config {
+    origin: OriginId,
+    writes: bool,
+    published: BTreeMap<String, Vec<u8>>,
+    published_generation: Generation,
+    /// The log has changed since it was last read.
+    is_news: bool,
+}
+
+impl Driver {
+    pub fn new(node: Node, links: Links, view: View, tls: Arc<Tls>, shared: Arc<Shared>, keep: Keep) -> Self {
+        let host = shared.member.host.clone();
+        let seeds = shared.member.peers.iter().map(|(host, _)| (OriginId::of(&log_name(host)), host.clone())).collect();
+        let origin = OriginId::of(&Name::new(CONFIG_LOG).expect("it is short"));
+        Self {
+            own: node.me().id,
+            node,
+            links,
+            view,
+            tls,
+            shared,
+            started: Instant::now(),
+            targets: HashMap::new(),
+            seeds,
+            published: Published::nothing(host.clone()),
+            host,
+            publish_at: None,
+            news: vec![],
+            heard: Arc::default(),
+            config: Config { origin, writes: false, published: BTreeMap::new(), published_generation: Generation::default(), is_news: true },
+            removed: BTreeSet::new(),
+            silenced: None,
+            skipped: Skipped::default(),
+            old_facts: 0,
+            keep,
+        }
+    }
+
+    /// Until it is told to stop; then it says good-bye and saves.
+    pub async fn run(mut self, mut inlets: Inlets) {
+        let mut own = self.view.subscribe_own();
+        self.recall();
+        self.follow_view();
+        let mut look_at = Instant::now();
+        let (mut datagrams, mut messages) = (Vec::with_capacity(MAX_BATCH), Vec::with_capacity(4));
+        loop {
+            let wake_at = self.started + Duration::from_millis(self.node.next_wake_ms());
+            let next = [Some(wake_at), Some(look_at), self.publish_at].into_iter().flatten().min().expect("two are always there");
+            tokio::select! {
+                () = inlets.stop.cancelled() => break,
+                Some(command) = inlets.commands.recv() => self.obey(command),
+                _ = own.changed() => self.follow_view(), // the sender lives in the view
+                taken = inlets.messages.recv_many(&mut messages, 4) => {
+                    if taken == 0 { break } // the links are gone
+                    for Arrival { from, bytes } in messages.drain(..) {
+                        self.handle(Input::Stream { from: addr(from), bytes });
+                    }
+                }
+                taken = inlets.datagrams.recv_many(&mut datagrams, MAX_BATCH) => {
+                    if taken == 0 { break }
+                    for Arrival { from, bytes } in datagrams.drain(..) {
+                        self.handle(Input::Datagram { from: addr(from), bytes });
+                    }
+                }
+                () = tokio::time::sleep_until(next) => self.handle(Input::Tick),
+            }
+            let now = Instant::now();
+            if self.publish_at.is_some_and(|at| at <= now) {
+                self.publish_facts();
+            }
+            if look_at <= now {
+                self.look();
+                look_at = now + LOOK_EVERY;
+            }
+            self.tell_view();
+            self.keep.save_if_due(&self.node);
+        }
+        self.handle(Input::Leave);
+        self.keep.save_now(&self.node).await;
+    }
+
+    fn now(&self) -> Now {
+        Now { ms: self.started.elapsed().as_millis() as u64, wall_ms: now_ms() }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::PublishConfig { certificate, key } => {
+                self.config.writes = certificate.id == self.config.origin;
+                self.config.published.clear();
+                self.handle(Input::Own { certificate, key });
+                self.publish_config();
+            }
+            Command::Verify(reply) => {
+                let names = self.node.verify().into_iter().map(|origin| self.name(origin));
+                let _ = reply.send(names.collect()); // whoever asked may have gone away
+            }
+        }
+    }
+
+    // ---- the node
+
+    fn handle(&mut self, input: Input) {
+        let now = self.now();
+        for output in self.node.handle(input, now) {
+            match output {
+                Output::Datagram { to, bytes } => self.send(&to, Packet::Datagram(bytes)),
+                Output::Stream { to, bytes } => self.send(&to, Packet::Message(bytes)),
+                Output::Changed { origin, whole, rows, .. } => self.changed(origin, whole, &rows),
+                Output::Event(event) => self.event(event),
+            }
+        }
+    }
+
+    fn send(&self, to: &Addr, packet: Packet) {
+        let target = self.targets.get(to).cloned().or_else(|| Some(Target { addr: socket_addr(to)?, expect: Expect::AnyHost }));
+        match target {
+            Some(target) => self.links.send(target, packet),
+            None => count(&self.links.counters().dropped_out),
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::MemberUp(peer) => {
+                tracing::info!(host = self.name(peer.id), addr = %peer.addr, "a host is up");
+                self.see_members();
+            }
+            Event::MemberDown(peer) => {
+                tracing::info!(host = self.name(peer.id), addr = %peer.addr, "a host is down");
+                self.see_members();
+            }
+            Event::Speaking { above_seq } => tracing::debug!(above_seq, "this host publishes from now on"),
+            Event::DuplicateIdentity { .. } => self.silence(Silenced::DuplicateIdentity),
+            Event::Superseded { epoch } => self.silence(Silenced::Superseded { epoch }),
+            Event::Forked { origin, epoch, seq } => tracing::error!(
+                log = self.name(origin), epoch, seq,
+                "two signed heads of a log contradict each other: its key is in two hands; what was verified before stays in use. \
+                 Remove that host, or let it join anew"
+            ),
+            Event::SelfCheckFailed { origin } => {
+                tracing::warn!(log = self.name(origin), "memory no longer is what was signed: the log is fetched again; check this host's memory");
+            }
+            Event::NeedWhole { .. } | Event::Unsubscribed { .. } => {}
+            Event::Refused { origin, why } => {
+                tracing::error!(log = self.name(origin), why, "this host's own publication was refused");
+                if origin == self.own {
+                    self.published = Published::nothing(self.host.clone());
+                    self.publish_at = Some(Instant::now() + LOOK_EVERY);
+                }
+            }
+        }
+    }
+
+    fn silence(&mut self, why: Silenced) {
+        tracing::error!(host = %self.host, "this process says nothing in the cluster any more: {why}");
+        self.silenced = Some(why);
+        self.look();
+    }
+
+    // ---- what others say
+
+    /// What was known when the last process ended, before anybody is heard.
+    fn recall(&mut self) {
+        let logs: Vec<(OriginId, Vec<Row>)> = self.node.catalogue().logs().map(|log| (log.head.is.id, log.rows().cloned().collect())).collect();
+        for (origin, rows) in logs {
+            self.changed(origin, true, &rows);
+        }
+        self.look();
+        self.tell_view();
+    }
+
+    fn changed(&mut self, origin: OriginId, whole: bool, rows: &[Row]) {
+        if origin == self.config.origin {
+            self.config.is_news = true;
+            return;
+        }
+        match self.host_of(origin) {
+            Some(host) if origin != self.own => self.news.push(facts::read(&host, whole, rows, &mut self.skipped)),
+            _ => {}
+        }
+    }
+
+    /// All that has come, in one swap each.
+    fn tell_view(&mut self) {
+        let news = std::mem::take(&mut self.news);
+        let news: Vec<HostFacts> = news.into_iter().filter(|facts| !self.removed.contains(&facts.host)).collect();
+        if !news.is_empty() {
+            let unheard: BTreeSet<HostId> = news.iter().filter(|facts| self.freshness(&facts.host) != self.heard.get(&facts.host).copied()).map(|facts| facts.host.clone()).collect();
+            if !unheard.is_empty() {
+                let mut heard = BTreeMap::clone(&self.heard);
+                heard.extend(unheard.into_iter().filter_map(|host| self.freshness(&host).map(|freshness| (host, freshness))));
+                self.heard = Arc::new(heard);
+            }
+            self.old_facts += self.view.fold(news, self.heard.clone()) as u64;
+        }
+        if std::mem::take(&mut self.config.is_news) && !self.config.writes {
+            self.read_config();
+        }
+    }
+
+    fn read_config(&mut self) {
+        let Some(log) = self.node.catalogue().log(self.config.origin) else { return };
+        let text = |row: &Row| Some((std::str::from_utf8(row.key().as_bytes()).ok()?.to_owned(), row.body()?.value.to_vec()));
+        let rows = log.rows().filter(|row| !row.is_dead()).filter_map(text).collect();
+        let Some((config, unreadable)) = config_rows::assemble(rows) else {
+            tracing::debug!("desired state is not whole yet");
+            return;
+        };
+        if !unreadable.is_empty() {
+            tracing::error!(entries = unreadable.len(), first = unreadable[0], "some of desired state cannot be read by this version: update this host");
+            self.skipped.unreadable += unreadable.len() as u64;
+        }
+        let held = self.view.current();
+        if config.generation < held.config.generation || (held.config_received_at_ms.is_some() && *held.config == config) {
+            return;
+        }
+        if let Err(error) = self.view.publish_config(config, now_ms()) {
+            tracing::debug!(%error, "desired state is older than what is held");
+        }
+    }
+
+    fn freshness(&self, host: &HostId) -> Option<Freshness> {
+        let status = self.node.status(OriginId::of(&log_name(host)))?;
+        Some(match status.age_ms {
+            Some(age_ms) if age_ms < FRESH_MS => Freshness::Fresh,
+            Some(age_ms) if age_ms < AGING_MS => Freshness::Aging,
+            _ => Freshness::Old,
+        })
+    }
+
+    // ---- what this host says
+
+    /// Something was said in this process: by its host, or by control.
+    fn follow_view(&mut self) {
+        let current = self.view.current();
+        self.obey_removals(&current.config);
+        self.publish_facts();
+        self.publish_config();
+    }
+
+    fn publish_facts(&mut self) {
+        let difference = self.published.difference(&self.view.current(), Instant::now());
+        self.publish_at = difference.again;
+        if !difference.changes.is_empty() {
+            self.handle(Input::Publish { origin: self.own, schema: SCHEMA, changes: difference.changes, at: None });
+        }
+    }
+
+    fn publish_config(&mut self) {
+        let config = self.view.current().config.clone();
+        let is_published = config.generation == self.config.published_generation && !self.config.published.is_empty();
+        if !self.config.writes || is_published || config.generation == Generation::default() {
+            return;
+        }
+        let rows = config_rows::rows(&config);
+        let changes = config_rows::difference(&self.config.published, &rows);
+        self.config.published = rows;
+        self.config.published_generation = config.generation;
+        self.handle(Input::Publish { origin: self.config.origin, schema: SCHEMA, changes, at: None });
+    }
+
+    /// By control's word, which is signed: they are gone for good.
+    fn obey_removals(&mut self, config: &ConfigState) {
+        let new: Vec<HostId> = config.removed_hosts.difference(&self.removed).filter(|host| **host != self.host).cloned().collect();
+        if new.is_empty() {
+            return;
+        }
+        self.removed.extend(new.iter().cloned());
+        self.tls.refuse(self.removed.clone());
+        self.links.cut_off_removed();
+        for host in new {
+            tracing::info!(%host, "a host was removed from the cluster");
+            self.handle(Input::Remove(OriginId::of(&log_name(&host))));
+        }
+        self.view.forget_hosts(&self.removed);
+        self.see_members();
+    }
+
+    // ---- what is seen
+
+    /// How lately each host was heard; what operators see.
+    fn look(&mut self) {
+        self.see_members();
+        let seen = self.shared.seen.load_full();
+        let logs = seen.names.iter().filter(|(origin, host)| **origin != self.own && !self.removed.contains(*host));
+        let class = |(origin, host): (&OriginId, &HostId)| {
+            let without_log = || seen.members.contains_key(origin).then_some(Freshness::Old);
+            Some((host.clone(), self.freshness(host).or_else(without_log)?))
+        };
+        let heard: BTreeMap<HostId, Freshness> = logs.filter_map(class).collect();
+        if *self.heard != heard {
+            self.heard = Arc::new(heard);
+            self.view.fold(vec![], self.heard.clone());
+        }
+    }
+
+    /// Who is where, by membership.
+    fn see_members(&mut self) {
+        let catalogue = self.node.catalogue();
+        let mut seen = Seen { silenced: self.silenced.clone(), speaks: self.node.speaks(), ..Seen::default() };
+        seen.names = self.seeds.clone();
+        seen.names.extend(self.links.connected().iter().map(|link| (link.origin, link.host.clone())));
+        for log in catalogue.logs() {
+            let (origin, name) = (log.head.is.id, &log.certificate.name);
+            seen.names.extend(host_in(name).map(|host| (origin, host)));
+            seen.regions.extend(region(&log.certificate.region).map(|region| (origin, region)));
+            let Some(status) = self.node.status(origin) else { continue };
+            seen.ages_ms.insert(origin, status.age_ms);
+            seen.logs.push(LogStatus {
+                name: name.to_string(),
+                epoch: status.epoch,
+                seq: status.seq,
+                age_ms: status.age_ms,
+                lag: status.lag,
+                behind_ms: status.behind_ms,
+                rows: status.rows,
+                bytes: status.bytes,
+                quarantined: status.quarantined,
+            });
+        }
+        let seat = |peer: &Peer| Some((peer.id, Seat { addr: socket_addr(&peer.addr)?, region: region(&peer.region) }));
+        seen.members = self.node.members().filter_map(seat).collect();
+        seen.gossip = GossipCounts { unreadable_facts: self.skipped.unreadable, foreign_facts: self.skipped.foreign, old_facts: self.old_facts, ..GossipCounts::default() };
+        seen.gossip.take(self.node.counters());
+        let expect = |origin: OriginId| seen.names.get(&origin).cloned().map_or(Expect::Writer(origin), Expect::Host);
+        let target = |peer: &Peer| Some((peer.addr.clone(), Target { addr: socket_addr(&peer.addr)?, expect: expect(peer.id) }));
+        // Members come last: where one of them is now, nobody else is.
+        self.targets = self.node.peers().iter().filter_map(target).chain(self.node.members().filter_map(target)).collect();
+        self.shared.seen.store(Arc::new(seen));
+    }
+
+    fn host_of(&self, origin: OriginId) -> Option<HostId> {
+        host_in(&self.node.catalogue().certificate(origin)?.name)
+    }
+
+    /// For people.
+    fn name(&self, origin: OriginId) -> String {
+        let certified = self.node.catalogue().certificate(origin).map(|certificate| certificate.name.to_string());
+        certified.or_else(|| Some(self.seeds.get(&origin)?.to_string())).unwrap_or_else(|| format!("{origin:?}"))
+    }
+}
+
+/// The host that a log belongs to.
+fn host_in(name: &Name) -> Option<HostId> {
+    std::str::from_utf8(name.as_bytes()).ok()?.strip_prefix("host/")?.parse().ok()
+}
+
+fn region(region: &dunlin_gossip::Region) -> Option<Region> {
+    std::str::from_utf8(region.as_bytes()).ok()?.parse().ok()
+}
+
+pub(crate) fn addr(addr: SocketAddr) -> Addr {
+    Addr::new(addr.to_string()).expect("a socket address as text is short enough")
+}
+
+fn socket_addr(addr: &Addr) -> Option<SocketAddr> {
+    std::str::from_utf8(addr.as_bytes()).ok()?.parse().ok()
+}

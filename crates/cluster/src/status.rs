@@ -1,0 +1,185 @@
+//! What an operator sees of the cluster, as one host knows it.
+
+use dunlin_gossip::Counters;
+use dunlin_model::{HostId, Region};
+use dunlin_view::Freshness;
+use serde::Serialize;
+use std::fmt::{Display, Write};
+use std::net::SocketAddr;
+
+/// One host of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MemberStatus {
+    pub id: HostId,
+    /// Of one that is no member now, as its log's certificate has it.
+    pub region: Option<Region>,
+    pub address: Option<SocketAddr>,
+    /// Membership's word: it answers.
+    pub alive: bool,
+    pub freshness: Freshness,
+    /// Since it was last heard, in this process.
+    pub age_ms: Option<u64>,
+    pub rtt_us: Option<u64>,
+}
+
+/// One writer's log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LogStatus {
+    pub name: String,
+    pub epoch: u32,
+    pub seq: u64,
+    /// Since it was last heard, in this process.
+    pub age_ms: Option<u64>,
+    /// How far a head that its writer signed is ahead of what is here, and for how long.
+    pub lag: u64,
+    pub behind_ms: u64,
+    pub rows: usize,
+    pub bytes: usize,
+    /// Two heads of it contradict each other: its key is in two hands. Remove that host, and let it join anew.
+    pub quarantined: bool,
+}
+
+/// Why this process says nothing in the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Silenced {
+    /// An older process with the same identity answers, at another address.
+    DuplicateIdentity,
+    /// This host was certified anew, elsewhere.
+    Superseded { epoch: u32 },
+}
+
+impl Display for Silenced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::DuplicateIdentity => f.write_str(
+                "another running process has this host's identity (a copied disk?): end one of them; \
+                 if both are to stay, delete the folder cluster/ of one and let it join under a name of its own",
+            ),
+            Self::Superseded { epoch } => write!(
+                f,
+                "this host has joined anew elsewhere (epoch {epoch}): end this process, or delete its folder cluster/ and let it join again",
+            ),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ClusterStatus {
+    /// Whether this process publishes: it asks others first, for five seconds at most.
+    pub speaks: bool,
+    pub silenced: Option<Silenced>,
+    pub members: usize,
+    pub logs: Vec<LogStatus>,
+    pub gossip: GossipCounts,
+    pub transport: TransportCounts,
+}
+
+/// Since the start of this process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct GossipCounts {
+    pub malformed: u64,
+    pub unknown_kinds: u64,
+    pub bad_certificates: u64,
+    pub bad_signatures: u64,
+    pub bad_rows: u64,
+    pub too_big: u64,
+    pub unread_rows: u64,
+    pub dropped_pushes: u64,
+    pub dropped_held: u64,
+    pub dropped_stages: u64,
+    /// Facts that could not be read, and entries of desired state.
+    pub unreadable_facts: u64,
+    /// Facts in which a host speaks of another.
+    pub foreign_facts: u64,
+    /// Facts that were older than the view's.
+    pub old_facts: u64,
+}
+
+impl GossipCounts {
+    pub(crate) fn take(&mut self, counters: Counters) {
+        *self = Self {
+            malformed: counters.malformed,
+            unknown_kinds: counters.unknown_kinds,
+            bad_certificates: counters.bad_certificates,
+            bad_signatures: counters.bad_signatures,
+            bad_rows: counters.bad_rows,
+            too_big: counters.too_big,
+            unread_rows: counters.unread_rows,
+            dropped_pushes: counters.dropped_pushes,
+            dropped_held: counters.dropped_held,
+            dropped_stages: counters.dropped_stages,
+            ..*self
+        };
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct TransportCounts {
+    pub links: u64,
+    pub dials: u64,
+    pub dials_failed: u64,
+    pub accepted: u64,
+    pub refused: u64,
+    pub joiners: u64,
+    pub dropped_out: u64,
+    pub dropped_in: u64,
+}
+
+/// In Prometheus' text format.
+pub(crate) fn render(status: &ClusterStatus, out: &mut String) {
+    let mut one = |name: &str, kind: &str, help: &str, value: u64| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "# HELP dunlin_cluster_{name} {help}\n# TYPE dunlin_cluster_{name} {kind}\ndunlin_cluster_{name} {value}");
+    };
+    one("members", "gauge", "Other hosts that answer.", status.members as u64);
+    one("speaks", "gauge", "Whether this host publishes.", u64::from(status.speaks));
+    one("silenced", "gauge", "Whether another process has this host's identity.", u64::from(status.silenced.is_some()));
+    one("links", "gauge", "Connections to other hosts.", status.transport.links);
+    let rows: usize = status.logs.iter().map(|log| log.rows).sum();
+    let bytes: usize = status.logs.iter().map(|log| log.bytes).sum();
+    one("logs", "gauge", "Writers whose logs are held.", status.logs.len() as u64);
+    one("rows", "gauge", "Rows of all logs.", rows as u64);
+    one("log_bytes", "gauge", "Memory of all logs.", bytes as u64);
+    one("quarantined", "gauge", "Logs whose key is in two hands.", status.logs.iter().filter(|log| log.quarantined).count() as u64);
+    one("lagging", "gauge", "Logs that are known to be behind.", status.logs.iter().filter(|log| log.lag > 0).count() as u64);
+    one("oldest_age_ms", "gauge", "Since the log that was heard longest ago was heard.", status.logs.iter().filter_map(|log| log.age_ms).max().unwrap_or(0));
+    one("unheard", "gauge", "Logs from disk or from others of which nothing live was heard.", status.logs.iter().filter(|log| log.age_ms.is_none()).count() as u64);
+    let (gossip, transport) = (&status.gossip, &status.transport);
+    let refused = [
+        ("malformed", gossip.malformed),
+        ("unknown_kind", gossip.unknown_kinds),
+        ("bad_certificate", gossip.bad_certificates),
+        ("bad_signature", gossip.bad_signatures),
+        ("bad_rows", gossip.bad_rows),
+        ("too_big", gossip.too_big),
+        ("unread_row", gossip.unread_rows),
+        ("unreadable_fact", gossip.unreadable_facts),
+        ("foreign_fact", gossip.foreign_facts),
+        ("old_fact", gossip.old_facts),
+    ];
+    many(out, "refused_total", "What others said that was not taken.", "why", &refused);
+    let dropped = [
+        ("pushes", gossip.dropped_pushes),
+        ("held", gossip.dropped_held),
+        ("stages", gossip.dropped_stages),
+        ("sent", transport.dropped_out),
+        ("received", transport.dropped_in),
+    ];
+    many(out, "dropped_total", "What a full queue or a lost connection has dropped.", "what", &dropped);
+    let connections = [
+        ("dialed", transport.dials),
+        ("dial_failed", transport.dials_failed),
+        ("accepted", transport.accepted),
+        ("refused", transport.refused),
+        ("joiner", transport.joiners),
+    ];
+    many(out, "connections_total", "Connections, by how they came about.", "how", &connections);
+}
+
+fn many(out: &mut String, name: &str, help: &str, label: &str, values: &[(&str, u64)]) {
+    let _ = writeln!(out, "# HELP dunlin_cluster_{name} {help}\n# TYPE dunlin_cluster_{name} counter"); // a string takes all
+    for (of, value) in values {
+        let _ = writeln!(out, "dunlin_cluster_{name}{{{label}=\"{of}\"}} {value}"); // likewise
+    }
+}
