@@ -2,13 +2,14 @@
 //!
 //! Hosts join after machines were placed, others were cordoned or full at that time. A machine moves if its group is then
 //! spread better over regions, zones or hosts; never only because a host is fuller than another, nor to a region that is
-//! preferred more or less. Each move lowers the number of pairs that would be lost together, so that there is an end to
+//! preferred more or less. Before that, those move that an operator wants off a host that is drained, one at a time and to
+//! wherever a new one would go. Each move lowers the number of pairs that would be lost together, so that there is an end to
 //! it: a settled cluster plans nothing.
 
 use crate::plan::{Placed, addition, removal, serves};
 use crate::{Ask, Capacity, Demand, Desired, GroupTarget, Observed, PlanError, Pool, Spread, Step};
 use dunlin_model::desired::{HostRow, MachineRow};
-use dunlin_model::{HostId, MachineId, RegionExpr};
+use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, RegionExpr};
 use std::collections::BTreeSet;
 
 /// Of one plan. What moves is stopped once its successor serves; the fewer at once, the less is felt.
@@ -22,6 +23,35 @@ pub struct Move {
     pub from: HostId,
     pub to: HostId,
     pub why: String,
+}
+
+/// Why a machine stays on a host that is drained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stays {
+    /// Its files are on that host.
+    HasVolume,
+    /// It runs once at a time: without a service nobody says that two may run for a moment.
+    IsExclusive,
+    /// It ends by itself, or runs by the clock.
+    IsPassing,
+    /// No release made it, so that nothing makes another one.
+    IsByHand,
+}
+
+/// `None`: another machine may take its place while it still runs.
+pub fn stays(spec: &MachineSpec) -> Option<Stays> {
+    match spec.release {
+        _ if !spec.mounts.is_empty() => Some(Stays::HasVolume),
+        0 => Some(Stays::IsByHand),
+        _ => stays_by_kind(spec),
+    }
+}
+
+fn stays_by_kind(spec: &MachineSpec) -> Option<Stays> {
+    if spec.schedule.is_some() || spec.auto_destroy {
+        return Some(Stays::IsPassing);
+    }
+    spec.services.is_empty().then_some(Stays::IsExclusive)
 }
 
 /// What would move, the most useful first; at most [`MAX_MOVES`].
@@ -48,6 +78,9 @@ pub(crate) fn steps(
 }
 
 fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>) -> Vec<(Move, &'a HostRow)> {
+    if let Some(drained) = off_a_drained_host(desired, observed, capacity) {
+        return vec![drained];
+    }
     let mut found = Vec::new();
     for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
         let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
@@ -69,10 +102,32 @@ fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>
     found
 }
 
+/// One that serves or sleeps: what fails here would fail there. The group's new machine is looked for as any other.
+fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Capacity<'a>) -> Option<(Move, &'a HostRow)> {
+    let is_drained = |host: &HostId| capacity.index(host).is_some_and(|index| capacity.row(index).draining);
+    let sleeps = |row: &MachineRow| {
+        let fact = observed.machines.get(&row.id);
+        fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
+    };
+    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
+    for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
+        let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
+        let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && (serves(row, observed) || sleeps(row)));
+        let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
+        let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+        let others = capacity.spread(rows.iter().filter(|other| other.id != row.id).map(|other| &other.host));
+        let Some(to) = capacity.best(&ask, &capacity.wishes(&regions), &others) else { continue };
+        let to = capacity.row(to);
+        let why = format!("host {} is drained, and {name} has a place on host {}", row.host, to.id);
+        let moved = Move { machine: row.id.clone(), group: name.clone(), from: row.host.clone(), to: to.id.clone(), why };
+        return Some((moved, to));
+    }
+    None
+}
+
 /// A service without files of its own: it may run twice for a moment.
 fn is_replaceable(group: &GroupTarget) -> bool {
-    let spec = &group.spec;
-    !spec.services.is_empty() && group.mount.is_none() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
+    group.mount.is_none() && group.spec.mounts.is_empty() && stays_by_kind(&group.spec).is_none()
 }
 
 /// A move between hosts, by index.

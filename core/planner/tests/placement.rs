@@ -211,6 +211,37 @@ fn machines_that_stand_together_move_apart_and_then_nothing_moves() {
     assert_eq!(fleet.plan(Purpose::Deploy).unwrap().steps, []);
 }
 
+#[test]
+fn a_drained_host_loses_what_can_move_one_at_a_time_and_keeps_the_rest() {
+    let mut fleet = Fleet::of(vec![host_row("f1", "fra", None, 4, 8192), host_row("f2", "fra", None, 4, 8192)]);
+    fleet.groups.insert("app".into(), group("app", 4, guest(256, 0)));
+    fleet.groups.insert("db".into(), GroupTarget { mount: Some(mount(1)), ..group("db", 2, guest(256, 0)) });
+    fleet.deploy().unwrap();
+    assert_eq!((on(&fleet, "app"), on(&fleet, "db")), (vec![2, 2], vec![1, 1]));
+    let drain = |fleet: &mut Fleet| {
+        (fleet.hosts[0].cordoned, fleet.hosts[0].draining) = (true, true);
+    };
+    fleet.hosts[0].cordoned = true;
+    assert_eq!(settle(&mut fleet), 0, "a cordon moves nothing");
+    drain(&mut fleet);
+    let moved = drift(&fleet.desired(Purpose::Rebalance), &fleet.observed());
+    assert_eq!(moved.iter().map(|moved| moved.why.as_str()).collect::<Vec<_>>(), ["host f1 is drained, and app has a place on host f2"]);
+    // The new one is healthy before the old one goes.
+    let made = fleet.plan(Purpose::Rebalance).unwrap();
+    let steps: Vec<&str> = made.steps.iter().map(|step| step.kind.name()).collect();
+    assert_eq!(steps, ["reserve", "assign", "start", "gate", "cordon", "stop", "destroy"]);
+    assert_eq!((settle(&mut fleet), on(&fleet, "app"), on(&fleet, "db")), (2, vec![0, 4], vec![1, 1]));
+    // Without room elsewhere everything stays as it is, and other apps' machines are not touched.
+    fleet.hosts[0].cordoned = false;
+    fleet.hosts[0].draining = false;
+    fleet.groups.insert("web".into(), group("web", 2, guest(256, 0)));
+    fleet.deploy().unwrap();
+    assert_eq!(on(&fleet, "web"), vec![1, 1]);
+    drain(&mut fleet);
+    fleet.hosts[1].memory_mb = 1700;
+    assert_eq!((settle(&mut fleet), on(&fleet, "web")), (0, vec![1, 1]));
+}
+
 /// Rebalances until nothing moves; how many plans that took.
 fn settle(fleet: &mut Fleet) -> usize {
     for plans in 0..200 {

@@ -8,6 +8,7 @@
 pub mod client;
 pub mod error;
 pub mod exec;
+pub mod fleet;
 pub mod host;
 pub mod last_hop;
 pub mod remote;

@@ -32,6 +32,7 @@ mod project;
 mod reconcile;
 mod registry;
 mod releases;
+mod removal;
 mod rows;
 mod secret_sets;
 mod secrets;

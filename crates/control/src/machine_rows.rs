@@ -5,7 +5,7 @@ use crate::fly::{self, Asked, Named};
 use crate::launch::{LAUNCH_MS, LaunchRow};
 use crate::releases::{busy, load_app};
 use crate::rows::{AddressRow, Change, Outcome, Row, SecretsVersionRow, key};
-use crate::{Ctx, hosts, now_ms, volumes};
+use crate::{Ctx, hosts, now_ms, removal, volumes};
 use dunlin_api::{ErrorCode, Refusal};
 use dunlin_model::desired::{MachineRow, TombstoneRow};
 use dunlin_model::volume::VolumeRow;
@@ -194,6 +194,7 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
         let only = beside.as_ref().map(|volume| &volume.host);
         let wanted = hosts::Wanted { app: name, id: &id, spec: &spec, regions: &regions, only };
         let (host, address) = hosts::promised(ctx, &wanted).await?;
+        let Some(there) = removal::still_takes(ctx, &host.id).await? else { continue };
         let held = ctx.state.get::<AddressRow>(&key::address(address)).await?;
         let row = MachineRow {
             id: id.clone(),
@@ -214,7 +215,8 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
             .put(key::machine(&id), &row)
             .put(key::address(address), &AddressRow { machine: id.clone(), freed_at_ms: None })
             .put(key::configs(&id), &ConfigsRow::default().with(given.clone()))
-            .also(claimed.clone());
+            .also(claimed.clone())
+            .also(there);
         if !wish.skip_launch || wish.cordoned {
             change = change.put(key::launch(&id), &launch(&wish, &version));
         }

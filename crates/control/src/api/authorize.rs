@@ -118,6 +118,7 @@ fn needs(method: &Method, path: &str) -> Result<Needs, Failure> {
         ["metrics"] => Needs::Verb(Verb::Admin, None),
         ["v1", "version"] | ["v1", "platform", ..] => Needs::Token,
         ["v1", "tokens", ..] => Needs::Verb(Verb::Admin, None),
+        ["v1", "hosts", ..] | ["v1", "cluster", ..] => Needs::Verb(if reads { Verb::Read } else { Verb::Admin }, None),
         ["v1", "apps"] if reads => Needs::Token, // shows only what the caller sees
         ["v1", "apps"] => Needs::Verb(Verb::Deploy, None),
         ["v1", "apps", app, ref rest @ ..] => {
@@ -150,6 +151,10 @@ mod tests {
         check(Method::GET, "/healthz", Needs::Nothing);
         check(Method::GET, "/metrics", Needs::Verb(Verb::Admin, None));
         check(Method::POST, "/v1/tokens", Needs::Verb(Verb::Admin, None));
+        check(Method::GET, "/v1/hosts", Needs::Verb(Verb::Read, None));
+        check(Method::POST, "/v1/hosts/tokens", Needs::Verb(Verb::Admin, None));
+        check(Method::DELETE, "/v1/hosts/h2", Needs::Verb(Verb::Admin, None));
+        check(Method::GET, "/v1/cluster/verify", Needs::Verb(Verb::Read, None));
         check(Method::POST, "/v1/apps", Needs::Verb(Verb::Deploy, None));
         check(Method::GET, "/v1/apps/web/logs", Needs::Verb(Verb::Read, web()));
         check(Method::POST, "/v1/apps/web/releases", Needs::Verb(Verb::Deploy, web()));

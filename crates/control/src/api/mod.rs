@@ -7,6 +7,7 @@ mod built;
 mod by_hand;
 mod exec_stream;
 mod given;
+mod hosts;
 mod leases;
 mod machines;
 mod openapi;
@@ -65,6 +66,14 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
         ("/v1/tokens", post(status::create_token)),
         ("/v1/tokens/revoke", post(status::revoke_token)),
         ("/v1/platform/regions", get(status::regions)),
+        ("/v1/hosts", get(hosts::list)),
+        ("/v1/hosts/tokens", post(hosts::create_token)),
+        ("/v1/hosts/{id}", get(hosts::get).delete(hosts::remove)),
+        ("/v1/hosts/{id}/cordon", post(hosts::cordon)),
+        ("/v1/hosts/{id}/uncordon", post(hosts::uncordon)),
+        ("/v1/hosts/{id}/drain", post(hosts::drain)),
+        ("/v1/cluster/status", get(hosts::cluster_status)),
+        ("/v1/cluster/verify", get(hosts::cluster_verify)),
         ("/v1/apps", get(apps::list).post(apps::create)),
         ("/v1/apps/{app}", get(apps::get).delete(apps::destroy)),
         ("/v1/apps/{app}/status", get(apps::status)),

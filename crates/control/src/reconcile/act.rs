@@ -6,7 +6,7 @@ use super::{Turn, record};
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Outcome, Row, key};
 use crate::volumes::{self, NewVolume};
-use crate::{Ctx, destroyed, hosts, now_ms};
+use crate::{Ctx, destroyed, hosts, now_ms, removal};
 use dunlin_api::{Command, CommandKind, Refusal, Reserve, Source};
 use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::{Generation, MachineState, MachineVersion};
@@ -158,13 +158,17 @@ async fn assign(ctx: &Ctx, plan: &Plan, step: &Step) -> Result<Done, Failure> {
     if held.as_ref().is_some_and(|held| !held.value.is_free(now_ms())) {
         return Ok(Done::Replan("the address was taken meanwhile"));
     }
+    let Some(there) = removal::still_takes(ctx, host).await? else {
+        return Ok(Done::Replan("its host was cordoned or removed meanwhile"));
+    };
     tell(ctx, plan, Some(&step.machine), format!("creating machine {} ({group}) on host {host}", step.machine)).await?;
     let change = Change::default()
         .absent(key::machine(&step.machine))
         .put(key::machine(&step.machine), &row)
         .if_as_read(key::address(*address), held.as_ref())
         .put(key::address(*address), &AddressRow { machine: step.machine.clone(), freed_at_ms: None })
-        .also(claimed);
+        .also(claimed)
+        .also(there);
     Ok(Done::Passed { floor: None, change })
 }
 

@@ -4,11 +4,12 @@ use super::make::{desired, observe};
 use crate::failure::Failure;
 use crate::rows::{Row, key};
 use crate::{Ctx, now_ms, spec};
-use dunlin_model::desired::{AppRow, MachineRow, ReleaseRow, ReleaseStatus};
-use dunlin_planner::{Ended, Observed, Plan, Progress, Purpose, drift};
+use dunlin_model::HostId;
+use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow, ReleaseStatus};
+use dunlin_planner::{Ended, Move, Observed, Plan, Progress, Purpose, drift, stays};
 use std::collections::BTreeMap;
 
-/// A repair that failed, for lack of room for example, is tried again after this.
+/// A repair or a move that failed, for lack of room for example, is tried again after this.
 const REPAIR_RETRY_MS: u64 = 30_000;
 
 /// After the end of any plan, and after control has started, machines stay where they are for so long: what a person just
@@ -67,6 +68,14 @@ pub(crate) async fn wants_plan(
     if !lacking(app, &current, machines).is_empty() || (moved_half && has_too_many(app, &current, machines)) {
         return Ok(Some((current, Purpose::Repair)));
     }
+    let failed_lately = last.as_ref().is_some_and(|(plan, progress)| {
+        let failed = matches!(progress.ended, Some(Ended::Failed { .. }));
+        plan.purpose == Purpose::Rebalance && failed && now_ms() < progress.since_ms.saturating_add(REPAIR_RETRY_MS)
+    });
+    // An operator waits for it: neither the rest nor what was found a moment ago keeps it from going on.
+    if !failed_lately && is_moved_off(ctx, app, &current, machines).await? {
+        return Ok(Some((current, Purpose::Rebalance)));
+    }
     let ended_at_ms = last.map_or(0, |(_, progress)| progress.since_ms).max(ctx.started_ms);
     let drifts = now_ms() >= ended_at_ms.saturating_add(REBALANCE_REST_MS) && has_drifted(ctx, app, &current).await?;
     Ok(drifts.then_some((current, Purpose::Rebalance)))
@@ -78,17 +87,30 @@ async fn has_drifted(ctx: &Ctx, app: &AppRow, release: &ReleaseRow) -> Result<bo
         return Ok(known);
     }
     let is_fleet = ctx.state.keys("hosts/").await?.len() > 1;
-    let found = is_fleet && {
-        let desired = desired(ctx, app, release, Purpose::Rebalance).await?;
-        let observed = Observed { refused: ctx.room.refused(&app.name, release.number, now_ms()), ..observe(ctx, &app.name).await? };
-        let moves = drift(&desired, &observed);
-        for moved in &moves {
-            tracing::debug!(app = %app.name, machine = %moved.machine, from = %moved.from, to = %moved.to, why = %moved.why, "spread has drifted");
-        }
-        !moves.is_empty()
-    };
+    let found = is_fleet && !drift_now(ctx, app, release).await?.is_empty();
     ctx.room.looked_for_drift(&app.name, found, now_ms());
     Ok(found)
+}
+
+async fn drift_now(ctx: &Ctx, app: &AppRow, release: &ReleaseRow) -> Result<Vec<Move>, Failure> {
+    let desired = desired(ctx, app, release, Purpose::Rebalance).await?;
+    let observed = Observed { refused: ctx.room.refused(&app.name, release.number, now_ms()), ..observe(ctx, &app.name).await? };
+    let moves = drift(&desired, &observed);
+    for moved in &moves {
+        tracing::debug!(app = %app.name, machine = %moved.machine, from = %moved.from, to = %moved.to, why = %moved.why, "spread has drifted");
+    }
+    Ok(moves)
+}
+
+/// Whether a machine of the app moves now off a host that is drained.
+async fn is_moved_off(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, machines: &[Row<MachineRow>]) -> Result<bool, Failure> {
+    let hosts = ctx.state.list::<HostRow>("hosts/").await?;
+    let drained: Vec<HostId> = hosts.into_iter().filter(|row| row.value.draining).map(|row| row.value.id).collect();
+    let may_move = |row: &Row<MachineRow>| {
+        row.value.spec.app == app.name && drained.contains(&row.value.host) && stays(&row.value.spec).is_none()
+    };
+    let is_in_question = !drained.is_empty() && machines.iter().any(may_move);
+    Ok(is_in_question && drift_now(ctx, app, release).await?.iter().any(|moved| drained.contains(&moved.from)))
 }
 
 fn has_too_many(app: &AppRow, release: &ReleaseRow, machines: &[Row<MachineRow>]) -> bool {
