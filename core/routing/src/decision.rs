@@ -14,6 +14,10 @@ pub struct Head<'a> {
     pub force_instance: Option<&'a str>,
     /// `fly-prefer-instance-id`: this machine if it can, else another.
     pub prefer_instance: Option<&'a str>,
+    /// `fly-force-region`: machines there or none.
+    pub force_region: Option<&'a str>,
+    /// `fly-prefer-region`: in this order, others after them.
+    pub prefer_region: Option<&'a str>,
 }
 
 #[derive(Debug)]

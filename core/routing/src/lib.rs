@@ -2,7 +2,7 @@
 //! waits, or why it is refused.
 //!
 //! ```text
-//! Snapshot --build--> Table (immutable, swapped whole) --route(&Head, tried, random, now)--> Decision
+//! Snapshot, Vantage --build--> Table (immutable, swapped whole) --route(&Head, tried, random, now)--> Decision
 //!                        |
 //!                     Loads (one counter a machine; outlives every swap)
 //! ```
@@ -21,4 +21,4 @@ mod table;
 pub use decision::{Decision, Head, Reject, WaitReason};
 pub use host::host_name;
 pub use load::{AppLoad, Load, Loads, Ticket};
-pub use table::{Availability, Candidate, Route, Table};
+pub use table::{Availability, Candidate, Route, Table, Vantage};

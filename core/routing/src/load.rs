@@ -1,11 +1,11 @@
 //! Counters beside the table. Atomics, because every core routes on its own.
 
-use dunlin_model::{AppName, MachineId};
+use dunlin_model::{AppName, HostId, MachineId};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// A machine that failed is asked last for this long.
+/// A machine, or a host, that failed is asked last for this long.
 const PENALTY_MS: u64 = 5_000;
 
 /// What one machine has to do, seen from this edge. Aligned to a cache line (as fetched: a pair): the counters
@@ -74,6 +74,7 @@ pub struct AppLoad {
 pub struct Loads {
     machines: RwLock<HashMap<MachineId, Arc<Load>>>,
     apps: RwLock<HashMap<AppName, Arc<AppLoad>>>,
+    hosts: RwLock<HashMap<HostId, Arc<Load>>>,
 }
 
 impl Loads {
@@ -91,10 +92,18 @@ impl Loads {
         self.apps.write().unwrap_or_else(PoisonError::into_inner).entry(name.clone()).or_default().clone()
     }
 
+    pub fn host(&self, id: &HostId) -> Arc<Load> {
+        if let Some(load) = self.hosts.read().unwrap_or_else(PoisonError::into_inner).get(id) {
+            return load.clone();
+        }
+        self.hosts.write().unwrap_or_else(PoisonError::into_inner).entry(id.clone()).or_default().clone()
+    }
+
     /// Drops counters that nobody else holds.
     pub fn prune(&self) {
         self.machines.write().unwrap_or_else(PoisonError::into_inner).retain(|_, load| Arc::strong_count(load) > 1);
         self.apps.write().unwrap_or_else(PoisonError::into_inner).retain(|_, load| Arc::strong_count(load) > 1);
+        self.hosts.write().unwrap_or_else(PoisonError::into_inner).retain(|_, load| Arc::strong_count(load) > 1);
     }
 
     pub fn len(&self) -> usize {

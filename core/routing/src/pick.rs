@@ -1,7 +1,9 @@
 //! The choice among an app's machines.
 
 use crate::{Availability, Candidate, Decision, Head, Reject, Route, Table, WaitReason};
+use dunlin_model::region::RegionExpr;
 use dunlin_model::{MachineId, Region};
+use dunlin_view::Freshness;
 use std::sync::Arc;
 
 /// Up to this many machines all are compared; beyond, a few drawn ones suffice as long as one has room.
@@ -12,16 +14,25 @@ const DRAWN: usize = 4;
 impl Table {
     /// The way of one request. `tried` are machines that this table sent it to in vain; `random` breaks
     /// ties.
-    pub fn route(&self, head: &Head<'_>, region: &Region, tried: &[MachineId], random: u64, now_ms: u64) -> Decision {
+    pub fn route(&self, head: &Head<'_>, tried: &[MachineId], random: u64, now_ms: u64) -> Decision {
         let Some(route) = self.find(head.host) else {
             return Decision::Reject(unknown_host(head.host));
         };
         if route.force_https && !head.is_tls {
             return Decision::Redirect { route: route.clone() };
         }
-        let ask = Ask { route, region, tried, random, now_ms };
+        let regions = match Regions::asked(head) {
+            Ok(regions) => regions,
+            Err(forced) => return Decision::Reject(no_region(forced)),
+        };
+        let ask = Ask { route, regions, tried, random, now_ms };
         if let Some(id) = head.force_instance {
             return ask.forced(id);
+        }
+        if let Some(forced) = head.force_region
+            && !route.candidates.iter().any(|c| ask.may_serve(c))
+        {
+            return Decision::Reject(nobody_in_region(route, forced));
         }
         let mut preferred_unavailable = false;
         if let Some(id) = head.prefer_instance {
@@ -36,14 +47,62 @@ impl Table {
 
 struct Ask<'a> {
     route: &'a Arc<Route>,
-    region: &'a Region,
+    regions: Regions,
     tried: &'a [MachineId],
     random: u64,
     now_ms: u64,
 }
 
-/// Smaller is better.
-type Rank = (bool, bool, bool, u64, u64);
+/// The regions that a request names.
+enum Regions {
+    All,
+    Prefer(RegionExpr),
+    Force(RegionExpr),
+}
+
+impl Regions {
+    /// A preference that cannot be read is none; the error is a demand that cannot.
+    fn asked<'h>(head: &Head<'h>) -> Result<Self, &'h str> {
+        if let Some(text) = head.force_region {
+            return text.parse().map(Self::Force).map_err(|_| text);
+        }
+        Ok(head.prefer_region.and_then(|text| text.parse().ok()).map_or(Self::All, Self::Prefer))
+    }
+
+    /// Smaller is better.
+    fn rank(&self, region: &Region) -> usize {
+        match self {
+            Self::All => 0,
+            Self::Prefer(named) | Self::Force(named) => named.rank(region).unwrap_or(usize::MAX),
+        }
+    }
+}
+
+/// Smaller is better, and what comes first weighs most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    /// It may be gone for long.
+    is_old: bool,
+    /// It, or its host, has just failed.
+    is_penalised: bool,
+    is_aging: bool,
+    is_above_soft: bool,
+    /// In the order that the request asked for.
+    region: usize,
+    distance: u32,
+    /// Of its soft limit, in millionths.
+    share: u64,
+    is_elsewhere: bool,
+    tie: u64,
+}
+
+impl Rank {
+    /// Nobody is nearer, and it has room: no need to look at all the others.
+    fn is_good(&self) -> bool {
+        let Self { is_old, is_penalised, is_aging, is_above_soft, region, distance, .. } = *self;
+        !(is_old || is_penalised || is_aging || is_above_soft) && region == 0 && distance == 0
+    }
+}
 
 impl Ask<'_> {
     fn any(&self, preferred_unavailable: bool) -> Decision {
@@ -51,13 +110,18 @@ impl Ask<'_> {
         // at most as often as there are machines.
         for _ in 0..=self.route.candidates.len() {
             let Some(best) = self.best() else { break };
+            if best.freshness == Freshness::Old
+                && let Some(decision) = self.wake(|c| c.freshness != Freshness::Old)
+            {
+                return decision; // it sleeps, but it is there for sure
+            }
             let Some(ticket) = best.load.reserve(best.service.concurrency.hard_limit) else { continue };
             let is_busy = best.load.in_flight() > best.service.concurrency.soft_limit;
             return Decision::Forward {
                 target: best.clone(),
                 ticket,
                 preferred_unavailable,
-                also_wake: is_busy.then(|| self.sleeper()).flatten(),
+                also_wake: is_busy.then(|| self.sleeper(|_| true)).flatten(),
             };
         }
         self.nobody_ready()
@@ -67,9 +131,9 @@ impl Ask<'_> {
         let all = &self.route.candidates;
         if all.len() > SCAN_ALL {
             let drawn = (0..DRAWN).map(|i| &all[(mix(self.random, i as u64) % all.len() as u64) as usize]);
-            let best = self.least(drawn);
-            // Below its soft limit, not penalised, in this region: good enough.
-            if let Some((candidate, (false, false, false, ..))) = best {
+            if let Some((candidate, rank)) = self.least(drawn)
+                && rank.is_good()
+            {
                 return Some(candidate);
             }
         }
@@ -79,16 +143,36 @@ impl Ask<'_> {
     fn least<'c>(&self, among: impl Iterator<Item = &'c Arc<Candidate>>) -> Option<(&'c Arc<Candidate>, Rank)> {
         among
             .enumerate()
-            .filter(|(_, c)| c.availability == Availability::Ready && !self.was_tried(c) && has_room(c))
+            .filter(|(_, c)| c.availability == Availability::Ready && self.may_serve(c) && !self.was_tried(c) && has_room(c))
             .map(|(i, c)| (c, self.rank(c, i)))
             .min_by_key(|(_, rank)| *rank)
     }
 
     fn rank(&self, c: &Candidate, index: usize) -> Rank {
         let (in_flight, soft) = (c.load.in_flight(), c.service.concurrency.soft_limit.max(1));
-        let share = u64::from(in_flight) * 1_000_000 / u64::from(soft);
-        let is_elsewhere = c.region != *self.region;
-        (c.load.is_penalised(self.now_ms), in_flight >= soft, is_elsewhere, share, mix(self.random, index as u64))
+        Rank {
+            is_old: c.freshness == Freshness::Old,
+            is_penalised: self.is_penalised(c),
+            is_aging: c.freshness == Freshness::Aging,
+            is_above_soft: in_flight >= soft,
+            region: self.regions.rank(&c.region),
+            distance: c.distance,
+            share: u64::from(in_flight) * 1_000_000 / u64::from(soft),
+            is_elsewhere: !c.is_here,
+            tie: mix(self.random, index as u64),
+        }
+    }
+
+    fn is_penalised(&self, c: &Candidate) -> bool {
+        c.load.is_penalised(self.now_ms) || c.host_load.is_penalised(self.now_ms)
+    }
+
+    /// It is where the request may go.
+    fn may_serve(&self, c: &Candidate) -> bool {
+        match &self.regions {
+            Regions::Force(named) => named.rank(&c.region).is_some(),
+            Regions::All | Regions::Prefer(_) => true,
+        }
     }
 
     fn was_tried(&self, c: &Candidate) -> bool {
@@ -96,9 +180,13 @@ impl Ask<'_> {
     }
 
     /// The one to wake: always the first, so that many requests wake one machine and not all.
-    fn sleeper(&self) -> Option<Arc<Candidate>> {
-        let is_coming = |c: &&Arc<Candidate>| c.availability == Availability::Starting && !self.was_tried(c);
-        if self.route.candidates.iter().any(|c| is_coming(&c)) {
+    fn sleeper(&self, suits: impl Fn(&Candidate) -> bool) -> Option<Arc<Candidate>> {
+        let candidates = || self.route.candidates.iter().filter(|c| self.may_serve(c));
+        // One that comes on a host of which nothing is heard may never come.
+        let is_coming = |c: &Arc<Candidate>| {
+            c.availability == Availability::Starting && c.freshness != Freshness::Old && !self.was_tried(c)
+        };
+        if candidates().any(is_coming) {
             return None;
         }
         let runs = self.route.candidates.iter().filter(|c| !matches!(c.availability, Availability::Asleep | Availability::Unavailable));
@@ -107,18 +195,25 @@ impl Ask<'_> {
             c.service.max_machines_running.is_none_or(|max| runs < max as usize)
                 && c.availability == Availability::Asleep && c.service.autostart && !self.was_tried(c) && has_room(c)
         };
-        let by_region = |c: &&Arc<Candidate>| (c.load.is_penalised(self.now_ms), c.region != *self.region);
-        self.route.candidates.iter().filter(can_wake).min_by_key(by_region).cloned()
+        let first = |c: &&Arc<Candidate>| {
+            let (is_old, is_aging) = (c.freshness == Freshness::Old, c.freshness == Freshness::Aging);
+            (is_old, self.is_penalised(c), is_aging, self.regions.rank(&c.region), c.distance)
+        };
+        candidates().filter(|c| suits(c)).filter(can_wake).min_by_key(first).cloned()
+    }
+
+    fn wake(&self, suits: impl Fn(&Candidate) -> bool) -> Option<Decision> {
+        let target = self.sleeper(suits)?;
+        let ticket = target.load.reserve(target.service.concurrency.hard_limit)?;
+        Some(Decision::Wake { target, ticket })
     }
 
     fn nobody_ready(&self) -> Decision {
-        if let Some(sleeper) = self.sleeper()
-            && let Some(ticket) = sleeper.load.reserve(sleeper.service.concurrency.hard_limit)
-        {
-            return Decision::Wake { target: sleeper, ticket };
+        if let Some(decision) = self.wake(|_| true) {
+            return decision;
         }
         let any = |wanted: fn(Availability) -> bool| {
-            self.route.candidates.iter().any(|c| wanted(c.availability) && !self.was_tried(c))
+            self.route.candidates.iter().any(|c| wanted(c.availability) && self.may_serve(c) && !self.was_tried(c))
         };
         let wait = |reason| Decision::Wait { route: self.route.clone(), reason };
         if any(|a| a == Availability::Ready) {
@@ -126,7 +221,7 @@ impl Ask<'_> {
         }
         // Asleep and without room: as many requests as it may take are waking it already.
         let is_being_woken = |c: &Arc<Candidate>| {
-            c.availability == Availability::Asleep && c.service.autostart && !self.was_tried(c)
+            c.availability == Availability::Asleep && c.service.autostart && self.may_serve(c) && !self.was_tried(c)
         };
         if any(|a| matches!(a, Availability::Starting | Availability::Returning))
             || self.route.candidates.iter().any(is_being_woken)
@@ -170,7 +265,7 @@ impl Ask<'_> {
 
     fn preferred(&self, id: &str) -> Option<Decision> {
         let c = self.route.candidates.iter().find(|c| c.machine.as_str() == id)?;
-        if c.availability != Availability::Ready || self.was_tried(c) {
+        if c.availability != Availability::Ready || self.was_tried(c) || !self.may_serve(c) {
             return None;
         }
         Some(forward(c, c.load.reserve(c.service.concurrency.hard_limit)?))
@@ -218,6 +313,25 @@ fn instance_unavailable(route: &Route, id: &str) -> Reject {
         code: "PR06",
         reason: format!("machine {id} of app {} takes no requests now", route.app),
         hint: format!("`dunlin machine status {id}` shows its state; without fly-force-instance-id another one serves"),
+    }
+}
+
+fn no_region(named: &str) -> Reject {
+    let named: String = named.chars().take(80).collect();
+    Reject {
+        status: 400,
+        code: "PR13",
+        reason: format!("fly-force-region names no region: {named:?}"),
+        hint: "send codes such as fra,ams, or leave the header out".into(),
+    }
+}
+
+fn nobody_in_region(route: &Route, named: &str) -> Reject {
+    Reject {
+        status: 404,
+        code: "PR14",
+        reason: format!("app {} has no machine in region {named} that serves requests", route.app),
+        hint: format!("`dunlin machine list -a {}` shows where its machines are", route.app),
     }
 }
 

@@ -1,10 +1,30 @@
 //! The immutable route table, built from a snapshot.
 
 use crate::load::{AppLoad, Load, Loads};
-use dunlin_model::{AppName, Generation, MachineId, MachineState, MachineVersion, OrgName, Region, Service};
-use dunlin_view::{CheckState, MachineAssignment, MachineFact, Snapshot};
-use std::collections::HashMap;
+use dunlin_model::{AppName, Generation, HostId, MachineId, MachineState, MachineVersion, OrgName, Region, Service, region};
+use dunlin_view::{CheckState, Freshness, MachineAssignment, MachineFact, Snapshot};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+
+/// What light in glass and the detours of cables need there and back: so many kilometres a millisecond.
+const KM_PER_MS: u32 = 60;
+
+/// Where an edge stands: what is near to it and what is far.
+#[derive(Debug, Clone)]
+pub struct Vantage {
+    pub region: Region,
+    /// The edge's own host; `None` where there are no others.
+    pub host: Option<HostId>,
+    /// There and back, as measured. A region is as near as the nearest of its hosts.
+    pub rtt_ms: BTreeMap<HostId, u32>,
+}
+
+impl Vantage {
+    /// Of an edge that knows its region and nothing else.
+    pub fn of(region: Region) -> Self {
+        Self { region, host: None, rtt_ms: BTreeMap::new() }
+    }
+}
 
 /// Host name -> app -> machines.
 #[derive(Debug, Default)]
@@ -34,13 +54,22 @@ pub struct Route {
 pub struct Candidate {
     pub machine: MachineId,
     pub app: AppName,
+    pub host: HostId,
+    /// On the edge's own host.
+    pub is_here: bool,
     pub region: Region,
+    /// From the edge to that region: 0 is its own, others are as far as they are in milliseconds.
+    pub distance: u32,
+    /// How lately anything was heard of its host.
+    pub freshness: Freshness,
     /// The version that runs (or will, when woken), as its host said last.
     pub version: MachineVersion,
     pub placement: Generation,
     pub service: Service,
     pub availability: Availability,
     pub load: Arc<Load>,
+    /// Whether its host could be reached, whichever machine was asked for.
+    pub host_load: Arc<Load>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +92,8 @@ pub enum Availability {
 impl Table {
     /// `previous` tells which service belongs to a version that still runs while its successor is
     /// already desired.
-    pub fn build(snapshot: &Snapshot, loads: &Loads, previous: Option<&Table>) -> Self {
+    pub fn build(snapshot: &Snapshot, loads: &Loads, previous: Option<&Table>, vantage: &Vantage) -> Self {
+        let seen = Seen { snapshot, loads, vantage, near: near(snapshot, vantage) };
         let mut machines: HashMap<&AppName, Vec<&MachineAssignment>> = HashMap::new();
         for assignment in snapshot.config.machines.values() {
             if !snapshot.config.tombstones.contains_key(&assignment.id) {
@@ -78,7 +108,7 @@ impl Table {
                 .iter()
                 .filter_map(|assignment| {
                     let machine = snapshot.machines.get(&assignment.id);
-                    candidate(assignment, machine.map(|fact| &**fact), loads, known).map(Arc::new)
+                    seen.candidate(assignment, machine.map(|fact| &**fact), known).map(Arc::new)
                 })
                 .collect();
             let route = Arc::new(Route {
@@ -112,30 +142,71 @@ impl Table {
     }
 }
 
-/// `None` for a machine without a service: workers are not served.
-fn candidate(
-    assignment: &MachineAssignment,
-    fact: Option<&MachineFact>,
-    loads: &Loads,
-    known: Option<&Route>,
-) -> Option<Candidate> {
-    let version = fact.map_or(&assignment.spec.version, |fact| &fact.version);
-    let before = known
-        .filter(|_| *version != assignment.spec.version)
-        .and_then(|route| route.candidates.iter().find(|c| c.machine == assignment.id && c.version == *version))
-        .map(|candidate| &candidate.service);
-    // An app has one service over HTTP: a machine with several is served by its first.
-    let service = before.or(assignment.spec.services.first())?.clone();
-    Some(Candidate {
-        machine: assignment.id.clone(),
-        app: assignment.spec.app.clone(),
-        region: assignment.region.clone(),
-        version: version.clone(),
-        placement: assignment.placement,
-        service,
-        availability: fact.map_or(Availability::Unknown, |fact| availability(assignment, fact)),
-        load: loads.machine(&assignment.id),
-    })
+/// What a table is made of.
+struct Seen<'a> {
+    snapshot: &'a Snapshot,
+    loads: &'a Loads,
+    vantage: &'a Vantage,
+    near: BTreeMap<&'a Region, u32>,
+}
+
+impl Seen<'_> {
+    /// `None` for a machine without a service: workers are not served.
+    fn candidate(
+        &self,
+        assignment: &MachineAssignment,
+        fact: Option<&MachineFact>,
+        known: Option<&Route>,
+    ) -> Option<Candidate> {
+        let version = fact.map_or(&assignment.spec.version, |fact| &fact.version);
+        let before = known
+            .filter(|_| *version != assignment.spec.version)
+            .and_then(|route| route.candidates.iter().find(|c| c.machine == assignment.id && c.version == *version))
+            .map(|candidate| &candidate.service);
+        // An app has one service over HTTP: a machine with several is served by its first.
+        let service = before.or(assignment.spec.services.first())?.clone();
+        let is_removed = self.snapshot.config.removed_hosts.contains(&assignment.host);
+        Some(Candidate {
+            machine: assignment.id.clone(),
+            app: assignment.spec.app.clone(),
+            host: assignment.host.clone(),
+            is_here: self.vantage.host.as_ref().is_none_or(|own| *own == assignment.host),
+            region: assignment.region.clone(),
+            distance: self.distance(&assignment.region),
+            freshness: self.snapshot.freshness(&assignment.host),
+            version: version.clone(),
+            placement: assignment.placement,
+            service,
+            availability: match fact {
+                _ if is_removed => Availability::Unavailable,
+                Some(fact) => availability(assignment, fact),
+                None => Availability::Unknown,
+            },
+            load: self.loads.machine(&assignment.id),
+            host_load: self.loads.host(&assignment.host),
+        })
+    }
+
+    fn distance(&self, to: &Region) -> u32 {
+        let own = &self.vantage.region;
+        if to == own {
+            return 0;
+        }
+        // Before anything was measured, and where nothing is, maps help.
+        let guessed = || region::distance_km(own, to).map(|km| km / KM_PER_MS);
+        self.near.get(to).copied().or_else(guessed).map_or(u32::MAX, |ms| ms.saturating_add(1))
+    }
+}
+
+/// How far regions are that have hosts whose distance was measured, in milliseconds.
+fn near<'a>(snapshot: &'a Snapshot, vantage: &Vantage) -> BTreeMap<&'a Region, u32> {
+    let mut near = BTreeMap::new();
+    for (host, rtt_ms) in &vantage.rtt_ms {
+        if let Some(fact) = snapshot.hosts.get(host) {
+            near.entry(&fact.region).and_modify(|nearest: &mut u32| *nearest = (*nearest).min(*rtt_ms)).or_insert(*rtt_ms);
+        }
+    }
+    near
 }
 
 fn availability(assignment: &MachineAssignment, fact: &MachineFact) -> Availability {

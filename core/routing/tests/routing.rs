@@ -4,7 +4,7 @@ use dunlin_model::{
     Concurrency, ConcurrencyKind, Generation, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
     Region, Service,
 };
-use dunlin_routing::{Availability, Decision, Head, Loads, Table, WaitReason};
+use dunlin_routing::{Availability, Decision, Head, Loads, Table, Vantage, WaitReason};
 use dunlin_view::{AppFact, CheckState, CheckStatus, ConfigState, MachineAssignment, MachineFact, Snapshot};
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -41,6 +41,10 @@ fn id(n: u8) -> MachineId {
 
 fn region() -> Region {
     "local".parse().unwrap()
+}
+
+fn here() -> Vantage {
+    Vantage::of(region())
 }
 
 fn snapshot(machines: &[M]) -> Snapshot {
@@ -118,7 +122,7 @@ fn head(host: &str) -> Head<'_> {
 }
 
 fn route(table: &Table, tried: &[MachineId], random: u64) -> Decision {
-    table.route(&head(HOST), &region(), tried, random, NOW)
+    table.route(&head(HOST), tried, random, NOW)
 }
 
 #[track_caller]
@@ -134,33 +138,33 @@ fn rejected(decision: Decision) -> (u16, &'static str) {
 
 #[test]
 fn an_unknown_host_is_a_clear_404() {
-    let table = Table::build(&snapshot(&[started()]), &Loads::default(), None);
-    let decision = table.route(&head("other.localhost"), &region(), &[], 0, NOW);
+    let table = Table::build(&snapshot(&[started()]), &Loads::default(), None, &here());
+    let decision = table.route(&head("other.localhost"), &[], 0, NOW);
     assert_eq!(rejected(decision), (404, "PR01"));
 }
 
 #[test]
 fn plain_http_is_redirected_only_where_it_is_wanted() {
     let plain = Head { host: HOST, ..Head::default() };
-    let forced = Table::build(&snapshot(&[M { force_https: true, ..started() }]), &Loads::default(), None);
-    assert!(matches!(forced.route(&plain, &region(), &[], 0, NOW), Decision::Redirect { .. }));
+    let forced = Table::build(&snapshot(&[M { force_https: true, ..started() }]), &Loads::default(), None, &here());
+    assert!(matches!(forced.route(&plain, &[], 0, NOW), Decision::Redirect { .. }));
     assert!(matches!(route(&forced, &[], 0), Decision::Forward { .. }));
-    let free = Table::build(&snapshot(&[started()]), &Loads::default(), None);
-    assert!(matches!(free.route(&plain, &region(), &[], 0, NOW), Decision::Forward { .. }));
+    let free = Table::build(&snapshot(&[started()]), &Loads::default(), None, &here());
+    assert!(matches!(free.route(&plain, &[], 0, NOW), Decision::Forward { .. }));
 }
 
 #[test]
 fn requests_spread_and_the_counters_outlive_a_new_table() {
     let loads = Loads::default();
     let view = snapshot(&[started(), started()]);
-    let first = Table::build(&view, &loads, None);
+    let first = Table::build(&view, &loads, None, &here());
     let mut held = Vec::new();
     for random in 0..4 {
         held.push(route(&first, &[], random));
     }
     assert_eq!(loads.machine(&id(0)).in_flight(), 2);
     assert_eq!(loads.machine(&id(1)).in_flight(), 2);
-    let second = Table::build(&view, &loads, Some(&first));
+    let second = Table::build(&view, &loads, Some(&first), &here());
     assert_eq!(second.serial, first.serial + 1);
     drop(first);
     held.push(route(&second, &[id(0)], 0));
@@ -172,30 +176,30 @@ fn requests_spread_and_the_counters_outlive_a_new_table() {
 #[test]
 fn a_sleeping_machine_is_woken_only_when_nobody_has_room() {
     let asleep = M { state: MachineState::Stopped, ..started() };
-    let table = Table::build(&snapshot(&[asleep.clone(), M { hard: Some(1), soft: 1, ..started() }]), &Loads::default(), None);
+    let table = Table::build(&snapshot(&[asleep.clone(), M { hard: Some(1), soft: 1, ..started() }]), &Loads::default(), None, &here());
     let first = route(&table, &[], 0);
     assert!(matches!(&first, Decision::Forward { target, .. } if target.machine == id(1)));
     let second = route(&table, &[], 0);
     assert!(matches!(&second, Decision::Wake { target, .. } if target.machine == id(0)), "{second:?}");
     let manual = M { autostart: false, ..asleep };
-    let table = Table::build(&snapshot(&[manual]), &Loads::default(), None);
+    let table = Table::build(&snapshot(&[manual]), &Loads::default(), None, &here());
     assert_eq!(rejected(route(&table, &[], 0)), (503, "PR10"));
 }
 
 #[test]
 fn whoever_finds_the_woken_machine_full_waits_for_it() {
     let asleep = M { state: MachineState::Stopped, soft: 1, hard: Some(1), ..started() };
-    let table = Table::build(&snapshot(std::slice::from_ref(&asleep)), &Loads::default(), None);
+    let table = Table::build(&snapshot(std::slice::from_ref(&asleep)), &Loads::default(), None, &here());
     let first = route(&table, &[], 0);
     assert!(matches!(first, Decision::Wake { .. }));
     let id = id(0);
     let forced = Head { force_instance: Some(id.as_str()), ..head(HOST) };
-    for decision in [route(&table, &[], 0), table.route(&forced, &region(), &[], 0, NOW)] {
+    for decision in [route(&table, &[], 0), table.route(&forced, &[], 0, NOW)] {
         assert!(matches!(decision, Decision::Wait { reason: WaitReason::Coming, .. }), "{decision:?}");
     }
     // A busy machine beside it becomes free sooner than the sleeping one is up.
     let busy = M { soft: 1, hard: Some(0), ..started() };
-    let table = Table::build(&snapshot(&[busy, asleep]), &Loads::default(), None);
+    let table = Table::build(&snapshot(&[busy, asleep]), &Loads::default(), None, &here());
     let _first = route(&table, &[], 0);
     assert!(matches!(route(&table, &[], 0), Decision::Wait { reason: WaitReason::AtLimit, .. }));
 }
@@ -203,7 +207,7 @@ fn whoever_finds_the_woken_machine_full_waits_for_it() {
 #[test]
 fn above_the_soft_limit_a_sleeper_is_woken_beside() {
     let asleep = M { state: MachineState::Stopped, ..started() };
-    let table = Table::build(&snapshot(&[asleep, M { soft: 1, ..started() }]), &Loads::default(), None);
+    let table = Table::build(&snapshot(&[asleep, M { soft: 1, ..started() }]), &Loads::default(), None, &here());
     let first = route(&table, &[], 0);
     assert!(matches!(first, Decision::Forward { also_wake: None, .. }));
     let second = route(&table, &[], 0);
@@ -213,7 +217,7 @@ fn above_the_soft_limit_a_sleeper_is_woken_beside() {
 #[test]
 fn a_single_machine_that_is_coming_is_waited_for() {
     for state in [MachineState::Starting, MachineState::Restarting, MachineState::Updating, MachineState::Creating] {
-        let table = Table::build(&snapshot(&[M { state, ..started() }]), &Loads::default(), None);
+        let table = Table::build(&snapshot(&[M { state, ..started() }]), &Loads::default(), None, &here());
         let decision = route(&table, &[], 0);
         assert!(matches!(decision, Decision::Wait { reason: WaitReason::Coming, .. }), "{state:?}");
     }
@@ -223,15 +227,15 @@ fn a_single_machine_that_is_coming_is_waited_for() {
 #[test]
 fn an_app_that_boots_is_coming_and_one_that_fails_its_checks_is_unhealthy() {
     for (check, expected) in [(CheckState::Warning, WaitReason::Coming), (CheckState::Critical, WaitReason::Unhealthy)] {
-        let table = Table::build(&snapshot(&[M { check, ..started() }]), &Loads::default(), None);
+        let table = Table::build(&snapshot(&[M { check, ..started() }]), &Loads::default(), None, &here());
         let id = id(0);
         let forced = Head { force_instance: Some(id.as_str()), ..head(HOST) };
-        for decision in [route(&table, &[], 0), table.route(&forced, &region(), &[], 0, NOW)] {
+        for decision in [route(&table, &[], 0), table.route(&forced, &[], 0, NOW)] {
             assert!(matches!(decision, Decision::Wait { reason, .. } if reason == expected), "{check:?}: {decision:?}");
         }
     }
     let asleep = M { state: MachineState::Stopped, ..started() };
-    let table = Table::build(&snapshot(&[M { check: CheckState::Warning, ..started() }, asleep]), &Loads::default(), None);
+    let table = Table::build(&snapshot(&[M { check: CheckState::Warning, ..started() }, asleep]), &Loads::default(), None, &here());
     let decision = route(&table, &[], 0);
     assert!(matches!(decision, Decision::Wait { reason: WaitReason::Coming, .. }), "one is booting: {decision:?}");
 }
@@ -240,24 +244,24 @@ fn an_app_that_boots_is_coming_and_one_that_fails_its_checks_is_unhealthy() {
 fn a_machine_in_its_old_version_keeps_its_old_port() {
     let loads = Loads::default();
     let before = snapshot(&[started()]);
-    let first = Table::build(&before, &loads, None);
+    let first = Table::build(&before, &loads, None, &here());
     let mut config = (*before.config).clone();
     let assignment = config.machines.get_mut(&id(0)).unwrap();
     assignment.spec.version = MachineVersion::new(2, [0; 10]);
     assignment.spec.services[0].internal_port = 9090;
     let between = Snapshot { config: Arc::new(config), ..before };
-    let table = Table::build(&between, &loads, Some(&first));
+    let table = Table::build(&between, &loads, Some(&first), &here());
     let candidate = &table.find(HOST).unwrap().candidates[0];
     assert_eq!((candidate.service.internal_port, &candidate.version), (8080, &MachineVersion::new(1, [0; 10])));
 }
 
 #[test]
 fn a_forced_machine_is_the_only_choice_and_a_preferred_one_the_first() {
-    let table = Table::build(&snapshot(&[started(), M { check: CheckState::Critical, ..started() }]), &Loads::default(), None);
+    let table = Table::build(&snapshot(&[started(), M { check: CheckState::Critical, ..started() }]), &Loads::default(), None, &here());
     let (zero, one) = (id(0), id(1));
     let ask = |force: Option<&str>, prefer: Option<&str>| {
         let head = Head { force_instance: force, prefer_instance: prefer, ..head(HOST) };
-        table.route(&head, &region(), &[], 0, NOW)
+        table.route(&head, &[], 0, NOW)
     };
     assert!(matches!(ask(Some(zero.as_str()), None), Decision::Forward { .. }));
     assert!(matches!(ask(Some(one.as_str()), None), Decision::Wait { .. }));
@@ -269,7 +273,7 @@ fn a_forced_machine_is_the_only_choice_and_a_preferred_one_the_first() {
 #[test]
 fn a_machine_that_failed_is_asked_last_but_asked() {
     let loads = Loads::default();
-    let table = Table::build(&snapshot(&[started(), started()]), &loads, None);
+    let table = Table::build(&snapshot(&[started(), started()]), &loads, None, &here());
     loads.machine(&id(0)).record_failure(NOW);
     for random in 0..32 {
         assert!(matches!(route(&table, &[], random), Decision::Forward { target, .. } if target.machine == id(1)));
@@ -316,7 +320,7 @@ proptest! {
         steps in prop::collection::vec((any::<u64>(), any::<bool>(), prop::option::of(0..40u8)), 1..120),
     ) {
         let loads = Loads::default();
-        let table = Table::build(&snapshot(&machines), &loads, None);
+        let table = Table::build(&snapshot(&machines), &loads, None, &here());
         let route_now = table.find(HOST).unwrap().clone();
         let mut held: Vec<Decision> = Vec::new();
         for (random, leave, tried) in steps {
@@ -363,7 +367,7 @@ proptest! {
     #[test]
     fn routing_is_deterministic(machines in prop::collection::vec(any_machine(), 0..40), random: u64) {
         let chosen = || {
-            let table = Table::build(&snapshot(&machines), &Loads::default(), None);
+            let table = Table::build(&snapshot(&machines), &Loads::default(), None, &here());
             match route(&table, &[], random) {
                 Decision::Forward { target, .. } | Decision::Wake { target, .. } => Some(target.machine.clone()),
                 _ => None,

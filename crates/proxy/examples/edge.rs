@@ -80,6 +80,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         limits: Limits::default(),
         internal_hosts: Vec::new(),
         access_log: Some(AccessLog { format: LogFormat::Text, sink: Box::new(log) }),
+        fleet: None,
     };
     let last_hop = Arc::new(Host { address: upstream, in_flight: Arc::default() });
     let certs = Arc::new(ArcSwap::from_pointee(CertStore::build(&[cert])?));

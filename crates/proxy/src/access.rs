@@ -4,7 +4,8 @@ use crate::choose::Held;
 use crate::listen::{Client, Worker};
 use crate::log::Line;
 use crate::metrics::{add, count};
-use crate::request::Request;
+use crate::request::{Request, Sender};
+use dunlin_api::Admission;
 use dunlin_model::MachineId;
 use dunlin_routing::{Candidate, Route};
 use std::cell::Cell;
@@ -31,6 +32,8 @@ pub(crate) struct Record {
     pub is_complete: bool,
     /// Given back when the answer has ended.
     pub held: Option<Held>,
+    /// For another edge, which holds the place itself.
+    pub admission: Option<Admission>,
 }
 
 /// Bytes of bodies.
@@ -45,7 +48,7 @@ pub(crate) struct Traffic {
 impl Record {
     /// Boxed: futures that hold it stay small enough to be cheap.
     pub fn begin(worker: &Rc<Worker>, client: &Rc<Client>, request: Request) -> Box<Self> {
-        count(&worker.counters.requests);
+        count(if request.sender == Sender::Edge { &worker.counters.hop_served } else { &worker.counters.requests });
         Box::new(Self {
             worker: worker.clone(),
             client: client.clone(),
@@ -60,6 +63,7 @@ impl Record {
             traffic: Traffic::default(),
             is_complete: false,
             held: None,
+            admission: None,
         })
     }
 }
@@ -68,6 +72,10 @@ impl Drop for Record {
     fn drop(&mut self) {
         let Self { worker, request, .. } = self;
         self.held = None;
+        if request.sender == Sender::Edge {
+            // It is counted, timed and logged where it came in.
+            return worker.buffers.give_head_back(std::mem::take(&mut request.head));
+        }
         let took = self.started.elapsed();
         worker.counters.request_seconds.observe(took);
         add(&worker.counters.bytes_in, self.traffic.bytes_in.get());

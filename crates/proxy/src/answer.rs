@@ -91,6 +91,17 @@ pub(crate) async fn to_https(worker: &Worker, request: &Request, down: &mut Down
     send(worker, request, 308, &[("location", &location)], "", down).await
 }
 
+/// An answer without a body.
+pub(crate) async fn short(
+    worker: &Worker,
+    request: &Request,
+    status: u16,
+    fields: &[(&str, &str)],
+    down: &mut Downstream<'_>,
+) -> io::Result<()> {
+    send(worker, request, status, fields, "", down).await
+}
+
 async fn send(
     worker: &Worker,
     request: &Request,

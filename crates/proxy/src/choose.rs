@@ -2,12 +2,13 @@
 
 use crate::access::Record;
 use crate::answer::fault;
+use crate::exchange::admit_request;
 use crate::listen::{Edge, Worker};
-use crate::metrics::count;
 use crate::queue::{Patience, Waiting};
 use crate::time::now_ms;
 use crate::upstream::{Conn, Upstream};
-use dunlin_api::{Admission, AdmitRefusal, AdmitRequest};
+use crate::wake::{wake, wake_beside};
+use dunlin_api::{Admission, AdmitRefusal};
 use dunlin_model::MachineId;
 use dunlin_routing::{Availability, Candidate, Decision, Head, Reject, Route, Ticket, WaitReason};
 use std::rc::{Rc, Weak};
@@ -26,8 +27,9 @@ const MAX_OFFERS: u32 = 8;
 /// host's count goes down before the edge's (fields are dropped in their order): whoever gets the edge's ticket
 /// then finds room at the host.
 pub(crate) struct Held {
-    _admission: Admission,
-    _ticket: Ticket,
+    /// `None`: the machine's host, which is another one, has it.
+    _admission: Option<Admission>,
+    ticket: Ticket,
     _freed: Freed,
 }
 
@@ -72,6 +74,10 @@ pub(crate) struct Search {
     full: Vec<MachineId>,
     serial: u64,
     offers: u32,
+    /// One that sleeps on another host, as that host said.
+    asleep: Option<(Arc<Candidate>, Ticket)>,
+    /// The last one that was woken.
+    woken: Option<MachineId>,
     waiting: Option<Waiting>,
     patience: Patience,
     /// Told to the client when nothing better comes.
@@ -87,7 +93,11 @@ pub(crate) async fn choose(
     if let Some(conn) = own(worker, record) {
         return Ok(Choice::Place(conn.to.clone(), Some(conn)));
     }
-    match search.look(worker, record) {
+    let first = match search.asleep.take() {
+        Some((target, ticket)) => Look::Wake { target, ticket },
+        None => search.look(worker, record),
+    };
+    match first {
         Look::Done(choice) => choice,
         first => Box::pin(search.look_until_done(worker, record, first)).await,
     }
@@ -96,6 +106,9 @@ pub(crate) async fn choose(
 /// A kept connection of this client to a machine where a request for this app may go.
 fn own(worker: &Worker, record: &mut Record) -> Option<Conn> {
     let Record { request, client, .. } = record;
+    if request.force_region.is_some() || request.prefer_region.is_some() {
+        return None;
+    }
     let table = worker.edge.routes.load();
     let route = table.find(&request.host)?;
     let wanted = request.force_instance.as_deref().or(request.prefer_instance.as_deref());
@@ -135,6 +148,7 @@ impl Search {
                 Look::Wake { target, ticket } => {
                     self.queue(edge, record.route.as_ref())?;
                     let woken = wake(worker, &target, self.patience.until(edge)).await;
+                    self.woken = Some(target.machine.clone());
                     match woken.and_then(|()| admit(edge, &target)) {
                         Ok(admission) => return Ok(self.place(worker, record, (target, ticket, admission))),
                         Err(refusal) => {
@@ -196,6 +210,8 @@ impl Search {
             is_tls: client.is_tls,
             force_instance: request.force_instance.as_deref(),
             prefer_instance: request.prefer_instance.as_deref(),
+            force_region: request.force_region.as_deref(),
+            prefer_region: request.prefer_region.as_deref(),
         };
         let routes = &worker.edge.routes;
         let table = routes.load();
@@ -208,23 +224,45 @@ impl Search {
         }
         let random = worker.random.next();
         if self.full.is_empty() {
-            return table.route(&head, &routes.region, &self.tried, random, now_ms());
+            return table.route(&head, &self.tried, random, now_ms());
         }
-        table.route(&head, &routes.region, &[&self.tried[..], &self.full].concat(), random, now_ms())
+        table.route(&head, &[&self.tried[..], &self.full].concat(), random, now_ms())
     }
 
     fn place(
         &mut self,
         worker: &Rc<Worker>,
         record: &mut Record,
-        (target, ticket, admission): (Arc<Candidate>, Ticket, Admission),
+        (target, ticket, admission): (Arc<Candidate>, Ticket, Option<Admission>),
     ) -> Choice {
         self.waiting = None;
-        let address = admission.address;
         let freed = Freed { worker: Rc::downgrade(worker), target: target.clone() };
-        record.held = Some(Held { _admission: admission, _ticket: ticket, _freed: freed });
         record.target = Some(target.clone());
-        Choice::Place(Upstream::Machine { target, address }, None)
+        let to = match &admission {
+            Some(Admission { address, .. }) => Upstream::Machine { target, address: *address },
+            None => Upstream::Hop { target },
+        };
+        record.held = Some(Held { _admission: admission, ticket, _freed: freed });
+        Choice::Place(to, None)
+    }
+
+    /// The machine's host, which is another one, did not take the request that was sent to it.
+    pub fn refused_elsewhere(
+        &mut self,
+        record: &Record,
+        target: &Arc<Candidate>,
+        held: Option<Held>,
+        refusal: &AdmitRefusal,
+    ) -> Result<(), Reject> {
+        let may_wake = *refusal == AdmitRefusal::Asleep && target.service.autostart;
+        if may_wake && self.woken.as_ref() != Some(&target.machine)
+            && let Some(Held { ticket, .. }) = held
+        {
+            // It went to sleep since the table was made.
+            self.asleep = Some((target.clone(), ticket));
+            return Ok(());
+        }
+        self.refused(record, target, refusal)
     }
 
     fn refused(&mut self, record: &Record, target: &Candidate, refusal: &AdmitRefusal) -> Result<(), Reject> {
@@ -301,44 +339,12 @@ impl Search {
     }
 }
 
-fn admit(edge: &Edge, target: &Candidate) -> Result<Admission, AdmitRefusal> {
-    edge.last_hop.admit(&AdmitRequest {
-        machine: target.machine.clone(),
-        version: target.version.clone(),
-        placement: target.placement,
-        internal_port: target.service.internal_port,
-    })
-}
-
-/// The host starts it once, however many ask.
-async fn wake(worker: &Worker, target: &Candidate, until: Instant) -> Result<(), AdmitRefusal> {
-    let left = until.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(AdmitRefusal::DidNotWake("the request had waited for others already".into()));
+/// `None`: its host, which is another one, admits when it gets the request.
+fn admit(edge: &Edge, target: &Candidate) -> Result<Option<Admission>, AdmitRefusal> {
+    if edge.is_elsewhere(target) {
+        return Ok(None);
     }
-    count(&worker.counters.wakes);
-    let deadline_ms = now_ms() + left.as_millis() as u64;
-    match tokio::time::timeout(left, worker.edge.last_hop.wake(&target.machine, deadline_ms)).await {
-        Ok(answer) => answer,
-        Err(_) => Err(AdmitRefusal::DidNotWake(format!("not started within {} s", left.as_secs()))),
-    }
-}
-
-/// Starts one more without waiting for it; one such start a machine at a time, and after one that failed
-/// none for a while: every request above the soft limit asks for it.
-fn wake_beside(worker: &Rc<Worker>, target: &Arc<Candidate>) {
-    if !worker.edge.waking().insert(target.machine.clone()) {
-        return;
-    }
-    let (worker, target) = (worker.clone(), target.clone());
-    tokio::task::spawn_local(async move {
-        let limits = &worker.edge.limits;
-        if let Err(refusal) = wake(&worker, &target, Instant::now() + limits.wait_timeout).await {
-            tracing::warn!(machine = %target.machine, app = %target.app, %refusal, "one more machine could not be started");
-            tokio::time::sleep(limits.wake_backoff).await;
-        }
-        worker.edge.waking().remove(&target.machine);
-    });
+    edge.last_hop.admit(&admit_request(target)).map(Some)
 }
 
 fn why(target: &Candidate, refusal: &AdmitRefusal) -> Reject {

@@ -7,10 +7,14 @@ use crate::access::Traffic;
 use crate::downstream::{BodyFault, Downstream};
 use crate::fields::{line, plain_trailers};
 use crate::framing::{Decoder, Framing, MAX_CHUNK, Piece, chunk_size};
+use crate::hop::{self, Ask, Denial, What};
 use crate::listen::Worker;
-use crate::reply::{Reply, room};
+use crate::reply::{Notes, Reply, room};
 use crate::request::Request;
-use crate::upstream::Conn;
+use crate::upstream::{Conn, Upstream};
+use dunlin_api::{Admission, AdmitRefusal, AdmitRequest};
+use dunlin_model::ConcurrencyKind;
+use dunlin_routing::Candidate;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -24,11 +28,27 @@ use tokio::time::Instant;
 pub(crate) enum Fault {
     /// Not a byte of the request left: it may go anywhere else.
     Unsent(io::Error),
-    /// The connection broke after the request was (partly) sent, or what came is no answer.
-    Broken(io::Error),
+    /// The connection broke after the request was (partly) sent, or what came is no answer. `was_kept`: it had carried a
+    /// request before, and may have been closed for that.
+    Broken { error: io::Error, was_kept: bool },
     /// The machine was silent for too long.
     TooSlow,
+    /// The machine's host, which is another one, does not admit it.
+    Refused(AdmitRefusal),
+    /// The machine takes no connection from its host, which is another one.
+    Unreached(io::Error),
     Client(ClientFault),
+}
+
+impl From<Denial> for Fault {
+    fn from(denial: Denial) -> Self {
+        match denial {
+            Denial::Refused(refusal) => Self::Refused(refusal),
+            Denial::Unreached(why) => Self::Unreached(io::Error::other(why)),
+            Denial::Broken { why, kept } => Self::Broken { error: io::Error::other(why), was_kept: kept },
+            Denial::TooSlow => Self::TooSlow,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -59,6 +79,8 @@ enum Awaits {
 enum Stage {
     /// So many bytes of its head are sent.
     Head(usize),
+    /// The body waits until the last hop asks for it.
+    Held,
     Body,
     /// In a tunnel: the client has ended its side.
     Shutdown,
@@ -72,7 +94,13 @@ pub(crate) struct Exchange<'a, 'd> {
     request: &'a Request,
     down: &'a mut Downstream<'d>,
     conn: &'a mut Conn,
+    /// The head for a last hop; empty = the machine's.
+    hop_head: Vec<u8>,
     stage: Stage,
+    /// What was written may lie in TLS's buffer.
+    is_unflushed: bool,
+    /// The last hop has asked for the body.
+    was_asked: bool,
     /// What of the body is to be written before more is read, up to `sent`: chunks.
     chunk: Vec<u8>,
     sent: usize,
@@ -80,6 +108,8 @@ pub(crate) struct Exchange<'a, 'd> {
     is_tunnel: bool,
     answer: Decoder,
     traffic: &'a Traffic,
+    /// The machine's place, given back when its answer is complete.
+    pub admission: Option<Admission>,
     may_keep: bool,
     awaits: Awaits,
     has_moved: bool,
@@ -94,11 +124,19 @@ impl<'a, 'd> Exchange<'a, 'd> {
         down: &'a mut Downstream<'d>,
         conn: &'a mut Conn,
     ) -> Self {
+        let hop_head = match &conn.to {
+            Upstream::Hop { target } => hop_head(worker, request, target),
+            _ => Vec::new(),
+        };
         Self {
             worker,
             request,
             down,
             conn,
+            hop_head,
+            is_unflushed: false,
+            was_asked: false,
+            admission: None,
             stage: Stage::Head(0),
             chunk: Vec::new(),
             sent: 0,
@@ -114,17 +152,17 @@ impl<'a, 'd> Exchange<'a, 'd> {
     }
 
     /// Sends the request until the answer's head is there and passed on; its status.
-    pub async fn head(&mut self, timeout: Duration, preferred_unavailable: Option<&str>) -> Result<u16, Fault> {
+    pub async fn head(&mut self, timeout: Duration, notes: Notes<'_>) -> Result<u16, Fault> {
         poll_fn(|cx| {
             let upload = match self.poll_upload(cx) {
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(fault)),
                 Poll::Ready(Ok(())) => Awaits::Machine,
                 Poll::Pending => self.awaits,
             };
-            if let Poll::Ready(status) = self.poll_head(cx, preferred_unavailable) {
+            if let Poll::Ready(status) = self.poll_head(cx, notes) {
                 return Poll::Ready(status);
             }
-            if self.is_uploaded() && self.down.poll_gone(cx).is_ready() {
+            if (self.is_uploaded() || matches!(self.stage, Stage::Held)) && self.down.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Fault::Client(ClientFault::Gone)));
             }
             let silence = self.worker.edge.limits.body_idle_timeout;
@@ -221,12 +259,27 @@ impl<'a, 'd> Exchange<'a, 'd> {
         loop {
             self.awaits = Awaits::Machine;
             match &self.stage {
-                Stage::Done | Stage::Refused => return Poll::Ready(Ok(())),
+                Stage::Done | Stage::Refused => {
+                    if ready!(self.poll_push(cx)).is_err() {
+                        self.stage = Stage::Refused;
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+                Stage::Held => {
+                    if ready!(self.poll_push(cx)).is_ok() {
+                        return Poll::Pending; // the last hop's word wakes it
+                    }
+                    self.stage = Stage::Refused;
+                }
                 Stage::Head(sent) => {
-                    let (head, sent) = (&self.request.head, *sent);
-                    match ready!(Pin::new(&mut self.conn.io).poll_write(cx, &head[sent..])) {
+                    let is_hop = !self.hop_head.is_empty();
+                    let (head, sent) = (if is_hop { &self.hop_head } else { &self.request.head }, *sent);
+                    let written = ready!(Pin::new(&mut self.conn.io).poll_write(cx, &head[sent..]));
+                    self.is_unflushed = is_hop;
+                    match written {
                         Ok(count) if sent + count < head.len() && count > 0 => self.stage = Stage::Head(sent + count),
-                        Ok(count) if count > 0 && self.request.body == Framing::None => self.stage = Stage::Done,
+                        Ok(count) if count > 0 && !has_body(self.request) => self.stage = Stage::Done,
+                        Ok(count) if count > 0 && is_hop => self.stage = Stage::Held,
                         Ok(count) if count > 0 => self.stage = Stage::Body,
                         Ok(_) if sent == 0 => return Poll::Ready(Err(Fault::Unsent(io::ErrorKind::WriteZero.into()))),
                         Err(error) if sent == 0 => return Poll::Ready(Err(Fault::Unsent(error))),
@@ -247,9 +300,20 @@ impl<'a, 'd> Exchange<'a, 'd> {
         }
     }
 
+    /// TLS lets go of what was written.
+    fn poll_push(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.is_unflushed {
+            ready!(Pin::new(&mut self.conn.io).poll_flush(cx))?;
+            self.is_unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
     /// Sends some of the body, and sets the stage when it has ended. The inner error is the machine's.
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<io::Result<()>, Fault>> {
+        let is_hop = !self.hop_head.is_empty();
         while self.sent < self.chunk.len() {
+            self.is_unflushed = is_hop;
             match ready!(Pin::new(&mut self.conn.io).poll_write(cx, &self.chunk[self.sent..])) {
                 Ok(0) => return Poll::Ready(Ok(Err(io::ErrorKind::WriteZero.into()))),
                 Ok(count) => self.sent += count,
@@ -261,12 +325,16 @@ impl<'a, 'd> Exchange<'a, 'd> {
             self.stage = Stage::Done;
             return Poll::Ready(Ok(Ok(())));
         }
+        if let Err(error) = ready!(self.poll_push(cx)) {
+            return Poll::Ready(Ok(Err(error)));
+        }
         self.awaits = Awaits::Client;
         let has_data = ready!(self.down.poll_body(cx)).map_err(|fault| Fault::Client(fault.into()))?;
         self.awaits = Awaits::Machine;
         let in_chunks = self.request.body == Framing::Chunked && !self.is_tunnel;
         match (has_data, in_chunks) {
             (true, false) => {
+                self.is_unflushed = is_hop;
                 match ready!(Pin::new(&mut self.conn.io).poll_write(cx, self.down.body())) {
                     Ok(0) => return Poll::Ready(Ok(Err(io::ErrorKind::WriteZero.into()))),
                     Ok(count) => self.took(count),
@@ -298,21 +366,39 @@ impl<'a, 'd> Exchange<'a, 'd> {
         self.traffic.bytes_in.update(|bytes| bytes + count as u64);
     }
 
-    fn poll_head(&mut self, cx: &mut Context<'_>, preferred_unavailable: Option<&str>) -> Poll<Result<u16, Fault>> {
+    fn poll_head(&mut self, cx: &mut Context<'_>, notes: Notes<'_>) -> Poll<Result<u16, Fault>> {
+        let is_hop = !self.hop_head.is_empty();
         let Self { worker, request, conn, down, .. } = self;
+        let was_kept = conn.is_reused;
+        let broken = |error| Poll::Ready(Err(Fault::Broken { error, was_kept }));
         loop {
             if !conn.inbox.is_empty() {
                 let mut space = room();
-                match Reply::read(conn.inbox.bytes(), &mut space, request) {
+                match Reply::read(conn.inbox.bytes(), &mut space, request.method()) {
                     Ok(Some((reply, size))) if reply.is_interim() => {
                         conn.inbox.consume(size);
+                        if matches!(self.stage, Stage::Held) {
+                            (self.stage, self.was_asked) = (Stage::Body, true);
+                            cx.waker().wake_by_ref();
+                        }
                         continue;
                     }
+                    Ok(Some((reply, size))) if is_hop && let Some(denial) = Denial::read(reply.fields) => {
+                        self.may_keep = reply.may_keep && reply.length == Some(0);
+                        conn.inbox.consume(size);
+                        if matches!(self.stage, Stage::Held) {
+                            self.stage = Stage::Done;
+                        }
+                        return Poll::Ready(Err(denial.into()));
+                    }
                     Ok(Some((reply, _))) if reply.status == 101 && !request.is_upgrade => {
-                        return Poll::Ready(Err(broken("it changed the protocol, which nobody asked for")));
+                        return broken(io::Error::other("it changed the protocol, which nobody asked for"));
                     }
                     Ok(Some((mut reply, size))) => {
-                        reply.preferred_unavailable = preferred_unavailable;
+                        if matches!(self.stage, Stage::Held) {
+                            self.stage = Stage::Refused;
+                        }
+                        reply.notes = notes;
                         let begun = down.begin(worker, request, &reply);
                         (self.answer, self.may_keep) = (Decoder::new(reply.body), reply.may_keep);
                         let status = reply.status;
@@ -321,10 +407,10 @@ impl<'a, 'd> Exchange<'a, 'd> {
                         return Poll::Ready(begun.map(|()| status).map_err(|_| Fault::Client(ClientFault::Gone)));
                     }
                     Ok(None) if conn.inbox.is_full() => {
-                        return Poll::Ready(Err(broken("the head of its answer is too big")));
+                        return broken(io::Error::other("the head of its answer is too big"));
                     }
                     Ok(None) => {}
-                    Err(error) => return Poll::Ready(Err(Fault::Broken(io::Error::other(error)))),
+                    Err(error) => return broken(io::Error::other(error)),
                 }
             }
             let filled = conn.inbox.poll_fill(&mut conn.io, cx);
@@ -332,9 +418,13 @@ impl<'a, 'd> Exchange<'a, 'd> {
                 conn.acknowledge();
             }
             match ready!(filled) {
-                Ok(0) => return Poll::Ready(Err(broken("no answer came"))),
+                // TLS says that this end was meant: the last hop closed the connection before it looked at the request.
+                Ok(0) if is_hop && conn.inbox.is_empty() && !self.was_asked => {
+                    return Poll::Ready(Err(Fault::Unsent(io::ErrorKind::ConnectionAborted.into())));
+                }
+                Ok(0) => return broken(io::Error::other("no answer came")),
                 Ok(_) => {}
-                Err(error) => return Poll::Ready(Err(Fault::Broken(error))),
+                Err(error) => return broken(error),
             }
         }
     }
@@ -347,6 +437,9 @@ impl<'a, 'd> Exchange<'a, 'd> {
                     conn.inbox.consume(skip);
                     self.awaits = Awaits::Client;
                     let is_last = answer.completes_with(len);
+                    if is_last {
+                        self.admission = None;
+                    }
                     let count = ready!(down.poll_send(cx, &conn.inbox.bytes()[..len], is_last))?;
                     conn.inbox.consume(count);
                     answer.took(count);
@@ -354,6 +447,7 @@ impl<'a, 'd> Exchange<'a, 'd> {
                     self.has_moved = true;
                 }
                 Piece::End { skip } => {
+                    self.admission = None;
                     conn.inbox.consume(skip);
                     self.awaits = Awaits::Client;
                     let trailers = if self.request.takes_trailers { answer.trailers() } else { &[] };
@@ -378,6 +472,36 @@ impl<'a, 'd> Exchange<'a, 'd> {
     }
 }
 
-fn broken(why: &'static str) -> Fault {
-    Fault::Broken(io::Error::other(why))
+impl Drop for Exchange<'_, '_> {
+    fn drop(&mut self) {
+        self.worker.buffers.give_head_back(std::mem::take(&mut self.hop_head));
+    }
+}
+
+fn has_body(request: &Request) -> bool {
+    !matches!(request.body, Framing::None | Framing::Length(0))
+}
+
+/// The machine's head with a line for its host in front of the end.
+fn hop_head(worker: &Worker, request: &Request, target: &Candidate) -> Vec<u8> {
+    let what = What::Forward {
+        holds: has_body(request),
+        once: target.service.concurrency.kind == ConcurrencyKind::Connections,
+    };
+    let ask = Ask { admit: admit_request(target), wait: Duration::ZERO, what };
+    let mut head = worker.buffers.take_head();
+    head.extend_from_slice(&request.head[..request.head.len() - 2]);
+    line(&mut head, hop::FIELD.as_bytes(), ask.value().as_bytes());
+    head.extend_from_slice(b"\r\n");
+    head
+}
+
+/// What the edge knows of a machine, for its host to compare.
+pub(crate) fn admit_request(target: &Candidate) -> AdmitRequest {
+    AdmitRequest {
+        machine: target.machine.clone(),
+        version: target.version.clone(),
+        placement: target.placement,
+        internal_port: target.service.internal_port,
+    }
 }

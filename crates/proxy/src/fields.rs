@@ -4,6 +4,8 @@
 const LONGEST: usize = 32;
 /// More fields than this is no browser.
 pub(crate) const MAX_FIELDS: usize = 100;
+/// With those that an edge adds for the last hop.
+pub(crate) const MAX_FIELDS_HOP: usize = MAX_FIELDS + 20;
 
 /// A request's field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +16,8 @@ pub(crate) enum Asked {
     Accept,
     ForceInstance,
     PreferInstance,
+    ForceRegion,
+    PreferRegion,
     /// Joined into one: HTTP/2 clients may split them, HTTP/1 servers expect one (RFC 9113, 8.2.3).
     Cookie,
     /// Written anew.
@@ -29,6 +33,8 @@ pub(crate) enum Asked {
     OneHop,
     /// Apps trust it because the edge says it; a client may not.
     OnlyTheEdge,
+    /// From an edge to a last hop. Ends here, whoever says it.
+    Hop,
 }
 
 impl Asked {
@@ -45,7 +51,7 @@ impl Asked {
         let asked = Self::of_plain(&plain[..name.len()]);
         // CGI and WSGI know `X_Forwarded_For` and `X-Forwarded-For` by one name. Other names with an underscore
         // go on: clients do use them, and they stand for nothing that is trusted.
-        if has_underscore && asked != Self::OnlyTheEdge { Self::Plain } else { asked }
+        if has_underscore && !matches!(asked, Self::OnlyTheEdge | Self::Hop) { Self::Plain } else { asked }
     }
 
     fn of_plain(name: &[u8]) -> Self {
@@ -61,11 +67,14 @@ impl Asked {
             b"expect" => Self::Expect,
             b"fly-force-instance-id" => Self::ForceInstance,
             b"fly-prefer-instance-id" => Self::PreferInstance,
+            b"fly-force-region" => Self::ForceRegion,
+            b"fly-prefer-region" => Self::PreferRegion,
             b"keep-alive" | b"proxy-connection" | b"proxy-authorization" | b"http2-settings" => Self::OneHop,
             b"x-forwarded-for" | b"x-forwarded-proto" | b"x-forwarded-port" | b"x-forwarded-ssl" | b"x-forwarded-host"
             | b"x-forwarded-server" | b"x-forwarded-prefix" | b"forwarded" | b"x-real-ip" | b"fly-client-ip"
             | b"fly-forwarded-port" | b"fly-forwarded-proto" | b"fly-forwarded-ssl" | b"fly-region"
             | b"fly-request-id" | b"dunlin-request-id" | b"fly-replay-src" | b"fly-replay-failed" => Self::OnlyTheEdge,
+            name if name.starts_with(b"dunlin-hop") => Self::Hop,
             _ => Self::Plain,
         }
     }
@@ -105,7 +114,8 @@ impl Answered {
             b"connection" => Self::Connection,
             b"upgrade" => Self::Upgrade,
             b"keep-alive" | b"proxy-connection" | b"te" | b"http2-settings" => Self::OneHop,
-            b"fly-request-id" | b"dunlin-request-id" => Self::OnlyTheEdge,
+            b"fly-request-id" | b"dunlin-request-id" | b"dunlin-stale" => Self::OnlyTheEdge,
+            name if name.starts_with(b"dunlin-hop") => Self::OnlyTheEdge,
             _ => Self::Plain,
         }
     }

@@ -9,7 +9,7 @@ use crate::framing::{Decoder, Framing, MAX_CHUNK, Piece, chunk_size};
 use crate::io::ClientIo;
 use crate::listen::{Client, Worker};
 use crate::reply::{Reply, room};
-use crate::request::{Message, Origin, Protocol, Request};
+use crate::request::{Message, Origin, Protocol, Request, Sender};
 use crate::serve::serve;
 use crate::time::{Watchdog, now_ms};
 use dunlin_routing::Reject;
@@ -182,7 +182,7 @@ impl Http1 {
                     connect_protocol: None,
                 };
                 // Over HTTP/1 the client makes the key of a WebSocket itself.
-                let origin = Origin { lines: &client.lines, id, websocket_key: &String::new };
+                let origin = Origin { lines: &client.lines, id, websocket_key: &String::new, from: client.sender() };
                 (Request::read(&message, &origin, self.buffers.take_head()), size)
             }
             Ok(httparse::Status::Partial) if may_grow => {
@@ -285,6 +285,10 @@ impl Http1 {
     pub fn begin(&mut self, worker: &Worker, request: &Request, reply: &Reply<'_>) -> io::Result<()> {
         let now = &mut self.now;
         now.has_begun = true;
+        if request.sender == Sender::Edge && now.expects_continue {
+            // It was not asked for the body, so it sends none.
+            now.body = Decoder::new(Framing::None);
+        }
         let has_end = match reply.body {
             Framing::Chunked | Framing::ToEnd => {
                 now.in_chunks = request.protocol == Protocol::Http11;
@@ -300,7 +304,7 @@ impl Http1 {
         let out = &mut self.out;
         status_line(out, reply);
         worker.clock.with_date(now_ms(), |date| {
-            reply.each(date, request.id.as_str(), |name, value| line(out, name.as_bytes(), value));
+            reply.each(date, request, |name, value| line(out, name.as_bytes(), value));
         });
         if now.in_chunks {
             line(out, b"transfer-encoding", b"chunked");

@@ -8,7 +8,7 @@ use crate::framing::Framing;
 use crate::io::Watched;
 use crate::listen::{Client, Worker};
 use crate::reply::Reply;
-use crate::request::{Message, Origin, Protocol, Request};
+use crate::request::{Message, Origin, Protocol, Request, Sender};
 use crate::serve::serve;
 use crate::time::{Watchdog, now_ms};
 use base64::Engine as _;
@@ -189,7 +189,7 @@ fn read(worker: &Worker, client: &Client, parts: &http::request::Parts, body: &R
         let random = [worker.random.next().to_le_bytes(), worker.random.next().to_le_bytes()].concat();
         STANDARD.encode(random)
     };
-    let origin = Origin { lines: &client.lines, id, websocket_key: &websocket_key };
+    let origin = Origin { lines: &client.lines, id, websocket_key: &websocket_key, from: Sender::Client };
     Request::read(&message, &origin, worker.buffers.take_head())
 }
 
@@ -263,7 +263,7 @@ impl Http2 {
         let headers = response.headers_mut();
         headers.reserve(reply.fields.len() + 6);
         worker.clock.with_date(now_ms(), |date| {
-            reply.each(date, request.id.as_str(), |name, value| {
+            reply.each(date, request, |name, value| {
                 let is_for_client = !(is_tunnel && name.eq_ignore_ascii_case("sec-websocket-accept"));
                 if is_for_client && let Some((name, value)) = field(name, value) {
                     headers.append(name, value);

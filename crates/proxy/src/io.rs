@@ -2,26 +2,31 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Sleep;
-use tokio_rustls::server::TlsStream;
+use tokio_rustls::{client, server};
 use tokio_util::either::Either;
 
 /// A client's socket that speaks HTTP/1: plain, or below TLS.
-pub(crate) type ClientIo = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+pub(crate) type ClientIo = Either<TcpStream, Box<server::TlsStream<TcpStream>>>;
 
-/// A machine's socket, or that of a part of this server.
-pub(crate) type UpstreamIo = Either<TcpStream, UnixStream>;
+/// A machine's socket, that of a part of this server, or a last hop's.
+pub(crate) type UpstreamIo = Either<TcpStream, Either<UnixStream, Box<client::TlsStream<TcpStream>>>>;
 
 /// Looks without waiting whether the other side closed it, or sent what nobody asked for.
-pub(crate) fn is_quiet(io: &UpstreamIo) -> bool {
+pub(crate) fn is_quiet(io: &mut UpstreamIo) -> bool {
     let mut byte = [0];
     let read = match io {
         Either::Left(stream) => stream.try_read(&mut byte),
-        Either::Right(stream) => stream.try_read(&mut byte),
+        Either::Right(Either::Left(stream)) => stream.try_read(&mut byte),
+        // TLS has things of its own to read, such as tickets.
+        Either::Right(Either::Right(tls)) => {
+            let mut cx = Context::from_waker(Waker::noop());
+            return Pin::new(tls).poll_read(&mut cx, &mut ReadBuf::new(&mut byte)).is_pending();
+        }
     };
     matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }

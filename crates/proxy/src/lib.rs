@@ -11,6 +11,9 @@
 //! back, `http1` and `http2` are the client's two protocols. HTTP/1 is spoken by code of our own on both sides:
 //! it rewrites a head in one pass and one buffer, and the edge itself answers what it refuses.
 //!
+//! Any host can be an edge. Where the machine is on another one, the request goes over mutual TLS to the last hop there
+//! (`hop` has what the two say to each other), which admits and forwards it with the same code (`last_hop`).
+//!
 //! It lives from the view alone: it never opens the store, never asks control, and never forwards a byte that the
 //! machine's host did not admit. IO enters through the listening sockets handed in, and leaves to machine addresses
 //! and to the unix sockets of internal hosts. Tested over loopback with real upstream servers (`tests/`); what a
@@ -25,9 +28,11 @@ mod downstream;
 mod exchange;
 mod fields;
 mod framing;
+mod hop;
 mod http1;
 mod http2;
 mod io;
+mod last_hop;
 mod limits;
 mod listen;
 mod log;
@@ -41,10 +46,12 @@ mod serve;
 mod time;
 mod tls;
 mod upstream;
+mod wake;
 
+pub use hop::Fleet;
 pub use limits::Limits;
 pub use listen::{Drained, InternalHost, Proxy, ProxyConfig, StartError};
 pub use log::{AccessLog, LogFormat};
 pub use metrics::ProxyMetrics;
-pub use routes::Routes;
+pub use routes::{Routes, Rtt};
 pub use tls::{CertError, CertSource, CertStore};

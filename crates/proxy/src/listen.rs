@@ -1,12 +1,13 @@
 //! Worker threads: accept, TLS, and the life of a connection.
 
 use crate::buffer::Buffers;
-
+use crate::hop::Fleet;
 use crate::limits::Limits;
 use crate::log::{self, AccessLog, Lines, LogHandle};
 use crate::metrics::{Counters, ProxyMetrics, count};
 use crate::queue::Queues;
 use crate::random::Random;
+use crate::request::Sender;
 use crate::routes::Routes;
 use crate::time::{Bell, Clock};
 use crate::tls::{self, CertError, CertStore};
@@ -15,12 +16,14 @@ use crate::{http1, http2};
 use arc_swap::ArcSwap;
 use dunlin_api::LastHop;
 use dunlin_model::MachineId;
+use dunlin_routing::Candidate;
 use rustix::net::sockopt;
 use rustix::process::{Resource, getrlimit};
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::rc::Rc;
@@ -42,6 +45,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const SWEEP: Duration = Duration::from_secs(1);
 /// Silence of a client's socket before the kernel asks; after as long without an answer the client is gone.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
+/// A host of the fleet that acknowledges nothing for so long is gone.
+const HOST_GONE_AFTER: Duration = Duration::from_secs(12);
 /// How often a drain looks whether it is done.
 const DRAIN_LOOK: Duration = Duration::from_millis(10);
 /// After the cut, connections are dropped at their next poll.
@@ -69,6 +74,8 @@ pub struct ProxyConfig {
     pub internal_hosts: Vec<InternalHost>,
     /// `None` = no access log.
     pub access_log: Option<AccessLog>,
+    /// `None`: every machine is on this host.
+    pub fleet: Option<Fleet>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +101,7 @@ pub(crate) struct Edge {
     pub https_port: u16,
     waking: Mutex<HashSet<MachineId>>,
     pub queues: Queues,
+    pub fleet: Option<Arc<Fleet>>,
     tls: Arc<rustls::ServerConfig>,
     drain: CancellationToken,
     /// Ends what is still open.
@@ -101,6 +109,11 @@ pub(crate) struct Edge {
 }
 
 impl Edge {
+    /// The machine is on another host of the fleet.
+    pub fn is_elsewhere(&self, target: &Candidate) -> bool {
+        self.fleet.as_ref().is_some_and(|fleet| fleet.host != target.host)
+    }
+
     /// Machines being started beside running ones.
     pub fn waking(&self) -> MutexGuard<'_, HashSet<MachineId>> {
         self.waking.lock().unwrap_or_else(PoisonError::into_inner)
@@ -127,7 +140,7 @@ pub(crate) struct Worker {
 impl Worker {
     fn new(edge: Arc<Edge>, core: usize, random: Random, log: Option<LogHandle>) -> Self {
         let (buffers, counters) = (Rc::<Buffers>::default(), edge.metrics.core(core));
-        let pool = Pool::new(&edge.limits, buffers.clone(), counters.clone());
+        let pool = Pool::new(&edge.limits, buffers.clone(), counters.clone(), edge.fleet.clone());
         Self {
             edge,
             counters,
@@ -155,7 +168,16 @@ pub(crate) struct Client {
     pub began: Instant,
     /// What machines are told of where each of its requests came from.
     pub lines: Vec<u8>,
+    over: Over,
     _slot: Slot,
+}
+
+/// Where a connection comes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Door {
+    Http,
+    Https,
+    Hop,
 }
 
 /// What a connection speaks.
@@ -165,6 +187,8 @@ enum Over {
     /// HTTP/1 as well.
     Tls,
     Http2,
+    /// Another edge, to which this one is the last hop.
+    Hop,
 }
 
 impl Client {
@@ -182,7 +206,11 @@ impl Client {
             "x-forwarded-for: {ip}\r\nfly-client-ip: {ip}\r\nx-forwarded-proto: {scheme}\r\nx-forwarded-ssl: {ssl}\r\n\
              x-forwarded-port: {port}\r\nfly-forwarded-port: {port}\r\nfly-region: {region}\r\nvia: {via} dunlin\r\n"
         );
-        Rc::new(Self { id, address, ip, is_tls, began: Instant::now(), lines: lines.into_bytes(), _slot: slot })
+        Rc::new(Self { id, address, ip, is_tls, began: Instant::now(), lines: lines.into_bytes(), over, _slot: slot })
+    }
+
+    pub fn sender(&self) -> Sender {
+        if self.over == Over::Hop { Sender::Edge } else { Sender::Client }
     }
 }
 
@@ -226,6 +254,7 @@ impl Proxy {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let count = if config.threads == 0 { cores } else { config.threads };
         let internal = config.internal_hosts.into_iter();
+        let fleet = config.fleet.map(Arc::new);
         let edge = Arc::new(Edge {
             metrics: Arc::new(ProxyMetrics::new(routes.clone(), count)),
             routes,
@@ -236,6 +265,7 @@ impl Proxy {
             https_port: config.https_port,
             waking: Mutex::default(),
             queues: Queues::default(),
+            fleet: fleet.clone(),
             tls: tls::server_config(certs)?,
             drain: CancellationToken::new(),
             cut: CancellationToken::new(),
@@ -250,15 +280,16 @@ impl Proxy {
         }
         for n in 0..count {
             let mut listeners = Vec::new();
-            let all = [(&config.http, false), (&config.https, true)];
-            let mine = all.into_iter().flat_map(|(all, is_tls)| of_worker(all, n, count).map(move |one| (one, is_tls)));
-            for (listener, is_tls) in mine {
+            let mut all = vec![(&config.http, Door::Http), (&config.https, Door::Https)];
+            all.extend(fleet.iter().map(|fleet| (&fleet.listeners, Door::Hop)));
+            let mine = all.into_iter().flat_map(|(all, door)| of_worker(all, n, count).map(move |one| (one, door)));
+            for (listener, door) in mine {
                 let copy = listener.try_clone().map_err(StartError::Listener)?;
                 copy.set_nonblocking(true).map_err(StartError::Listener)?;
                 // Accepted sockets inherit it: a client that is gone without a word is noticed, and no small write waits.
-                keep_alive(&copy).map_err(StartError::Listener)?;
+                keep_alive(&copy, door).map_err(StartError::Listener)?;
                 sockopt::set_tcp_nodelay(&copy, true).map_err(|error| StartError::Listener(error.into()))?;
-                listeners.push((copy, is_tls));
+                listeners.push((copy, door));
             }
             let random = Random::seeded().map_err(StartError::Random)?;
             let (edge, log) = (edge.clone(), log.clone());
@@ -323,18 +354,31 @@ fn of_worker(all: &[TcpListener], worker: usize, workers: usize) -> impl Iterato
 }
 
 /// The kernel asks a silent client whether it is still there.
-fn keep_alive(listener: &TcpListener) -> io::Result<()> {
+fn keep_alive(listener: &TcpListener, door: Door) -> io::Result<()> {
+    if door == Door::Hop {
+        return watch_host(listener);
+    }
     sockopt::set_socket_keepalive(listener, true)?;
     sockopt::set_tcp_keepidle(listener, KEEPALIVE_AFTER)?;
     sockopt::set_tcp_keepintvl(listener, KEEPALIVE_AFTER / 4)?;
     Ok(sockopt::set_tcp_keepcnt(listener, 4)?)
 }
 
-async fn work(worker: Rc<Worker>, listeners: Vec<(TcpListener, bool)>) {
+/// A host that is gone is noticed soon: requests wait for its answers, and places are held for its requests.
+pub(crate) fn watch_host(socket: impl AsFd) -> io::Result<()> {
+    let socket = socket.as_fd();
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, HOST_GONE_AFTER / 4)?;
+    sockopt::set_tcp_keepintvl(socket, HOST_GONE_AFTER / 4)?;
+    sockopt::set_tcp_keepcnt(socket, 3)?;
+    Ok(sockopt::set_tcp_user_timeout(socket, HOST_GONE_AFTER.as_millis() as u32)?)
+}
+
+async fn work(worker: Rc<Worker>, listeners: Vec<(TcpListener, Door)>) {
     let edge = worker.edge.clone();
-    for (listener, is_tls) in listeners {
+    for (listener, door) in listeners {
         match tokio::net::TcpListener::from_std(listener) {
-            Ok(listener) => drop(tokio::task::spawn_local(accept(worker.clone(), listener, is_tls))),
+            Ok(listener) => drop(tokio::task::spawn_local(accept(worker.clone(), listener, door))),
             Err(error) => tracing::error!(%error, "a worker cannot listen"),
         }
     }
@@ -350,7 +394,7 @@ async fn work(worker: Rc<Worker>, listeners: Vec<(TcpListener, bool)>) {
     }
 }
 
-async fn accept(worker: Rc<Worker>, listener: tokio::net::TcpListener, is_tls: bool) {
+async fn accept(worker: Rc<Worker>, listener: tokio::net::TcpListener, door: Door) {
     let edge = worker.edge.clone();
     loop {
         let accepted = tokio::select! {
@@ -369,29 +413,32 @@ async fn accept(worker: Rc<Worker>, listener: tokio::net::TcpListener, is_tls: b
         count(&worker.counters.accepted);
         let Some(slot) = Slot::take(&edge) else {
             count(&worker.counters.refused);
-            if !is_tls {
+            if door == Door::Http {
                 // A fresh socket takes these few bytes at once, or the client does without.
                 let _ = stream.try_write(TOO_MANY);
             }
             continue;
         };
-        tokio::task::spawn_local(connection(worker.clone(), slot, address, is_tls, stream));
+        tokio::task::spawn_local(connection(worker.clone(), slot, address, door, stream));
     }
 }
 
-async fn connection(worker: Rc<Worker>, slot: Slot, address: SocketAddr, is_tls: bool, stream: TcpStream) {
-    if !is_tls {
+async fn connection(worker: Rc<Worker>, slot: Slot, address: SocketAddr, door: Door, stream: TcpStream) {
+    if door == Door::Http {
         let client = Client::new(&worker, address, Over::Plain, slot);
         return http1::run(worker, client, Either::Left(stream)).await;
     }
-    let tls = match Box::pin(handshake(&worker.edge, stream)).await {
+    let tls = match Box::pin(handshake(&worker.edge, door, stream)).await {
         Ok(tls) => tls,
         Err(error) => {
             count(&worker.counters.handshake_failures);
             return tracing::debug!(client = %address, %error, "TLS handshake failed");
         }
     };
-    if tls.get_ref().1.alpn_protocol() == Some(b"h2") {
+    if door == Door::Hop {
+        let client = Client::new(&worker, address, Over::Hop, slot);
+        http1::run(worker, client, Either::Right(tls)).await;
+    } else if tls.get_ref().1.alpn_protocol() == Some(b"h2") {
         let client = Client::new(&worker, address, Over::Http2, slot);
         Box::pin(http2::run(worker, client, tls)).await;
     } else {
@@ -401,12 +448,21 @@ async fn connection(worker: Rc<Worker>, slot: Slot, address: SocketAddr, is_tls:
 }
 
 /// Boxed, as what it comes to: a connection's task is as big as the biggest thing in it.
-async fn handshake(edge: &Edge, stream: TcpStream) -> io::Result<Box<TlsStream<TcpStream>>> {
-    let handshake = TlsAcceptor::from(edge.tls.clone()).accept(stream);
-    match tokio::time::timeout(edge.limits.handshake_timeout, handshake).await {
-        Ok(accepted) => accepted.map(Box::new),
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
+async fn handshake(edge: &Edge, door: Door, stream: TcpStream) -> io::Result<Box<TlsStream<TcpStream>>> {
+    let fleet = edge.fleet.as_ref().filter(|_| door == Door::Hop);
+    let config = fleet.map_or_else(|| edge.tls.clone(), |fleet| (fleet.tls_server)());
+    let handshake = TlsAcceptor::from(config).accept(stream);
+    let tls = match tokio::time::timeout(edge.limits.handshake_timeout, handshake).await {
+        Ok(accepted) => accepted.map(Box::new)?,
+        Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
+    };
+    // Whatever the configuration asks for: nobody but a member goes on from here.
+    if let Some(fleet) = fleet
+        && tls.get_ref().1.peer_certificates().and_then(|shown| (fleet.peer_host)(shown)).is_none()
+    {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it has no certificate of a member"));
     }
+    Ok(tls)
 }
 
 #[cfg(test)]

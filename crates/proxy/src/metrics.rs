@@ -25,6 +25,10 @@ pub(crate) struct Counters {
     pub bytes_out: AtomicU64,
     pub upstream_connects: AtomicU64,
     pub upstream_reused: AtomicU64,
+    pub hop_sent: AtomicU64,
+    pub hop_served: AtomicU64,
+    pub hop_denied: AtomicU64,
+    pub stale: AtomicU64,
     pub request_seconds: Histogram,
     pub head_seconds: Histogram,
 }
@@ -108,6 +112,10 @@ impl ProxyMetrics {
             ("sent_bytes_total", "counter", "answer body bytes", self.sum(|c| &c.bytes_out)),
             ("upstream_connects_total", "counter", "connections made to machines", self.sum(|c| &c.upstream_connects)),
             ("upstream_reused_total", "counter", "requests over kept connections", self.sum(|c| &c.upstream_reused)),
+            ("hop_sent_total", "counter", "requests sent to machines by way of their hosts", self.sum(|c| &c.hop_sent)),
+            ("hop_served_total", "counter", "requests taken from other edges", self.sum(|c| &c.hop_served)),
+            ("hop_denied_total", "counter", "requests of other edges that this host answered itself", self.sum(|c| &c.hop_denied)),
+            ("stale_total", "counter", "answers of machines on hosts that are not heard of", self.sum(|c| &c.stale)),
             ("log_lines_lost_total", "counter", "lines that the access log did not take", self.log_lines_lost.load(Relaxed)),
         ] {
             line(out, format_args!("# HELP dunlin_proxy_{name} {help}\n# TYPE dunlin_proxy_{name} {kind}"));

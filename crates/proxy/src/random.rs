@@ -36,6 +36,12 @@ impl Random {
 pub(crate) struct RequestId([u8; 26]);
 
 impl RequestId {
+    /// As another edge has written it.
+    pub fn read(text: &[u8]) -> Option<Self> {
+        let id: [u8; 26] = text.try_into().ok()?;
+        id.iter().all(|byte| CROCKFORD.contains(byte)).then_some(Self(id))
+    }
+
     pub fn as_str(&self) -> &str {
         // Made of the letters above.
         std::str::from_utf8(&self.0).unwrap_or_default()
@@ -52,6 +58,8 @@ mod tests {
         let (a, b) = (random.request_id(1_000), random.request_id(1_000));
         assert_ne!(a, b);
         assert_eq!(a.as_str().len(), 26);
+        assert_eq!(RequestId::read(a.as_str().as_bytes()), Some(a));
+        assert_eq!(RequestId::read(b"0123456789ABCDEFGHJKMNPQR!"), None);
         assert!(a < random.request_id(2_000));
     }
 }

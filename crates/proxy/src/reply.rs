@@ -1,9 +1,9 @@
 //! An answer's head: read from the machine, and what of it the client gets.
 
-use crate::fields::{Answered, ConnectionOptions, MAX_FIELDS};
+use crate::fields::{Answered, ConnectionOptions, MAX_FIELDS_HOP};
 use crate::framing::Framing;
 use crate::log::decimal;
-use crate::request::{Request, length};
+use crate::request::{Request, Sender, length};
 use httparse::Header;
 use std::mem::MaybeUninit;
 
@@ -13,10 +13,10 @@ use std::mem::MaybeUninit;
 pub(crate) struct Unreadable(&'static str);
 
 /// Room for the fields of one head.
-pub(crate) type Room<'b> = [MaybeUninit<Header<'b>>; MAX_FIELDS];
+pub(crate) type Room<'b> = [MaybeUninit<Header<'b>>; MAX_FIELDS_HOP];
 
 pub(crate) fn room<'b>() -> Room<'b> {
-    [const { MaybeUninit::uninit() }; MAX_FIELDS]
+    [const { MaybeUninit::uninit() }; MAX_FIELDS_HOP]
 }
 
 /// A head on its way from a machine, or from the edge itself, to the client.
@@ -32,8 +32,17 @@ pub(crate) struct Reply<'a> {
     pub length: Option<u64>,
     /// The machine's connection can carry another request afterwards.
     pub may_keep: bool,
+    pub notes: Notes<'a>,
+    is_own: bool,
+}
+
+/// What an edge adds to a machine's answer, about the choice of that machine.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Notes<'a> {
     /// `fly-preferred-instance-unavailable`.
     pub preferred_unavailable: Option<&'a str>,
+    /// `dunlin-stale`: how old what is known of the machine's host is, where that is a reason to doubt it.
+    pub stale: Option<&'static str>,
 }
 
 impl<'a> Reply<'a> {
@@ -48,7 +57,8 @@ impl<'a> Reply<'a> {
             body: if is_head { Framing::None } else { Framing::Length(length) },
             length: Some(length),
             may_keep: true,
-            preferred_unavailable: None,
+            notes: Notes::default(),
+            is_own: true,
         }
     }
 
@@ -56,7 +66,7 @@ impl<'a> Reply<'a> {
     pub fn read(
         bytes: &'a [u8],
         room: &'a mut Room<'a>,
-        request: &Request,
+        method: &str,
     ) -> Result<Option<(Self, usize)>, Unreadable> {
         let mut parsed = httparse::Response::new(&mut []);
         let config = httparse::ParserConfig::default();
@@ -90,7 +100,7 @@ impl<'a> Reply<'a> {
         let has_both = said.is_some() && coding.is_some();
         let body = match (status, coding, said) {
             (100..=199 | 204 | 304, ..) => Framing::None,
-            _ if request.is_head() => Framing::None,
+            _ if method == "HEAD" => Framing::None,
             (_, Some(coding), _) if version == 1 && coding.eq_ignore_ascii_case(b"chunked") => Framing::Chunked,
             (_, Some(_), _) => return Err(Unreadable("its Transfer-Encoding is not just chunked")),
             (_, None, Some(length)) => Framing::Length(length),
@@ -104,7 +114,8 @@ impl<'a> Reply<'a> {
             options,
             body,
             length: said.filter(|_| coding.is_none() && status >= 200 && status != 204),
-            preferred_unavailable: None,
+            notes: Notes::default(),
+            is_own: false,
         };
         Ok(Some((reply, size)))
     }
@@ -119,14 +130,16 @@ impl<'a> Reply<'a> {
         self.fields.iter().find(|field| Answered::of(field.name) == Answered::Upgrade).map(|field| field.value)
     }
 
-    /// The fields that the client gets, those that say how the connection goes on excepted.
-    pub fn each(&self, date: &str, request_id: &str, mut to: impl FnMut(&str, &[u8])) {
+    /// The fields that the client gets, those that say how the connection goes on excepted. Another edge gets what the
+    /// machine said, and says the rest itself.
+    pub fn each(&self, date: &str, request: &Request, mut to: impl FnMut(&str, &[u8])) {
         let (mut has_server, mut has_date) = (false, false);
         for field in self.fields {
             match Answered::of(field.name) {
                 Answered::Server => has_server = true,
                 Answered::Date => has_date = true,
                 Answered::Plain => {}
+                Answered::OnlyTheEdge if self.is_own => {}
                 _ => continue,
             }
             if !self.options.names(field.name) {
@@ -138,8 +151,14 @@ impl<'a> Reply<'a> {
             decimal(&mut text, length);
             to("content-length", &text);
         }
-        if let Some(id) = self.preferred_unavailable {
+        if request.sender == Sender::Edge {
+            return;
+        }
+        if let Some(id) = self.notes.preferred_unavailable {
             to("fly-preferred-instance-unavailable", id.as_bytes());
+        }
+        if let Some(age) = self.notes.stale {
+            to("dunlin-stale", age.as_bytes());
         }
         to("via", b"1.1 dunlin");
         if !has_server {
@@ -148,8 +167,9 @@ impl<'a> Reply<'a> {
         if !has_date {
             to("date", date.as_bytes());
         }
-        to("fly-request-id", request_id.as_bytes());
-        to("dunlin-request-id", request_id.as_bytes());
+        let id = request.id.as_str().as_bytes();
+        to("fly-request-id", id);
+        to("dunlin-request-id", id);
     }
 }
 
@@ -158,10 +178,10 @@ mod tests {
     use super::*;
     use crate::request::{Message, Origin, Protocol};
 
-    fn request(method: &str) -> Request {
+    fn request(from: Sender) -> Request {
         let message = Message {
             protocol: Protocol::Http11,
-            method,
+            method: "GET",
             target: "/",
             authority: Some("a.example"),
             fields: &[],
@@ -169,13 +189,13 @@ mod tests {
             connect_protocol: None,
         };
         let id = crate::random::Random::seeded().unwrap().request_id(0);
-        let origin = Origin { lines: b"", id, websocket_key: &String::new };
+        let origin = Origin { lines: b"", id, websocket_key: &String::new, from };
         Request::read(&message, &origin, Vec::new())
     }
 
     fn check(method: &str, head: &str, expected: Option<(Framing, bool)>) {
         let mut space = room();
-        let read = Reply::read(head.as_bytes(), &mut space, &request(method));
+        let read = Reply::read(head.as_bytes(), &mut space, method);
         match (read, expected) {
             (Ok(Some((reply, size))), Some(expected)) => {
                 assert_eq!((reply.body, reply.may_keep), expected, "{head}");
@@ -214,16 +234,20 @@ mod tests {
     #[test]
     fn the_client_gets_what_is_for_it() {
         let head = b"HTTP/1.1 200 OK\r\nX-A: 1\r\nconnection: x-b\r\nX-B: 2\r\nkeep-alive: 5\r\nServer: app\r\n\
-            trailer: grpc-status\r\nfly-request-id: mine\r\ntransfer-encoding: chunked\r\nvia: 1.1 other\r\n\r\n";
-        let mut space = room();
-        let request = request("GET");
-        let (reply, _) = Reply::read(head, &mut space, &request).unwrap().unwrap();
-        let mut text = String::new();
-        reply.each("now", "ID", |name, value| text += &format!("{name}: {}\n", String::from_utf8_lossy(value)));
-        assert_eq!(
-            text,
-            "X-A: 1\nServer: app\ntrailer: grpc-status\nvia: 1.1 other\nvia: 1.1 dunlin\ndate: now\n\
-             fly-request-id: ID\ndunlin-request-id: ID\n"
-        );
+            trailer: grpc-status\r\nfly-request-id: mine\r\ndunlin-stale: mine\r\nDunlin-Hop-Refused: not-here\r\n\
+            transfer-encoding: chunked\r\nvia: 1.1 other\r\n\r\n";
+        let from_machine = "X-A: 1\nServer: app\ntrailer: grpc-status\nvia: 1.1 other\n";
+        for (from, added) in [
+            (Sender::Client, "dunlin-stale: old\nvia: 1.1 dunlin\ndate: now\nfly-request-id: ID\ndunlin-request-id: ID\n"),
+            (Sender::Edge, ""),
+        ] {
+            let mut space = room();
+            let request = request(from);
+            let (mut reply, _) = Reply::read(head, &mut space, "GET").unwrap().unwrap();
+            reply.notes.stale = Some("old");
+            let mut text = String::new();
+            reply.each("now", &request, |name, value| text += &format!("{name}: {}\n", String::from_utf8_lossy(value)));
+            assert_eq!(text.replace(request.id.as_str(), "ID"), format!("{from_machine}{added}"));
+        }
     }
 }

@@ -4,8 +4,9 @@
 //! is written anew from what was understood, so a machine never sees a byte of framing that the edge did not.
 
 use crate::answer::{Form, fault};
-use crate::fields::{Asked, ConnectionOptions, MAX_FIELDS, has_token, line};
+use crate::fields::{Asked, ConnectionOptions, MAX_FIELDS, MAX_FIELDS_HOP, has_token, line};
 use crate::framing::Framing;
+use crate::hop::{self, Ask, What};
 use crate::log::decimal;
 use crate::random::RequestId;
 use dunlin_routing::{Reject, host_name};
@@ -50,6 +51,14 @@ pub(crate) struct Origin<'a> {
     pub id: RequestId,
     /// For a WebSocket over HTTP/2, whose opening is translated.
     pub websocket_key: &'a dyn Fn() -> String,
+    pub from: Sender,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sender {
+    Client,
+    /// Another edge, which has said already what only edges may say.
+    Edge,
 }
 
 #[derive(Debug)]
@@ -72,6 +81,11 @@ pub(crate) struct Request {
     pub form: Form,
     pub force_instance: Option<Box<str>>,
     pub prefer_instance: Option<Box<str>>,
+    pub force_region: Option<Box<str>>,
+    pub prefer_region: Option<Box<str>>,
+    pub sender: Sender,
+    /// What another edge wants; `None` from it = what it said is not understood.
+    pub hop: Option<Box<Ask>>,
     /// Why it goes nowhere.
     pub fault: Option<Box<Reject>>,
 }
@@ -101,6 +115,10 @@ impl Request {
             form: Form::Text,
             force_instance: None,
             prefer_instance: None,
+            force_region: None,
+            prefer_region: None,
+            sender: Sender::Client,
+            hop: None,
             fault: None,
         }
     }
@@ -110,6 +128,7 @@ impl Request {
         let (authority, target) = split_target(message);
         let method = if message.connect_protocol.is_some() { "GET" } else { message.method };
         let mut request = Self::blank(message.protocol, origin.id, (method, target), head);
+        request.sender = origin.from;
         if let Err(fault) = request.fill(message, authority, origin) {
             // Where it ends is not known for sure: nothing more is read of this connection.
             request.keep_alive = false;
@@ -143,10 +162,11 @@ impl Request {
     }
 
     fn fill(&mut self, message: &Message<'_>, authority: Option<&str>, origin: &Origin<'_>) -> Result<(), Reject> {
-        if message.fields.len() > MAX_FIELDS {
+        let most = if origin.from == Sender::Edge { MAX_FIELDS_HOP } else { MAX_FIELDS };
+        if message.fields.len() > most {
             return Err(fault(431, "PC05", "the request has too many header fields", "send fewer, or fewer cookies"));
         }
-        let mut kinds = [Asked::Plain; MAX_FIELDS];
+        let mut kinds = [Asked::Plain; MAX_FIELDS_HOP];
         let seen = Seen::look(message.fields, &mut kinds)?;
         self.form = Form::wanted(seen.accept);
         self.keep_alive = match message.protocol {
@@ -167,8 +187,14 @@ impl Request {
         self.body = if message.connect_protocol.is_some() { Framing::None } else { seen.framing(message)? };
         let id = |value: Option<&[u8]>| value.and_then(|value| std::str::from_utf8(value).ok()).map(Into::into);
         (self.force_instance, self.prefer_instance) = (id(seen.force_instance), id(seen.prefer_instance));
+        (self.force_region, self.prefer_region) = (id(seen.force_region), id(seen.prefer_region));
         self.takes_trailers = seen.takes_trailers && message.protocol != Protocol::Http10;
         self.expects_continue = seen.expects_continue && message.protocol == Protocol::Http11;
+        if origin.from == Sender::Edge {
+            self.id = seen.id.and_then(RequestId::read).unwrap_or(self.id);
+            self.hop = seen.hop.and_then(Ask::read).map(Box::new);
+            self.expects_continue = matches!(self.hop.as_deref(), Some(Ask { what: What::Forward { holds: true, .. }, .. }));
+        }
         let upgrade = match message.connect_protocol {
             Some(protocol) => Some(protocol.as_bytes()),
             None => seen.upgrade.filter(|_| self.body == Framing::None && message.protocol == Protocol::Http11),
@@ -193,7 +219,12 @@ impl Request {
         line(out, b"host", host.as_bytes());
         let mut cookies = 0;
         for (field, kind) in message.fields.iter().zip(kinds) {
-            let goes_on = matches!(kind, Asked::Plain | Asked::Accept | Asked::ForceInstance | Asked::PreferInstance);
+            let goes_on = match kind {
+                Asked::Plain | Asked::Accept | Asked::ForceInstance | Asked::PreferInstance => true,
+                Asked::ForceRegion | Asked::PreferRegion => true,
+                Asked::OnlyTheEdge => origin.from == Sender::Edge,
+                _ => false,
+            };
             if goes_on && !seen.options.names(field.name) {
                 line(out, field.name.as_bytes(), field.value);
             }
@@ -224,9 +255,11 @@ impl Request {
         } else if self.takes_trailers {
             out.extend_from_slice(b"te: trailers\r\nconnection: te\r\n");
         }
-        out.extend_from_slice(origin.lines);
-        line(out, b"fly-request-id", origin.id.as_str().as_bytes());
-        line(out, b"dunlin-request-id", origin.id.as_str().as_bytes());
+        if origin.from == Sender::Client {
+            out.extend_from_slice(origin.lines);
+            line(out, b"fly-request-id", origin.id.as_str().as_bytes());
+            line(out, b"dunlin-request-id", origin.id.as_str().as_bytes());
+        }
         out.extend_from_slice(b"\r\n");
     }
 }
@@ -282,6 +315,10 @@ struct Seen<'a> {
     takes_trailers: bool,
     force_instance: Option<&'a [u8]>,
     prefer_instance: Option<&'a [u8]>,
+    force_region: Option<&'a [u8]>,
+    prefer_region: Option<&'a [u8]>,
+    hop: Option<&'a [u8]>,
+    id: Option<&'a [u8]>,
 }
 
 impl<'a> Seen<'a> {
@@ -310,7 +347,11 @@ impl<'a> Seen<'a> {
                 Asked::Expect => seen.expects_continue |= value.eq_ignore_ascii_case(b"100-continue"),
                 Asked::ForceInstance => seen.force_instance = Some(value),
                 Asked::PreferInstance => seen.prefer_instance = Some(value),
-                Asked::Plain | Asked::Cookie | Asked::OneHop | Asked::OnlyTheEdge => {}
+                Asked::ForceRegion => seen.force_region = Some(value),
+                Asked::PreferRegion => seen.prefer_region = Some(value),
+                Asked::Hop if field.name.eq_ignore_ascii_case(hop::FIELD) => seen.hop = Some(value),
+                Asked::OnlyTheEdge if field.name.eq_ignore_ascii_case("dunlin-request-id") => seen.id = Some(value),
+                Asked::Plain | Asked::Cookie | Asked::OneHop | Asked::OnlyTheEdge | Asked::Hop => {}
             }
         }
         // HTTP/2 over plain text is spoken with nobody behind the edge.
@@ -380,7 +421,7 @@ mod tests {
 
     fn read(message: &Message<'_>) -> Request {
         let websocket_key = || "the-key".to_owned();
-        let origin = Origin { lines: b"x-forwarded-for: 1.2.3.4\r\n", id: id(), websocket_key: &websocket_key };
+        let origin = Origin { lines: b"x-forwarded-for: 1.2.3.4\r\n", id: id(), websocket_key: &websocket_key, from: Sender::Client };
         Request::read(message, &origin, Vec::new())
     }
 

@@ -2,14 +2,20 @@
 
 use arc_swap::ArcSwap;
 use dunlin_cluster::View;
-use dunlin_model::Region;
-use dunlin_routing::{Loads, Table};
+use dunlin_model::{HostId, Region};
+use dunlin_routing::{Loads, Table, Vantage};
 use dunlin_view::Snapshot;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::sync::watch;
+
+/// There and back to a host, as measured.
+pub type Rtt = Box<dyn Fn(&HostId) -> Option<Duration> + Send + Sync>;
 
 pub struct Routes {
     pub(crate) region: Region,
+    /// Of an edge among others: its own host, and how far the others are.
+    fleet: Option<(HostId, Rtt)>,
     table: ArcSwap<Table>,
     loads: Loads,
     changed: watch::Sender<u64>,
@@ -20,8 +26,18 @@ pub struct Routes {
 impl Routes {
     /// Routes nothing until the first [`Routes::update`].
     pub fn new(region: Region) -> Arc<Self> {
+        Self::with(region, None)
+    }
+
+    /// The same for an edge of a fleet.
+    pub fn in_fleet(region: Region, host: HostId, rtt: Rtt) -> Arc<Self> {
+        Self::with(region, Some((host, rtt)))
+    }
+
+    fn with(region: Region, fleet: Option<(HostId, Rtt)>) -> Arc<Self> {
         Arc::new(Self {
             region,
+            fleet,
             table: ArcSwap::from_pointee(Table::default()),
             loads: Loads::default(),
             changed: watch::Sender::new(0),
@@ -32,11 +48,22 @@ impl Routes {
     /// Builds the table of a snapshot and swaps it in; requests that wait look again.
     pub fn update(&self, snapshot: &Snapshot) {
         let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
-        let table = Table::build(snapshot, &self.loads, Some(&self.table.load()));
+        let table = Table::build(snapshot, &self.loads, Some(&self.table.load()), &self.vantage(snapshot));
         let serial = table.serial;
         self.table.store(Arc::new(table));
         self.loads.prune();
         self.changed.send_replace(serial);
+    }
+
+    fn vantage(&self, snapshot: &Snapshot) -> Vantage {
+        let mut vantage = Vantage::of(self.region.clone());
+        if let Some((host, rtt)) = &self.fleet {
+            let in_ms = |rtt: Duration| u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX);
+            let measured = |host: &HostId| Some((host.clone(), in_ms(rtt(host)?)));
+            vantage.rtt_ms = snapshot.hosts.keys().filter(|other| *other != host).filter_map(measured).collect();
+            vantage.host = Some(host.clone());
+        }
+        vantage
     }
 
     pub fn table(&self) -> Arc<Table> {

@@ -5,12 +5,16 @@ use crate::answer::{self, fault};
 use crate::choose::{Choice, Search, choose};
 use crate::downstream::Downstream;
 use crate::exchange::{ClientFault, Exchange, Fault};
+use crate::last_hop;
 use crate::listen::Worker;
 use crate::metrics::count;
+use crate::reply::Notes;
+use crate::request::Sender;
 use crate::time::now_ms;
 use crate::upstream::{Conn, Upstream, is_own_fault};
 use dunlin_model::AppName;
 use dunlin_routing::{Candidate, Reject};
+use dunlin_view::Freshness;
 use std::future::poll_fn;
 use std::io;
 use std::path::Path;
@@ -31,6 +35,9 @@ const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(crate) async fn serve(mut record: Box<Record>, down: &mut Downstream<'_>) {
     let worker = &record.worker.clone();
+    if record.request.sender == Sender::Edge {
+        return Box::pin(last_hop::serve(worker, &mut record, down)).await;
+    }
     let served = match handle(worker, &mut record, down).await {
         Ok(()) => Ok(()),
         Err(End::Refused(reject)) => {
@@ -54,7 +61,7 @@ pub(crate) async fn serve(mut record: Box<Record>, down: &mut Downstream<'_>) {
 }
 
 /// How a request ends that was not answered by a machine.
-enum End {
+pub(crate) enum End {
     Refused(Reject),
     ToHttps,
     /// Nobody is there to be told anything.
@@ -77,21 +84,21 @@ async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<
     let timeout = worker.edge.limits.response_timeout;
     let mut search = Search::default();
     let mut may_repeat = record.request.may_repeat();
-    for attempt in 1..=MAX_ATTEMPTS {
-        record.attempts = attempt;
-        if attempt > 1 {
+    while record.attempts < MAX_ATTEMPTS {
+        record.attempts += 1;
+        if record.attempts > 1 {
             count(&worker.counters.retries);
         }
         let (to, own) = match unless_gone(down, pin!(choose(worker, record, &mut search))).await?? {
             Choice::Place(to, own) => (to, own),
             Choice::ToHttps => return Err(End::ToHttps),
         };
-        let (fault, was_reused) = match forward(worker, record, down, (&to, own), timeout).await {
+        let fault = match forward(worker, record, down, (&to, own), timeout).await {
             Ok(()) => return Ok(()),
             Err(Unanswered::Broken(error)) => return Err(End::Broken(error)),
-            Err(Unanswered::Fault { fault, was_reused }) => (fault, was_reused),
+            Err(Unanswered::Fault(fault)) => fault,
         };
-        record.held = None;
+        let held = record.held.take();
         let Some(target) = record.target.clone() else { return Err(lost().into()) };
         let load = &target.load;
         match fault {
@@ -100,16 +107,26 @@ async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<
                 load.record_failure(now_ms());
                 return Err(too_slow(&target.app, timeout).into());
             }
+            Fault::Refused(refusal) => {
+                record.attempts -= 1; // nothing was sent, and the search has a bound of its own
+                search.refused_elsewhere(record, &target, held, &refusal)?;
+            }
             Fault::Unsent(error) if is_own_fault(&error) => return Err(out_of_sockets(worker, &error).into()),
-            Fault::Unsent(error) => {
+            Fault::Unsent(error) if worker.edge.is_elsewhere(&target) => {
+                target.host_load.record_failure(now_ms());
+                let (id, host) = (record.request.id.as_str(), &target.host);
+                tracing::debug!(request_id = id, %host, %error, "host not reached");
+                search.failed(&target.machine, host_not_reached(&target, &error));
+            }
+            Fault::Unsent(error) | Fault::Unreached(error) => {
                 load.record_failure(now_ms());
                 let (id, machine) = (record.request.id.as_str(), &target.machine);
                 tracing::debug!(request_id = id, %machine, %error, "not reached");
                 search.failed(machine, not_reached(&target, &error));
             }
-            Fault::Broken(error) => {
+            Fault::Broken { error, was_kept } => {
                 let broken = broke_off(&target, &error);
-                if !was_reused {
+                if !was_kept {
                     load.record_failure(now_ms());
                     search.failed(&target.machine, broken.clone());
                 }
@@ -124,15 +141,15 @@ async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<
 }
 
 /// Why a request was not answered, or not to the end.
-enum Unanswered {
+pub(crate) enum Unanswered {
     /// The client has seen nothing of an answer yet.
-    Fault { fault: Fault, was_reused: bool },
+    Fault(Fault),
     /// The answer had begun.
     Broken(io::Error),
 }
 
 /// Sends the request, and passes the answer on to its end.
-async fn forward(
+pub(crate) async fn forward(
     worker: &Rc<Worker>,
     record: &mut Record,
     down: &mut Downstream<'_>,
@@ -148,26 +165,43 @@ async fn forward(
             Some(conn) => conn,
             None => match unless_gone(down, Box::pin(worker.pool.connect(to)).as_mut()).await {
                 Ok(Ok(conn)) => conn,
-                Ok(Err(error)) => return Err(Unanswered::Fault { fault: Fault::Unsent(error), was_reused: false }),
-                Err(_) => {
-                    let fault = Fault::Client(ClientFault::Gone);
-                    return Err(Unanswered::Fault { fault, was_reused: false });
-                }
+                Ok(Err(error)) => return Err(Unanswered::Fault(Fault::Unsent(error))),
+                Err(_) => return Err(Unanswered::Fault(Fault::Client(ClientFault::Gone))),
             },
         };
         let was_reused = conn.is_reused;
         let mut exchange = Exchange::new(worker, &record.request, &record.traffic, down, &mut conn);
-        let preferred = record.request.prefer_instance.as_deref().filter(|_| record.preferred_unavailable);
-        let status = match exchange.head(timeout, preferred).await {
-            Ok(status) => status,
-            // The machine had just closed it: the next one, or a new one.
-            Err(Fault::Unsent(_)) if was_reused => continue,
-            Err(fault) => return Err(Unanswered::Fault { fault, was_reused }),
+        exchange.admission = record.admission.take();
+        let notes = Notes {
+            preferred_unavailable: record.request.prefer_instance.as_deref().filter(|_| record.preferred_unavailable),
+            stale: record.target.as_ref().filter(|target| target.freshness == Freshness::Old).map(|_| "old"),
         };
+        let status = match exchange.head(timeout, notes).await {
+            Ok(status) => status,
+            Err(fault) => {
+                record.admission = exchange.admission.take();
+                let may_keep = exchange.may_keep();
+                drop(exchange);
+                if matches!(fault, Fault::Unsent(_)) && was_reused {
+                    continue; // the other side had just closed it: the next one, or a new one
+                }
+                if matches!(fault, Fault::Refused(_) | Fault::Unreached(_)) && may_keep {
+                    worker.pool.keep(conn);
+                }
+                return Err(Unanswered::Fault(fault));
+            }
+        };
+        if matches!(to, Upstream::Hop { .. }) {
+            count(&worker.counters.hop_sent);
+        }
         record.status = status;
         worker.counters.head_seconds.observe(record.started.elapsed());
         if let Some(target) = &record.target {
             target.load.record_success();
+            target.host_load.record_success();
+            if target.freshness == Freshness::Old {
+                count(&worker.counters.stale);
+            }
         }
         let passed = if status == 101 {
             let _tunnel = Tunnel::begin(worker);
@@ -175,8 +209,9 @@ async fn forward(
         } else {
             exchange.body().await
         };
-        let is_whole = exchange.is_whole();
-        if passed.is_ok() && exchange.may_keep() {
+        let (is_whole, may_keep) = (exchange.is_whole(), exchange.may_keep());
+        drop(exchange);
+        if passed.is_ok() && may_keep {
             match record.held.take_if(|_| to.counts_connections()) {
                 Some(held) => worker.pool.keep_own(record.client.id, conn, held),
                 None => worker.pool.keep(conn),
@@ -223,17 +258,19 @@ async fn internal(
     match forward(worker, record, down, (&Upstream::Internal(socket), None), INTERNAL_RESPONSE_TIMEOUT).await {
         Ok(()) => Ok(()),
         Err(Unanswered::Broken(error)) => Err(End::Broken(error)),
-        Err(Unanswered::Fault { fault, .. }) => Err(match fault {
+        Err(Unanswered::Fault(fault)) => Err(match fault {
             Fault::Client(fault) => blamed(fault),
-            Fault::Unsent(error) => refusal(503, "PI01", format!("the control plane does not answer: {error}")),
-            Fault::Broken(error) => refusal(502, "PI02", format!("the control plane broke off: {error}")),
-            Fault::TooSlow => refusal(504, "PI03", "the control plane did not answer in time".into()),
+            Fault::Unsent(error) | Fault::Unreached(error) => {
+                refusal(503, "PI01", format!("the control plane does not answer: {error}"))
+            }
+            Fault::Broken { error, .. } => refusal(502, "PI02", format!("the control plane broke off: {error}")),
+            Fault::TooSlow | Fault::Refused(_) => refusal(504, "PI03", "the control plane did not answer in time".into()),
         }),
     }
 }
 
 /// Waits for something, unless the client leaves meanwhile.
-async fn unless_gone<T>(down: &mut Downstream<'_>, mut future: Pin<&mut impl Future<Output = T>>) -> Result<T, End> {
+pub(crate) async fn unless_gone<T>(down: &mut Downstream<'_>, mut future: Pin<&mut impl Future<Output = T>>) -> Result<T, End> {
     poll_fn(|cx| {
         if let Poll::Ready(done) = future.as_mut().poll(cx) {
             return Poll::Ready(Ok(done));
@@ -252,6 +289,16 @@ fn blamed(fault: ClientFault) -> End {
         ClientFault::Malformed(reason) => (400, reason),
     };
     End::Refused(self::fault(status, "PC02", reason, "send the whole body, without long pauses"))
+}
+
+fn host_not_reached(target: &Candidate, error: &io::Error) -> Reject {
+    let Candidate { app, machine, host, .. } = target;
+    fault(
+        502,
+        "PU05",
+        format!("host {host}, which has machine {machine} of app {app}, is not reached: {error}"),
+        "try again; `dunlin hosts list` shows which hosts are up",
+    )
 }
 
 fn not_reached(target: &Candidate, error: &io::Error) -> Reject {

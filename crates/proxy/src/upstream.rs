@@ -11,10 +11,12 @@
 
 use crate::buffer::{Buffers, Inbox};
 use crate::choose::Held;
+use crate::hop::Fleet;
 use crate::io::{UpstreamIo, is_quiet};
 use crate::limits::Limits;
+use crate::listen::watch_host;
 use crate::metrics::{Counters, count};
-use dunlin_model::{AppName, ConcurrencyKind};
+use dunlin_model::{AppName, ConcurrencyKind, HostId, MachineVersion};
 use dunlin_routing::Candidate;
 use rustix::io::Errno;
 use rustix::net::sockopt;
@@ -29,10 +31,13 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Instant;
+use tokio_rustls::TlsConnector;
 use tokio_util::either::Either;
 
 /// Servers close idle connections, some after five seconds: before that, we do.
 const KEEP_IDLE: Duration = Duration::from_secs(4);
+/// Last hops keep connections for longer than this: here the edge is the one that knows when to close.
+const KEEP_IDLE_HOP: Duration = Duration::from_secs(60);
 /// Idle connections kept to one machine, on one core. As many as a burst over HTTP/2 uses: with fewer every
 /// second request of such load made a connection. There are no more than requests within `KEEP_IDLE` anyway.
 const MAX_IDLE: usize = 512;
@@ -44,12 +49,18 @@ const MAX_PARTING: usize = 1024;
 #[derive(Clone)]
 pub(crate) enum Upstream {
     Machine { target: Arc<Candidate>, address: SocketAddr },
+    /// A machine on another host, by way of that host.
+    Hop { target: Arc<Candidate> },
+    /// A machine that another edge asked for. `once` = the connection is for one request.
+    Admitted { version: MachineVersion, address: SocketAddr, once: bool },
     Internal(Arc<Path>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Address {
     Socket(SocketAddr),
+    /// Verified to be it, whatever its address.
+    Host(HostId),
     Path(Arc<Path>),
 }
 
@@ -58,23 +69,38 @@ impl Upstream {
     pub fn counts_connections(&self) -> bool {
         match self {
             Self::Machine { target, .. } => target.service.concurrency.kind == ConcurrencyKind::Connections,
-            Self::Internal(_) => false,
+            Self::Hop { .. } | Self::Admitted { .. } | Self::Internal(_) => false,
         }
+    }
+
+    /// A connection may carry several requests.
+    fn is_kept(&self) -> bool {
+        !matches!(self, Self::Admitted { once: true, .. })
+    }
+
+    fn keep_idle(&self) -> Duration {
+        if matches!(self, Self::Hop { .. }) { KEEP_IDLE_HOP } else { KEEP_IDLE }
     }
 
     fn address(&self) -> Address {
         match self {
-            Self::Machine { address, .. } => Address::Socket(*address),
+            Self::Machine { address, .. } | Self::Admitted { address, .. } => Address::Socket(*address),
+            Self::Hop { target } => Address::Host(target.host.clone()),
             Self::Internal(path) => Address::Path(path.clone()),
         }
     }
 
     /// The successor of a machine's version may listen at the same address.
     fn is_same_version(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Machine { target: one, .. }, Self::Machine { target: other, .. }) => one.version == other.version,
-            (Self::Internal(_), Self::Internal(_)) => true,
-            _ => false,
+        self.version() == other.version()
+    }
+
+    /// Hosts and parts of this server have none.
+    fn version(&self) -> Option<&MachineVersion> {
+        match self {
+            Self::Machine { target, .. } => Some(&target.version),
+            Self::Admitted { version, .. } => Some(version),
+            Self::Hop { .. } | Self::Internal(_) => None,
         }
     }
 }
@@ -100,7 +126,12 @@ impl Conn {
     /// A machine that writes its answer in pieces may hold the next one back until the first is acknowledged (Nagle's
     /// algorithm), and on a connection that was used before the kernel here would take 40 ms for that.
     pub fn acknowledge(&self) {
-        if let Either::Left(stream) = &self.io {
+        let stream = match &self.io {
+            Either::Left(stream) => Some(stream),
+            Either::Right(Either::Right(tls)) => Some(tls.get_ref().0),
+            Either::Right(Either::Left(_)) => None,
+        };
+        if let Some(stream) = stream {
             let _ = sockopt::set_tcp_quickack(stream, true); // the answer comes without it too
         }
     }
@@ -129,12 +160,13 @@ pub(crate) struct Pool {
     connect_timeout: Duration,
     keep_counted: Duration,
     counters: Arc<Counters>,
+    fleet: Option<Arc<Fleet>>,
 }
 
 impl Pool {
-    pub fn new(limits: &Limits, buffers: Rc<Buffers>, counters: Arc<Counters>) -> Self {
+    pub fn new(limits: &Limits, buffers: Rc<Buffers>, counters: Arc<Counters>, fleet: Option<Arc<Fleet>>) -> Self {
         let Limits { connect_timeout, keep_counted, .. } = *limits;
-        Self { idle: RefCell::default(), own: RefCell::default(), left: RefCell::default(), parting: Rc::default(), buffers, connect_timeout, keep_counted, counters }
+        Self { idle: RefCell::default(), own: RefCell::default(), left: RefCell::default(), parting: Rc::default(), buffers, connect_timeout, keep_counted, counters, fleet }
     }
 
     /// The most recently used kept connection that is still good.
@@ -143,13 +175,14 @@ impl Pool {
         let kept = idle.get_mut(&to.address())?;
         let now = Instant::now();
         while let Some(Idle { mut conn, since }) = kept.pop() {
-            if now.duration_since(since) > KEEP_IDLE {
+            if now.duration_since(since) > to.keep_idle() {
                 kept.clear();
                 return None;
             }
-            if conn.to.is_same_version(to) && is_quiet(&conn.io) {
+            if conn.to.is_same_version(to) && is_quiet(&mut conn.io) {
                 count(&self.counters.upstream_reused);
                 conn.is_reused = true;
+                conn.to = to.clone(); // on a connection to a host, each request is for a machine of its own
                 return Some(conn);
             }
         }
@@ -160,12 +193,21 @@ impl Pool {
         count(&self.counters.upstream_connects);
         let connecting = async {
             match to {
-                Upstream::Machine { address, .. } => {
+                Upstream::Machine { address, .. } | Upstream::Admitted { address, .. } => {
                     let stream = TcpStream::connect(address).await?;
                     stream.set_nodelay(true)?;
                     Ok(Either::Left(stream))
                 }
-                Upstream::Internal(path) => UnixStream::connect(path).await.map(Either::Right),
+                Upstream::Hop { target } => {
+                    let fleet = self.fleet.as_ref().ok_or_else(|| io::Error::other("this edge knows no other host"))?;
+                    let address = (fleet.address)(&target.host).ok_or_else(|| io::Error::other("its address is not known"))?;
+                    let stream = TcpStream::connect(address).await?;
+                    stream.set_nodelay(true)?;
+                    watch_host(&stream)?;
+                    let tls = TlsConnector::from((fleet.tls_client)()).connect((fleet.server_name)(&target.host), stream);
+                    Ok(Either::Right(Either::Right(Box::new(Box::pin(tls).await?))))
+                }
+                Upstream::Internal(path) => UnixStream::connect(path).await.map(|stream| Either::Right(Either::Left(stream))),
             }
         };
         let io = tokio::time::timeout(self.connect_timeout, connecting)
@@ -176,6 +218,9 @@ impl Pool {
 
     /// Keeps a connection whose last answer was read to its end.
     pub fn keep(&self, conn: Conn) {
+        if !conn.to.is_kept() {
+            return;
+        }
         if !conn.inbox.is_empty() {
             return; // it says more than it was asked: not to be trusted with another request
         }
@@ -192,7 +237,7 @@ impl Pool {
         let kept = own.get_mut(&client)?;
         while let Some(Own { mut conn, held, .. }) = kept.pop() {
             let still_suits = matches!(&conn.to, Upstream::Machine { target, .. } if suits(target));
-            if still_suits && is_quiet(&conn.io) {
+            if still_suits && is_quiet(&mut conn.io) {
                 count(&self.counters.upstream_reused);
                 conn.is_reused = true;
                 return Some((conn, held));
@@ -221,7 +266,7 @@ impl Pool {
         let mut left = self.left.borrow_mut();
         let kept = left.get_mut(&to.address())?;
         while let Some(Own { mut conn, .. }) = kept.pop() {
-            if conn.to.is_same_version(to) && is_quiet(&conn.io) {
+            if conn.to.is_same_version(to) && is_quiet(&mut conn.io) {
                 count(&self.counters.upstream_reused);
                 conn.is_reused = true;
                 return Some(conn);
@@ -265,7 +310,7 @@ impl Pool {
         self.own.borrow_mut().retain(|_, kept| retain_own(kept));
         self.left.borrow_mut().retain(|_, kept| retain_own(kept));
         self.idle.borrow_mut().retain(|_, kept| {
-            kept.retain(|idle| now.duration_since(idle.since) <= KEEP_IDLE);
+            kept.retain(|idle| now.duration_since(idle.since) <= idle.conn.to.keep_idle());
             !kept.is_empty()
         });
     }

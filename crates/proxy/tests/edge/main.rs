@@ -1,5 +1,6 @@
 //! The edge over loopback: real sockets, real upstream servers, a last hop that lives in the test.
 
+mod fleet;
 mod forward;
 mod http1;
 mod http2;

@@ -6,8 +6,8 @@ use dunlin_api::{Admission, AdmitRefusal, AdmitRequest, LastHop};
 use dunlin_model::{
     Concurrency, ConcurrencyKind, Generation, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Service,
 };
-use dunlin_proxy::{AccessLog, CertSource, CertStore, InternalHost, Limits, LogFormat, Proxy, ProxyConfig, Routes};
-use dunlin_view::{AppFact, ConfigState, MachineAssignment, MachineFact, Snapshot};
+use dunlin_proxy::{AccessLog, CertSource, CertStore, Fleet, InternalHost, Limits, LogFormat, Proxy, ProxyConfig, Routes};
+use dunlin_view::{AppFact, ConfigState, Freshness, MachineAssignment, MachineFact, Snapshot};
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -30,11 +30,13 @@ pub struct Machine {
     pub soft: u32,
     pub hard: Option<u32>,
     pub address: SocketAddr,
+    pub host: &'static str,
+    pub region: &'static str,
 }
 
 pub fn machine(address: SocketAddr) -> Machine {
     let (state, kind) = (MachineState::Started, ConcurrencyKind::Requests);
-    Machine { state, force_https: false, kind, soft: 20, hard: None, address }
+    Machine { state, force_https: false, kind, soft: 20, hard: None, address, host: "h1", region: "local" }
 }
 
 pub fn id(n: usize) -> MachineId {
@@ -51,6 +53,8 @@ pub struct Host {
     pub hard_limit: AtomicUsize,
     pub full: AtomicUsize,
     pub wakes: AtomicU32,
+    /// Of those, machines that slept until then.
+    pub starts: AtomicU32,
     /// A wake waits for this many milliseconds.
     pub wake_ms: AtomicU32,
 }
@@ -87,7 +91,7 @@ impl LastHop for Host {
             Some(AdmitRefusal::Asleep) => {}
             _ => return Ok(()),
         }
-        self.refusals.lock().unwrap().remove(machine);
+        self.starts.fetch_add(u32::from(self.refusals.lock().unwrap().remove(machine).is_some()), SeqCst);
         Ok(())
     }
 }
@@ -118,6 +122,7 @@ impl Log {
 }
 
 pub struct Edge {
+    pub name: &'static str,
     pub proxy: Proxy,
     pub routes: Arc<Routes>,
     pub host: Arc<Host>,
@@ -133,10 +138,21 @@ impl Edge {
     }
 
     pub fn with(machines: &[Machine], limits: Limits, internal_hosts: Vec<InternalHost>) -> Self {
+        let edge = Self::start_with("h1", Routes::new("local".parse().unwrap()), limits, internal_hosts, None);
+        edge.set(machines);
+        edge
+    }
+
+    pub fn start_with(
+        name: &'static str,
+        routes: Arc<Routes>,
+        limits: Limits,
+        internal_hosts: Vec<InternalHost>,
+        fleet: Option<Fleet>,
+    ) -> Self {
         let bind = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let (http, https) = (bind(), bind());
         let (http_addr, https_addr) = (http.local_addr().unwrap(), https.local_addr().unwrap());
-        let routes = Routes::new("local".parse().unwrap());
         let host = Arc::new(Host::default());
         let certs = Arc::new(ArcSwap::from_pointee(CertStore::empty()));
         let log = Log::default();
@@ -149,18 +165,25 @@ impl Edge {
             limits,
             internal_hosts,
             access_log: Some(AccessLog { format: LogFormat::Json, sink: Box::new(log.clone()) }),
+            fleet,
         };
         let proxy = Proxy::start(config, routes.clone(), host.clone(), certs.clone()).unwrap();
-        let edge = Self { proxy, routes, host, certs, log, http: http_addr, https: https_addr };
-        edge.set(machines);
-        edge
+        Self { name, proxy, routes, host, certs, log, http: http_addr, https: https_addr }
     }
 
     /// The host and the view know these machines from now on.
     pub fn set(&self, machines: &[Machine]) {
-        let addresses = machines.iter().enumerate().map(|(n, m)| (id(n), m.address)).collect();
+        self.set_heard(machines, &[]);
+    }
+
+    /// The same, with what is heard of other hosts.
+    pub fn set_heard(&self, machines: &[Machine], heard: &[(&str, Freshness)]) {
+        let own = machines.iter().enumerate().filter(|(_, m)| m.host == self.name);
+        let addresses = own.map(|(n, m)| (id(n), m.address)).collect();
         *self.host.addresses.lock().unwrap() = addresses;
-        self.routes.update(&snapshot(machines));
+        let mut snapshot = snapshot(machines);
+        snapshot.heard = Arc::new(heard.iter().map(|(host, freshness)| (host.parse().unwrap(), *freshness)).collect());
+        self.routes.update(&snapshot);
     }
 
     /// Waits until the host counts this many requests.
@@ -203,8 +226,8 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
         let assignment = MachineAssignment {
             id: id.clone(),
             name: format!("m{n}"),
-            host: "h1".parse().unwrap(),
-            region: "local".parse().unwrap(),
+            host: m.host.parse().unwrap(),
+            region: m.region.parse().unwrap(),
             address: Ipv4Addr::LOCALHOST,
             placement: Generation::default(),
             created_at_ms: 0,
@@ -213,7 +236,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
         config.machines.insert(id.clone(), assignment);
         let fact = MachineFact {
             id,
-            host: "h1".parse().unwrap(),
+            host: m.host.parse().unwrap(),
             app: "web".parse().unwrap(),
             sequence: 1,
             placement: Generation::default(),
