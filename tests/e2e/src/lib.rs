@@ -9,7 +9,10 @@ mod app;
 mod census;
 mod docker;
 mod endure;
+mod fleet;
+mod netns;
 mod probe;
+mod pulse;
 mod random;
 mod user;
 mod websocket;
@@ -19,6 +22,9 @@ pub use app::{APP_PY, DOCKERFILE, PYTHON};
 pub use census::{Census, Place, interface};
 pub use docker::Docker;
 pub use endure::{Endurance, Endured, endure, image_of, sleepers};
+pub use fleet::Fleet;
+pub use netns::Namespace;
+pub use pulse::{Heard, Pulse};
 pub use probe::{Probe, Seen};
 pub use random::Random;
 pub use user::User;
@@ -99,6 +105,8 @@ pub struct Server {
     keeper: Option<Child>,
     pub http: u16,
     pub https: u16,
+    /// Where it listens for requests.
+    bind: &'static str,
     number: usize,
     /// Further flags of `dunlin server`.
     pub flags: Vec<String>,
@@ -109,6 +117,8 @@ pub struct Server {
     binary: Option<PathBuf>,
     /// Whose it is, and whoever speaks to it, if not root.
     pub user: Option<Arc<User>>,
+    /// Where it is a host of a network of its own.
+    netns: Option<Arc<Namespace>>,
 }
 
 impl Server {
@@ -131,6 +141,10 @@ impl Server {
         fs::create_dir_all(&data).unwrap();
         let copied = Command::new("cp").args(copy).arg(template().join("registry")).arg(&data).status().unwrap();
         assert!(copied.success());
+        Self::without_images(dir, data)
+    }
+
+    fn without_images(dir: TempDir, data: PathBuf) -> Self {
         let (http, https) = (free_port(), free_port());
         Self {
             dir,
@@ -138,12 +152,14 @@ impl Server {
             keeper: None,
             http,
             https,
+            bind: "127.0.0.1",
             number: next_number(),
             flags: vec![],
             machine_prefix: None,
             expected: Mutex::default(),
             binary: None,
             user: None,
+            netns: None,
         }
     }
 
@@ -161,13 +177,23 @@ impl Server {
         server
     }
 
-    /// As its user.
+    /// As its user, and where it is. A namespace is entered without a mount namespace, as `ip netns exec` makes one: that
+    /// would hide the control groups.
     fn program(&self) -> Command {
-        let mut command = Command::new(self.binary.clone().unwrap_or_else(binary));
+        let program = self.binary.clone().unwrap_or_else(binary);
+        let mut command = match &self.netns {
+            Some(netns) => netns.command(&program),
+            None => Command::new(program),
+        };
         if let Some(user) = &self.user {
             command.uid(user.uid).gid(user.gid);
         }
         command
+    }
+
+    /// What people type is what cargo built, whatever the server is started from.
+    fn cli_program(&self) -> Command {
+        if self.user.is_some() || self.netns.is_some() { self.program() } else { Command::new(binary()) }
     }
 
     /// The server runs from a binary of its own, which a test may exchange.
@@ -206,21 +232,27 @@ impl Server {
         command
             .args(["server", "--base-images", "bootstrapped", "--data-dir"])
             .arg(self.data())
-            .args(["--http", &format!("127.0.0.1:{}", self.http)])
-            .args(["--https", &format!("127.0.0.1:{}", self.https)])
-            .args(["--cluster", "off"])
-            .args(["--machine-prefix", &self.machine_prefix.clone().unwrap_or_else(|| format!("{}0/24", self.address_prefix()))])
+            .args(["--http", &format!("{}:{}", self.bind, self.http)])
+            .args(["--https", &format!("{}:{}", self.bind, self.https)])
             .args(&self.flags)
             .stdin(Stdio::null());
+        if self.netns.is_none() {
+            command.args(["--cluster", "off"]);
+            command.args(["--machine-prefix", &self.machine_prefix.clone().unwrap_or_else(|| format!("{}0/24", self.address_prefix()))]);
+        }
         command
     }
 
     /// Starts the keeper and waits for the API.
     pub fn boot(&mut self) {
+        self.spawn();
+        self.wait_ready();
+    }
+
+    fn spawn(&mut self) {
         let log = File::options().create(true).append(true).open(self.dir.path().join("server.log")).unwrap();
         let keeper = self.command().stdout(log.try_clone().unwrap()).stderr(log).process_group(0).spawn().unwrap();
         self.keeper = Some(keeper);
-        self.wait_ready();
     }
 
     pub fn wait_ready(&self) {
@@ -238,7 +270,7 @@ impl Server {
 
     /// The CLI, to be started with whatever else a test wants of it.
     pub fn cli(&self, dir: &Path, args: &[&str]) -> Command {
-        let mut command = if self.user.is_some() { self.program() } else { Command::new(binary()) };
+        let mut command = self.cli_program();
         command.arg("--data-dir").arg(self.data()).args(args).current_dir(dir).stdin(Stdio::null());
         command
     }
@@ -299,14 +331,19 @@ impl Server {
     /// (status, body) of a GET through the edge.
     pub fn get(&self, app: &str, path: &str) -> (u16, String) {
         let url = format!("http://{app}.localhost:{}{path}", self.http);
-        curl(&["--resolve", &format!("{app}.localhost:{}:127.0.0.1", self.http), &url])
+        self.curl(&["--resolve", &format!("{app}.localhost:{}:127.0.0.1", self.http), &url])
     }
 
     pub fn get_tls(&self, app: &str, path: &str) -> (u16, String) {
         let url = format!("https://{app}.localhost:{}{path}", self.https);
         let ca = self.data().join("ca/ca.pem");
         let resolve = format!("{app}.localhost:{}:127.0.0.1", self.https);
-        curl(&["--cacert", ca.to_str().unwrap(), "--resolve", &resolve, &url])
+        self.curl(&["--cacert", ca.to_str().unwrap(), "--resolve", &resolve, &url])
+    }
+
+    fn curl(&self, args: &[&str]) -> (u16, String) {
+        let command = self.netns.as_ref().map_or_else(|| Command::new("curl"), |netns| netns.command("curl"));
+        curl(command, args)
     }
 
     /// The keeper's process id.
@@ -332,9 +369,16 @@ impl Server {
         }
     }
 
+    /// Everything of it was killed from outside.
+    fn forget_keeper(&mut self) {
+        if let Some(mut keeper) = self.keeper.take() {
+            keeper.wait().unwrap();
+        }
+    }
+
     /// Removes what a stopped server left in the kernel.
     pub fn cleanup(&self) -> Output {
-        let mut command = if self.user.is_some() { self.program() } else { Command::new(binary()) };
+        let mut command = self.cli_program();
         command.args(["cleanup", "--data-dir"]).arg(self.data()).output().unwrap()
     }
 
@@ -444,9 +488,8 @@ pub fn kill(pid: u32, signal: &str) {
     let _ = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status(); // it may be gone
 }
 
-fn curl(args: &[&str]) -> (u16, String) {
-    let output =
-        Command::new("curl").args(["-sS", "--max-time", "30", "-w", "\n%{http_code}"]).args(args).output().unwrap();
+fn curl(mut command: Command, args: &[&str]) -> (u16, String) {
+    let output = command.args(["-sS", "--max-time", "30", "-w", "\n%{http_code}"]).args(args).output().unwrap();
     let answer = String::from_utf8_lossy(&output.stdout).into_owned();
     let (body, status) = answer.rsplit_once('\n').unwrap_or(("", "0"));
     (status.parse().unwrap_or(0), format!("{body}{}", String::from_utf8_lossy(&output.stderr)))

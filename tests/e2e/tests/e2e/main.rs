@@ -9,6 +9,7 @@ mod disk;
 mod endure;
 mod errors;
 mod exec;
+mod fleet;
 mod hostile;
 mod kills;
 mod machines;

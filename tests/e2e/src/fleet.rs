@@ -1,0 +1,227 @@
+//! A cluster on one computer: each host a network namespace, linked to an "internet" that is a bridge in another one.
+//!
+//! ```text
+//! w1 (10.77.0.1, control) --+
+//! w2 (10.77.0.2) -----------+-- bridge: 10.77.0.254, where clients are
+//! w3 (10.77.0.3) -----------+
+//! ```
+//! Faults are methods; what they did is undone by [`Fleet::heal`]. All of it is gone at the drop, also after a panic.
+
+use crate::netns::link;
+use crate::{Api, Namespace, Pulse, Server, until};
+use serde_json::Value;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// Where members meet.
+pub const CLUSTER_PORT: u16 = 7373;
+const REGIONS: [&str; 5] = ["ams", "fra", "iad", "nrt", "syd"];
+/// Of this many hosts at most: their addresses are one block's.
+const MAX_HOSTS: usize = 100;
+const INTERNET: &str = "10.77.0.254";
+/// The table of nftables with the faults of a host.
+const FAULTS: &str = "e2e_faults";
+/// What hosts may say at WARN while others are away.
+const AWAY: &[&str] = &[];
+
+/// The first of its hosts has control.
+pub struct Fleet {
+    hosts: Vec<Host>,
+    // After the hosts: they are taken down in it.
+    internet: Namespace,
+}
+
+struct Host {
+    id: String,
+    number: usize,
+    server: Server,
+}
+
+impl Host {
+    fn address(&self) -> String {
+        format!("10.77.0.{}", self.number)
+    }
+
+    fn region(&self) -> &'static str {
+        REGIONS[(self.number - 1) % REGIONS.len()]
+    }
+
+    /// Its end of the line, in the internet.
+    fn port(&self) -> String {
+        format!("to-{}", self.number)
+    }
+
+    /// A namespace with its address, on the line.
+    fn plug_in(&mut self, internet: &Namespace) {
+        let namespace = Namespace::make(&self.id);
+        link(&namespace, "eth0", internet, &self.port());
+        internet.ip(&["link", "set", &self.port(), "master", "br0"]);
+        namespace.ip(&["address", "add", &format!("{}/24", self.address()), "dev", "eth0"]);
+        namespace.ip(&["route", "add", "default", "via", INTERNET]);
+        self.server.netns = Some(Arc::new(namespace));
+    }
+
+    fn namespace(&self) -> &Namespace {
+        self.server.netns.as_ref().expect("it is plugged in")
+    }
+}
+
+impl Fleet {
+    /// These hosts, each in a region of its own, all of them up.
+    pub fn start(ids: &[&str]) -> Self {
+        let mut fleet = Self::of_control(ids[0]);
+        for id in &ids[1..] {
+            fleet.join(id);
+        }
+        fleet
+    }
+
+    /// The host that has control, and no other yet.
+    pub fn of_control(id: &str) -> Self {
+        let internet = Namespace::make("internet");
+        internet.ip(&["link", "add", "br0", "type", "bridge"]);
+        internet.ip(&["address", "add", &format!("{INTERNET}/24"), "dev", "br0"]);
+        internet.ip(&["link", "set", "br0", "up"]);
+        let mut fleet = Self { hosts: vec![], internet };
+        let mut control = fleet.prepare(id, Server::prepare());
+        let prefix = format!("{}0/24", control.server.address_prefix());
+        control.server.flags = ["--host-id", id, "--region", control.region(), "--machine-prefix", &prefix].map(str::to_owned).to_vec();
+        control.server.flags.extend(["--advertise".into(), format!("{}:{CLUSTER_PORT}", control.address())]);
+        control.server.boot();
+        fleet.hosts.push(control);
+        fleet
+    }
+
+    /// One more, with nothing but a token.
+    pub fn join(&mut self, id: &str) {
+        let dir = tempfile::Builder::new().prefix("dunlin-e2e-").tempdir().unwrap();
+        let data = dir.path().join("data");
+        let mut host = self.prepare(id, Server::without_images(dir, data));
+        let token = self.control().json(&["host", "token"])["token"].as_str().unwrap().to_owned();
+        let at = format!("{}:{CLUSTER_PORT}", self.hosts[0].address());
+        let advertise = format!("{}:{CLUSTER_PORT}", host.address());
+        host.server.ok(&["host", "join", &at, &token, "--host-id", id, "--region", host.region(), "--advertise", &advertise]);
+        host.server.spawn();
+        self.hosts.push(host);
+        self.until_up(&[id]);
+    }
+
+    fn prepare(&self, id: &str, mut server: Server) -> Host {
+        assert!(self.hosts.len() < MAX_HOSTS, "their addresses are one block's");
+        (server.http, server.https, server.bind) = (80, 443, "0.0.0.0");
+        for text in AWAY {
+            server.expect_log(text);
+        }
+        let mut host = Host { id: id.to_owned(), number: self.hosts.len() + 1, server };
+        host.plug_in(&self.internet);
+        host
+    }
+
+    pub fn control(&self) -> &Server {
+        &self.hosts[0].server
+    }
+
+    pub fn host(&self, id: &str) -> &Server {
+        &self.find(id).server
+    }
+
+    pub fn host_mut(&mut self, id: &str) -> &mut Server {
+        &mut self.find_mut(id).server
+    }
+
+    pub fn ids(&self) -> Vec<String> {
+        self.hosts.iter().map(|host| host.id.clone()).collect()
+    }
+
+    /// Where its edge listens.
+    pub fn edge(&self, id: &str) -> SocketAddr {
+        format!("{}:80", self.find(id).address()).parse().unwrap()
+    }
+
+    /// What control says of all hosts.
+    pub fn list(&self) -> Vec<Value> {
+        let answer = Api::of(&self.control().data()).once("GET", "/v1/hosts", &[], "");
+        answer.ok().and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or_default()
+    }
+
+    pub fn state_of(&self, id: &str) -> Option<String> {
+        self.list().iter().find(|host| host["id"] == id)?["state"].as_str().map(str::to_owned)
+    }
+
+    pub fn until_up(&self, ids: &[&str]) {
+        for id in ids {
+            let up = || self.state_of(id).as_deref() == Some("up");
+            assert!(until(up), "{id} is not up: {:?}\n--- its log\n{}", self.list(), self.host(id).log());
+        }
+    }
+
+    /// Requests to an app by somebody elsewhere, through the edge of `host`.
+    pub fn pulse(&self, host: &str, app: &str, per_second: u32) -> Pulse {
+        Pulse::start(&self.internet, self.edge(host), &format!("{app}.localhost"), "/", per_second)
+    }
+
+    // --- faults
+
+    /// Power off: everything that runs there ends at once.
+    pub fn kill(&mut self, id: &str) {
+        let host = self.find_mut(id);
+        host.namespace().kill_all();
+        host.server.forget_keeper();
+    }
+
+    /// And on again: what the kernel knew of its network is gone.
+    pub fn power_on(&mut self, id: &str) {
+        let n = self.hosts.iter().position(|host| host.id == id).expect("a host of this fleet");
+        let host = &mut self.hosts[n];
+        self.internet.ip(&["link", "del", &host.port()]);
+        host.plug_in(&self.internet);
+        host.server.spawn();
+    }
+
+    pub fn power_cycle(&mut self, id: &str) {
+        self.kill(id);
+        self.power_on(id);
+    }
+
+    /// Pulls its line.
+    pub fn cut(&self, id: &str) {
+        self.internet.ip(&["link", "set", &self.find(id).port(), "down"]);
+    }
+
+    /// Nothing of `from` reaches `to`; the other direction is whole.
+    pub fn one_way(&self, from: &str, to: &str) {
+        self.drop_at(to, "input", &["ip", "saddr", &self.find(from).address()]);
+    }
+
+    /// What members say over UDP is lost, forwarded requests are not.
+    pub fn cut_gossip_only(&self, id: &str) {
+        let port = CLUSTER_PORT.to_string();
+        self.drop_at(id, "input", &["udp", "dport", &port]);
+        self.drop_at(id, "output", &["udp", "sport", &port]);
+        self.drop_at(id, "output", &["udp", "dport", &port]);
+    }
+
+    fn drop_at(&self, id: &str, hook: &str, what: &[&str]) {
+        let namespace = self.find(id).namespace();
+        namespace.nft(&["add", "table", "inet", FAULTS]);
+        let chain = format!("{{ type filter hook {hook} priority -300 ; }}");
+        namespace.nft(&["add", "chain", "inet", FAULTS, hook, &chain]);
+        namespace.nft(&[&["add", "rule", "inet", FAULTS, hook], what, &["drop"]].concat());
+    }
+
+    /// All faults of its network end.
+    pub fn heal(&self, id: &str) {
+        let host = self.find(id);
+        host.namespace().nft(&["add", "table", "inet", FAULTS]);
+        host.namespace().nft(&["delete", "table", "inet", FAULTS]);
+        self.internet.ip(&["link", "set", &host.port(), "up"]);
+    }
+
+    fn find(&self, id: &str) -> &Host {
+        self.hosts.iter().find(|host| host.id == id).expect("a host of this fleet")
+    }
+
+    fn find_mut(&mut self, id: &str) -> &mut Host {
+        self.hosts.iter_mut().find(|host| host.id == id).expect("a host of this fleet")
+    }
+}
