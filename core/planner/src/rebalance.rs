@@ -5,7 +5,7 @@
 //! preferred more or less. Each move lowers the number of pairs that would be lost together, so that there is an end to
 //! it: a settled cluster plans nothing.
 
-use crate::plan::{Placed, addition, removal, serves};
+use crate::plan::{Placed, addition, is_replaceable, removal, serves};
 use crate::{Ask, Capacity, Demand, Desired, GroupTarget, Observed, PlanError, Pool, Spread, Step};
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::{HostId, MachineId, RegionExpr};
@@ -49,7 +49,7 @@ pub(crate) fn steps(
 
 fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>) -> Vec<(Move, &'a HostRow)> {
     let mut found = Vec::new();
-    for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
+    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
         let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
         let mut rows: Vec<&MachineRow> = rows.collect();
         if rows.len() != group.count as usize {
@@ -67,12 +67,6 @@ fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>
         }
     }
     found
-}
-
-/// A service without files of its own: it may run twice for a moment.
-fn is_replaceable(group: &GroupTarget) -> bool {
-    let spec = &group.spec;
-    !spec.services.is_empty() && group.mount.is_none() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
 }
 
 /// A move between hosts, by index.
