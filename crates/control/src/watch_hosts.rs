@@ -82,7 +82,9 @@ async fn look(ctx: &Ctx, probe: &Probe, fleet: &Fleet) -> Result<(), Failure> {
     }));
     let answers = answers.await;
     let view = ctx.view.current();
-    let is_silent = |host: &HostId| view.freshness(host) != Freshness::Fresh && !(fleet.is_up)(host);
+    // A host that was never heard of in this process is silent, too.
+    let is_heard = |host: &HostId| view.heard.get(host) == Some(&Freshness::Fresh);
+    let is_silent = |host: &HostId| !is_heard(host) && !(fleet.is_up)(host);
     let before = ctx.watched.dead();
     let changed = ctx.watched.lock().hear(&answers, hosts.len(), is_silent, now_ms());
     if changed {
