@@ -6,7 +6,7 @@
 //! wherever a new one would go. Each move lowers the number of pairs that would be lost together, so that there is an end to
 //! it: a settled cluster plans nothing.
 
-use crate::plan::{Placed, addition, removal, serves};
+use crate::plan::{Placed, addition, is_replaceable, removal, serves};
 use crate::{Ask, Capacity, Demand, Desired, GroupTarget, Observed, PlanError, Pool, Spread, Step};
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, RegionExpr};
@@ -82,7 +82,7 @@ fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>
         return vec![drained];
     }
     let mut found = Vec::new();
-    for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
+    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
         let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
         let mut rows: Vec<&MachineRow> = rows.collect();
         if rows.len() != group.count as usize {
@@ -110,7 +110,7 @@ fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Cap
         fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
     };
     let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-    for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
+    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
         let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
         let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && (serves(row, observed) || sleeps(row)));
         let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
@@ -123,11 +123,6 @@ fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Cap
         return Some((moved, to));
     }
     None
-}
-
-/// A service without files of its own: it may run twice for a moment.
-fn is_replaceable(group: &GroupTarget) -> bool {
-    group.mount.is_none() && group.spec.mounts.is_empty() && stays_by_kind(&group.spec).is_none()
 }
 
 /// A move between hosts, by index.
