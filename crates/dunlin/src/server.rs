@@ -451,6 +451,8 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
     };
     let parts = Parts {
         store: store.clone(),
+        reach: None,
+        probe: None,
         view: plan.view.clone(),
         host: plan.host.clone(),
         images: dunlin_control::resolver(plan.content.clone(), base_images),
