@@ -16,7 +16,7 @@ use ed25519_dalek::SigningKey;
 use rustls_pki_types::{CertificateDer, ServerName};
 use std::collections::BTreeSet;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,8 +33,8 @@ const MAX_COMMANDS: usize = 16;
 
 pub struct ClusterConfig {
     pub member: Member,
-    /// UDP.
-    pub listen: SocketAddr,
+    /// Bound; it may have been there before this process, so that what comes meanwhile waits in it.
+    pub socket: UdpSocket,
     /// Where the others reach it. Port 0 means the one that was bound.
     pub advertise: SocketAddr,
     /// `<data>/cluster`.
@@ -43,8 +43,8 @@ pub struct ClusterConfig {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
-    #[error("the cluster's port {listen}/udp cannot be used: check that the address is this host's and that nothing else has the port")]
-    Bind { listen: SocketAddr, source: io::Error },
+    #[error("the cluster's UDP socket cannot be used")]
+    Socket(#[source] io::Error),
     #[error("others cannot reach a host at {0}: give an address of this host's, such as its public one")]
     Advertise(SocketAddr),
     #[error("what this host knows of its cluster cannot be read from {}: check the folder's permissions", .dir.display())]
@@ -81,7 +81,7 @@ pub(crate) struct Shared {
 impl Cluster {
     /// Binds, begins from what the last process has left, and finds the others.
     pub async fn start(config: ClusterConfig, view: View) -> Result<Self, ClusterError> {
-        let ClusterConfig { member, listen, advertise, dir } = config;
+        let ClusterConfig { member, socket, advertise, dir } = config;
         if advertise.ip().is_unspecified() {
             return Err(ClusterError::Advertise(advertise));
         }
@@ -92,7 +92,7 @@ impl Cluster {
         let (messages, messages_in) = mpsc::channel(MAX_MESSAGES);
         let (commands, commands_in) = mpsc::channel(MAX_COMMANDS);
         let inbox = Inbox { datagrams, messages };
-        let links = Links::start(&member.host, tls.clone(), listen, advertise, inbox).map_err(|source| ClusterError::Bind { listen, source })?;
+        let links = Links::start(&member.host, tls.clone(), socket, advertise, inbox).map_err(ClusterError::Socket)?;
         let node = node(&member, links.advertised(), &dir)?;
         let shared = Arc::new(Shared { member, seen: ArcSwap::default() });
         let stop = CancellationToken::new();

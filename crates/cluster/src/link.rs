@@ -161,9 +161,8 @@ struct Table {
 }
 
 impl Links {
-    /// Binds and serves. `advertise` with port 0 means the port that was bound.
-    pub fn start(host: &HostId, tls: Arc<Tls>, listen: SocketAddr, advertise: SocketAddr, inbox: Inbox) -> io::Result<Self> {
-        let socket = UdpSocket::bind(listen)?;
+    /// Serves at a bound socket. `advertise` with port 0 means the port that was bound.
+    pub fn start(host: &HostId, tls: Arc<Tls>, socket: UdpSocket, advertise: SocketAddr, inbox: Inbox) -> io::Result<Self> {
         let bound = socket.local_addr()?;
         let port = if advertise.port() == 0 { bound.port() } else { advertise.port() };
         let hello = Hello { process: u64::from_le_bytes(crate::member::random()), addr: SocketAddr::new(advertise.ip(), port) };

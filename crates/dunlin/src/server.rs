@@ -27,7 +27,7 @@ use dunlin_runtime::features::Abilities;
 use dunlin_runtime::enclave::Enclave;
 use dunlin_store::Store;
 use front::Front;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -79,7 +79,7 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
 
     let host = start_host(&settings, abilities, &host_key, kill_at.host, view.clone(), images.clone())?;
     let (api, edge_api, registry) = (Front::new("the API"), Front::new("the API"), Front::new("the registry"));
-    let proxy = start_edge(&settings, &sockets, &paths, &host, &view, &host_key)?;
+    let proxy = start_edge(&settings, &sockets, &paths, &host, &view, &host_key, fleet.as_ref().zip(tcp))?;
     let fronts = [
         api.serve(front::listener(sockets.api)?, stop.clone()),
         edge_api.serve(front::bind(&paths.edge_socket, front::For::Root)?, stop.clone()),
@@ -303,8 +303,12 @@ fn start_edge(
     host: &Arc<Host>,
     view: &View,
     key: &dunlin_model::seal::OpeningKey,
+    fleet: Option<(&fleet::Fleet, TcpListener)>,
 ) -> anyhow::Result<Proxy> {
-    let routes = Routes::new(settings.region.clone());
+    let routes = match &fleet {
+        Some((fleet, _)) => fleet.routes(settings.region.clone()),
+        None => Routes::new(settings.region.clone()),
+    };
     let store = Arc::new(ArcSwap::from_pointee(CertStore::empty()));
     // What the disk remembers is served from the first connection on; connections wait already.
     routes.update(&view.current());
@@ -330,6 +334,7 @@ fn start_edge(
         limits: Limits::default(),
         internal_hosts,
         access_log: access_log(settings.log_format),
+        fleet: fleet.map(|(fleet, listener)| fleet::of_edge(fleet, listener)),
     };
     Ok(Proxy::start(config, routes, host.clone(), store)?)
 }

@@ -1,10 +1,10 @@
 //! An authority, members of its making, and waiting for what must become true.
 
-use dunlin_cluster::{Authority, Cluster, ClusterConfig, ClusterError, Member, MemberKeys, View};
+use dunlin_cluster::{Authority, Cluster, ClusterConfig, Member, MemberKeys, View};
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::{Generation, HostId, MachineId, MachineState, MachineVersion};
 use dunlin_view::{ConfigState, HostFact, MachineAssignment, MachineFact};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
 
@@ -66,17 +66,18 @@ impl World {
         let dir = self.dir.path().join(folder);
         member.save(&dir).unwrap();
         let view = View::memory();
-        let begin = async {
+        let bound = async {
             loop {
-                let config = ClusterConfig { member: member.clone(), listen, advertise: listen, dir: dir.clone() };
-                match Cluster::start(config, view.clone()).await {
+                match UdpSocket::bind(listen) {
+                    Ok(socket) => return socket,
                     // The port of a process that has just shut down.
-                    Err(ClusterError::Bind { .. }) => tokio::task::yield_now().await,
-                    started => return started.unwrap(),
+                    Err(_) => tokio::task::yield_now().await,
                 }
             }
         };
-        let cluster = tokio::time::timeout(DEADLINE, begin).await.expect("the port is free");
+        let socket = tokio::time::timeout(DEADLINE, bound).await.expect("the port is free");
+        let config = ClusterConfig { member, socket, advertise: listen, dir };
+        let cluster = Cluster::start(config, view.clone()).await.unwrap();
         Host { cluster, view }
     }
 

@@ -7,11 +7,12 @@ use anyhow::Context;
 use dunlin_api::{ErrorBody, ErrorCode, HostApi};
 use dunlin_api::remote::{self, Duplex, RemoteHost};
 use dunlin_cluster::{
-    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, JoinAnswer, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_BYTES, Member, Service,
+    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, JoinAnswer, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_BYTES, Member, Service, View,
     read_frame, write_frame,
 };
 use dunlin_control::{Enrolment, FleetQuestion};
-use dunlin_model::HostId;
+use dunlin_model::{HostId, Region};
+use dunlin_proxy::Routes;
 use dunlin_registry::{ContentStore, peer};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -37,13 +38,14 @@ pub struct Fleet {
     pub cluster: Cluster,
     pub member: Member,
     dir: PathBuf,
+    view: View,
 }
 
 /// Takes part in the cluster. `None`: this server stays alone.
 pub async fn start(
     settings: &Settings,
     socket: Option<UdpSocket>,
-    view: &dunlin_cluster::View,
+    view: &View,
 ) -> anyhow::Result<Option<Fleet>> {
     let Some(socket) = socket else { return Ok(None) };
     let dir = settings.data_dir.join("cluster");
@@ -70,7 +72,7 @@ pub async fn start(
     let config = ClusterConfig { member: member.clone(), socket, advertise, dir: dir.clone() };
     let cluster = Cluster::start(config, view.clone()).await.context("this server cannot take part in its cluster")?;
     tracing::info!(%listen, %advertise, host = %member.host, control = %member.control, "member of a cluster");
-    Ok(Some(Fleet { cluster, member, dir }))
+    Ok(Some(Fleet { cluster, member, dir, view: view.clone() }))
 }
 
 pub fn authority_dir(data: &Path) -> PathBuf {
@@ -267,6 +269,12 @@ impl Fleet {
         Arc::new(move |host| cluster.is_up(host))
     }
 
+    /// What the edge knows of machines elsewhere, and how far they are.
+    pub fn routes(&self, region: Region) -> Arc<Routes> {
+        let cluster = self.cluster.clone();
+        Routes::in_fleet(region, self.member.host.clone(), Box::new(move |host| cluster.rtt(host)))
+    }
+
     /// From whom images are fetched: the nearest first, control last, which has them all.
     pub fn peers(&self) -> peer::Peers {
         let (cluster, control) = (self.cluster.clone(), self.member.control.clone());
@@ -336,15 +344,16 @@ fn unavailable(why: &str) -> Vec<u8> {
 /// Machines of other hosts are asked for at their own host, over TCP.
 pub fn of_edge(fleet: &Fleet, listener: TcpListener) -> dunlin_proxy::Fleet {
     let cluster = || fleet.cluster.clone();
-    let (server, client, address, rtt) = (cluster(), cluster(), cluster(), cluster());
+    let (server, client, address, view) = (cluster(), cluster(), cluster(), fleet.view.clone());
     dunlin_proxy::Fleet {
         host: fleet.member.host.clone(),
-        listener,
+        listeners: vec![listener],
         tls_server: Box::new(move || server.tls_server()),
         tls_client: Box::new(move || client.tls_client()),
         address: Box::new(move |host| address.address(host)),
         server_name: Cluster::server_name,
-        peer_host: Cluster::peer_host,
-        rtt: Box::new(move |host| rtt.rtt(host)),
+        peer_host: Box::new(move |certificates| {
+            Cluster::peer_host(certificates).filter(|host| !view.current().config.removed_hosts.contains(host))
+        }),
     }
 }
