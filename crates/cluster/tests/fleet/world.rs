@@ -53,6 +53,7 @@ impl World {
             machine_prefix: Ipv4Prefix { network: "10.202.0.0".parse().unwrap(), length: 16 },
             control: id("h1"),
             peers: peers.iter().map(|(name, addr)| (id(name), *addr)).collect(),
+            said: Default::default(),
             keys,
             issued,
         }
