@@ -43,15 +43,10 @@ pub fn stays(spec: &MachineSpec) -> Option<Stays> {
     match spec.release {
         _ if !spec.mounts.is_empty() => Some(Stays::HasVolume),
         0 => Some(Stays::IsByHand),
-        _ => stays_by_kind(spec),
+        _ if is_replaceable(spec) => None,
+        _ if spec.schedule.is_some() || spec.auto_destroy => Some(Stays::IsPassing),
+        _ => Some(Stays::IsExclusive),
     }
-}
-
-fn stays_by_kind(spec: &MachineSpec) -> Option<Stays> {
-    if spec.schedule.is_some() || spec.auto_destroy {
-        return Some(Stays::IsPassing);
-    }
-    spec.services.is_empty().then_some(Stays::IsExclusive)
 }
 
 /// What would move, the most useful first; at most [`MAX_MOVES`].
@@ -102,29 +97,6 @@ fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>
     found
 }
 
-/// One that serves or sleeps: what fails here would fail there. The group's new machine is looked for as any other.
-fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Capacity<'a>) -> Option<(Move, &'a HostRow)> {
-    let is_drained = |host: &HostId| capacity.index(host).is_some_and(|index| capacity.row(index).draining);
-    let sleeps = |row: &MachineRow| {
-        let fact = observed.machines.get(&row.id);
-        fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
-    };
-    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
-        let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
-        let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && (serves(row, observed) || sleeps(row)));
-        let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
-        let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
-        let others = capacity.spread(rows.iter().filter(|other| other.id != row.id).map(|other| &other.host));
-        let Some(to) = capacity.best(&ask, &capacity.wishes(&regions), &others) else { continue };
-        let to = capacity.row(to);
-        let why = format!("host {} is drained, and {name} has a place on host {}", row.host, to.id);
-        let moved = Move { machine: row.id.clone(), group: name.clone(), from: row.host.clone(), to: to.id.clone(), why };
-        return Some((moved, to));
-    }
-    None
-}
-
 /// A move between hosts, by index.
 struct Found {
     /// Pairs that are spared in regions, zones and hosts; the first that differs decides.
@@ -168,4 +140,29 @@ fn best_move(
     let (from, to_row) = (rows[at].host.clone(), capacity.row(to));
     let moved = Move { machine: rows[at].id.clone(), group: name.to_owned(), from, to: to_row.id.clone(), why };
     Some((at, moved, to))
+}
+
+/// One that serves or sleeps: what fails here would fail there. The group's new machine is looked for as any other.
+fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Capacity<'a>) -> Option<(Move, &'a HostRow)> {
+    let is_drained = |host: &HostId| capacity.index(host).is_some_and(|index| capacity.row(index).draining);
+    let sleeps = |row: &MachineRow| {
+        let fact = observed.machines.get(&row.id);
+        fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
+    };
+    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
+    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
+        let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
+        // What was lost with its host is replaced by a repair.
+        let is_there = |row: &MachineRow| !observed.lost.contains(&row.id) && (serves(row, observed) || sleeps(row));
+        let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && is_there(row));
+        let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
+        let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+        let others = capacity.spread(rows.iter().filter(|other| other.id != row.id).map(|other| &other.host));
+        let Some(to) = capacity.best(&ask, &capacity.wishes(&regions), &others) else { continue };
+        let to = capacity.row(to);
+        let why = format!("host {} is drained, and {name} has a place on host {}", row.host, to.id);
+        let moved = Move { machine: row.id.clone(), group: name.clone(), from: row.host.clone(), to: to.id.clone(), why };
+        return Some((moved, to));
+    }
+    None
 }

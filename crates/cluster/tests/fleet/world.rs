@@ -1,6 +1,6 @@
 //! An authority, members of its making, and waiting for what must become true.
 
-use dunlin_cluster::{Authority, Cluster, ClusterConfig, Member, MemberKeys, Said, View};
+use dunlin_cluster::{Authority, Cluster, ClusterConfig, Member, MemberKeys, View};
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::{Generation, HostId, MachineId, MachineState, MachineVersion};
 use dunlin_view::{ConfigState, HostFact, MachineAssignment, MachineFact};
@@ -53,7 +53,7 @@ impl World {
             machine_prefix: Ipv4Prefix { network: "10.202.0.0".parse().unwrap(), length: 16 },
             control: id("h1"),
             peers: peers.iter().map(|(name, addr)| (id(name), *addr)).collect(),
-            said: Said::default(),
+            said: Default::default(),
             keys,
             issued,
         }
