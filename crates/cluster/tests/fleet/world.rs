@@ -60,7 +60,8 @@ impl World {
     }
 
     pub async fn start(&self, member: Member, listen: SocketAddr) -> Host {
-        self.start_in(&member.host.to_string(), member, listen).await
+        let folder = member.host.to_string();
+        self.start_in(&folder, member, listen).await
     }
 
     pub async fn start_in(&self, folder: &str, member: Member, listen: SocketAddr) -> Host {
