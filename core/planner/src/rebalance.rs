@@ -102,32 +102,10 @@ fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>
     found
 }
 
-/// One that serves or sleeps: what fails here would fail there. The group's new machine is looked for as any other.
-fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Capacity<'a>) -> Option<(Move, &'a HostRow)> {
-    let is_drained = |host: &HostId| capacity.index(host).is_some_and(|index| capacity.row(index).draining);
-    let sleeps = |row: &MachineRow| {
-        let fact = observed.machines.get(&row.id);
-        fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
-    };
-    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-    for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
-        let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
-        let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && (serves(row, observed) || sleeps(row)));
-        let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
-        let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
-        let others = capacity.spread(rows.iter().filter(|other| other.id != row.id).map(|other| &other.host));
-        let Some(to) = capacity.best(&ask, &capacity.wishes(&regions), &others) else { continue };
-        let to = capacity.row(to);
-        let why = format!("host {} is drained, and {name} has a place on host {}", row.host, to.id);
-        let moved = Move { machine: row.id.clone(), group: name.clone(), from: row.host.clone(), to: to.id.clone(), why };
-        return Some((moved, to));
-    }
-    None
-}
-
 /// A service without files of its own: it may run twice for a moment.
 fn is_replaceable(group: &GroupTarget) -> bool {
-    group.mount.is_none() && group.spec.mounts.is_empty() && stays_by_kind(&group.spec).is_none()
+    let spec = &group.spec;
+    !spec.services.is_empty() && group.mount.is_none() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
 }
 
 /// A move between hosts, by index.
@@ -173,4 +151,27 @@ fn best_move(
     let (from, to_row) = (rows[at].host.clone(), capacity.row(to));
     let moved = Move { machine: rows[at].id.clone(), group: name.to_owned(), from, to: to_row.id.clone(), why };
     Some((at, moved, to))
+}
+
+/// One that serves or sleeps: what fails here would fail there. The group's new machine is looked for as any other.
+fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Capacity<'a>) -> Option<(Move, &'a HostRow)> {
+    let is_drained = |host: &HostId| capacity.index(host).is_some_and(|index| capacity.row(index).draining);
+    let sleeps = |row: &MachineRow| {
+        let fact = observed.machines.get(&row.id);
+        fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
+    };
+    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
+    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && stays_by_kind(&group.spec).is_none()) {
+        let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
+        let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && (serves(row, observed) || sleeps(row)));
+        let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
+        let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+        let others = capacity.spread(rows.iter().filter(|other| other.id != row.id).map(|other| &other.host));
+        let Some(to) = capacity.best(&ask, &capacity.wishes(&regions), &others) else { continue };
+        let to = capacity.row(to);
+        let why = format!("host {} is drained, and {name} has a place on host {}", row.host, to.id);
+        let moved = Move { machine: row.id.clone(), group: name.clone(), from: row.host.clone(), to: to.id.clone(), why };
+        return Some((moved, to));
+    }
+    None
 }

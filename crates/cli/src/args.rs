@@ -1,7 +1,7 @@
 //! The command line.
 
 use clap::{Args, Subcommand};
-use dunlin_model::{AppName, MachineId, Region, RegionExpr, SnapshotId, VolumeId};
+use dunlin_model::{AppName, HostId, MachineId, Region, RegionExpr, SnapshotId, VolumeId};
 use std::path::PathBuf;
 
 /// Options of every command.
@@ -93,6 +93,9 @@ pub enum Command {
     /// Create and revoke tokens
     #[command(subcommand)]
     Tokens(TokensCommand),
+    /// Show how the cluster's hosts know of one another
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
 }
 
 #[derive(Debug, Clone, Default, Args)]
@@ -572,6 +575,50 @@ pub enum TokensCommand {
         days: u64,
     },
     Revoke { id: String },
+}
+
+/// Of `host`; those that work on the host itself are the binary's.
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// Print a token that lets one host join the cluster
+    #[command(after_help = "Example:\n  dunlin host token --ttl 15m\n  # on the new host, as root, with what was printed:\n  \
+                            DUNLIN_JOIN_TOKEN=dnj1... dunlin host join 203.0.113.7:7373")]
+    Token {
+        /// How long it may be used, such as 15m; at most 7d
+        #[arg(long, value_name = "TIME", default_value = "1h")]
+        ttl: String,
+    },
+    /// List the cluster's hosts
+    List,
+    /// Show one host, its machines, and how far a drain is
+    Status { id: HostId },
+    /// Keep new machines away from a host; those that it has stay
+    Cordon { id: HostId },
+    /// Let a host have new machines again; ends a drain, too
+    Uncordon { id: HostId },
+    /// Move a host's machines to others, one at a time, each with its successor healthy first
+    #[command(after_help = "Machines with volumes stay, and so do those that must not run twice: `dunlin host status ID` says \
+                            which, and what can be done.\n\nExample:\n  dunlin host drain h2 && dunlin host status h2")]
+    Drain { id: HostId },
+    /// Remove a host from the cluster for good; its id is never used again
+    #[command(after_help = "Example, of a host that is lost:\n  dunlin host remove h2 --force")]
+    Remove {
+        id: HostId,
+        /// Also when machines or volumes are on it: machines are destroyed, volumes given up
+        #[arg(long)]
+        force: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum ClusterCommand {
+    /// Show the members that control's host knows of, and how fresh what each says is
+    Status,
+    /// Check that what control's host holds is what its writers signed
+    Verify,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

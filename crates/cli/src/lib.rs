@@ -13,6 +13,7 @@ mod context;
 mod deploy;
 mod exec;
 mod exit;
+mod hosts;
 mod launch;
 mod local_files;
 mod logs;
@@ -26,7 +27,7 @@ mod terminal;
 mod ui;
 mod volumes;
 
-pub use args::{Command, DEFAULT_DATA_DIR, Globals, default_data_dir};
+pub use args::{Command, DEFAULT_DATA_DIR, Globals, HostCommand, default_data_dir};
 pub use exit::{CliError, Exit};
 
 use dunlin_api::client::{Client, ClientConfig, Target};
@@ -34,7 +35,22 @@ use dunlin_api::client::{Client, ClientConfig, Target};
 /// Runs one command; prints its errors. The exit code says what became of it (see [`Exit`]).
 pub async fn run(command: Command, globals: Globals) -> Exit {
     let json = globals.json;
-    match dispatch(command, globals).await {
+    ended(dispatch(command, globals).await, json)
+}
+
+/// The same for one of the commands for hosts: the binary has more of them, which work on the host itself.
+pub async fn run_host(command: HostCommand, globals: Globals) -> Exit {
+    let json = globals.json;
+    let result = match Session::new(globals) {
+        Ok(session) => hosts::host(&session, command).await,
+        Err(error) => Err(error),
+    };
+    ended(result, json)
+}
+
+/// Prints an error as that of any command.
+pub fn ended(result: Result<Exit, CliError>, json: bool) -> Exit {
+    match result {
         Ok(exit) => exit,
         Err(error) => {
             ui::print_error(&error, json);
@@ -62,6 +78,7 @@ async fn dispatch(command: Command, globals: Globals) -> Result<Exit, CliError> 
         Command::Rollback(args) => deploy::rollback(&session, args).await,
         Command::Open(args) => apps::open(&session, args).await,
         Command::Config(command) => config_file::config(&session, command).await,
+        Command::Cluster(command) => hosts::cluster(&session, command).await,
         Command::Tokens(command) => secrets::tokens(&session, command).await,
     }
 }

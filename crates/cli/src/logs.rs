@@ -31,12 +31,12 @@ pub async fn logs(session: &Session, args: LogsArgs) -> Result<Exit, CliError> {
     Ok(Exit::Ok)
 }
 
-fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
 /// `90`, `30s`, `10m`, `2h`, `1d` as milliseconds; a bare number is seconds.
-fn parse_time(text: &str) -> Result<u64, CliError> {
+pub(crate) fn parse_time(text: &str) -> Result<u64, CliError> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit_ms = match &text[digits.len()..] {
         "" | "s" => Some(1_000),

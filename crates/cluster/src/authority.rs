@@ -103,9 +103,7 @@ impl Authority {
 
     /// By what a new host knows the authority: SHA-256 of its certificate.
     pub fn ca_sha256(&self) -> Result<[u8; 32], MemberError> {
-        let der = CertificateDer::from_pem_slice(self.ca_pem.as_bytes());
-        let der = der.map_err(|_| MemberError::BadKey("the authority's certificate is not PEM"))?;
-        Ok(Sha256::digest(&der).into())
+        sha256_of(&self.ca_pem).ok_or(MemberError::BadKey("the authority's certificate is not PEM"))
     }
 
     /// Whether it has issued this.
@@ -148,6 +146,11 @@ impl Authority {
         set_validity(&mut params, now_ms, LEAF_VALID);
         Ok(params.signed_by(&key, &issuer)?.pem())
     }
+}
+
+/// Of a certificate.
+pub(crate) fn sha256_of(pem: &str) -> Option<[u8; 32]> {
+    CertificateDer::from_pem_slice(pem.as_bytes()).ok().map(|der| Sha256::digest(&der).into())
 }
 
 pub(crate) fn region_of(region: &Region) -> GossipRegion {

@@ -1,6 +1,6 @@
 //! What a new host and control say to each other, and the token that lets it in.
 
-use crate::authority::{Issued, PublicKeys};
+use crate::authority::{self, Issued, PublicKeys};
 use crate::member::{self, Member, MemberKeys, Said};
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::{HostId, Region, Zone};
@@ -131,6 +131,11 @@ impl fmt::Debug for TokenProof {
 }
 
 impl JoinAnswer {
+    /// Whether it names the authority that the token does. Whoever relayed it may be no friend.
+    pub fn is_of(&self, token: &JoinToken) -> bool {
+        authority::sha256_of(&self.issued.ca_pem) == Some(token.ca_sha256)
+    }
+
     /// The member that the answer makes of a host with these keys.
     pub fn member(self, host: HostId, keys: MemberKeys) -> Member {
         let Self { issued, region, epoch, domain, machine_prefix, control, peers } = self;

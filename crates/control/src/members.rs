@@ -123,14 +123,15 @@ pub(crate) async fn renew(ctx: &Ctx, host: &HostId, report: HostReport) -> Resul
     Ok(answer)
 }
 
-/// Only what a host may say of itself. Its region stays: its rights name it, and machines were placed by it.
+/// Only what a host may say of itself; of what it leaves unsaid, it keeps what it said before. Its region stays: its rights
+/// name it, and machines were placed by it.
 fn with_report(row: HostRow, report: &HostReport) -> HostRow {
     HostRow {
         public_key: report.sealing_key.clone(),
         cpus: report.cpus,
         memory_mb: report.memory_mb,
-        zone: report.zone.clone(),
-        labels: report.labels.clone(),
+        zone: report.zone.clone().or(row.zone),
+        labels: if report.labels.is_empty() { row.labels } else { report.labels.clone() },
         ..row
     }
 }

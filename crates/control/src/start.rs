@@ -299,12 +299,12 @@ async fn join(ctx: &Ctx) -> Result<(), Failure> {
         joined_at_ms: kept.map_or_else(now_ms, |row| row.joined_at_ms),
         ..ctx.host_row.clone()
     };
-    if found.as_ref().is_some_and(|found| found.value == row) {
-        return Ok(());
-    }
     if ctx.state.get::<RemovedHostRow>(&key::removed_host(&row.id)).await?.is_some() {
         return Err(Failure::new(ErrorCode::NameTaken, format!("a host {} was removed, and its id is never used again", row.id))
             .hint("start this server with another --host-id"));
+    }
+    if found.as_ref().is_some_and(|found| found.value == row) {
+        return Ok(());
     }
     ctx.state.commit(Change::default().if_as_read(key.clone(), found.as_ref()).put(key, &row)).await?;
     Ok(())

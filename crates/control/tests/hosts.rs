@@ -6,8 +6,7 @@ use axum::http::Method;
 use dunlin_cluster::{Authority, HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_BYTES, MemberKeys};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
-use dunlin_model::{HostId, MachineState};
-use dunlin_view::HostFact;
+use dunlin_model::HostId;
 use serde_json::{Value, json};
 use std::path::Path;
 use world::{Answer, World, now_ms};
@@ -248,22 +247,6 @@ async fn every_member_can_serve_tls_and_open_its_secrets_and_a_removed_one_has_a
     world.control.shutdown().await;
 }
 
-/// A second host that somebody else plays: its machines become healthy as soon as they are there.
-async fn with_two_hosts(data: &Path) -> World {
-    let world = World::start(data).await;
-    joined(&world, "h2").await;
-    world.view.publish_host(HostFact {
-        id: "h2".parse().unwrap(),
-        region: "local".parse().unwrap(),
-        cpus: 4,
-        memory_mb: 8192,
-        memory_reserved_mb: 0,
-        room: None,
-        updated_at_ms: now_ms(),
-    });
-    world
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cordon_is_kept_over_a_restart_and_taken_back() {
     let data = tempfile::tempdir().unwrap();
@@ -296,20 +279,64 @@ async fn a_cordon_is_kept_over_a_restart_and_taken_back() {
     world.control.shutdown().await;
 }
 
+/// What h1 has, h2 has from now on. Nothing runs meanwhile.
+async fn as_if_on_h2(data: &Path) {
+    let store = dunlin_store::Store::open(&data.join("control/store.db")).unwrap();
+    let (machines, _) = store.range("machines/").await.unwrap();
+    for row in machines {
+        let mut machine: Value = serde_json::from_slice(&row.value).unwrap();
+        machine["host"] = json!("h2");
+        store.txn(vec![], vec![dunlin_store::Op::Put(row.key, machine.to_string().into())]).await.unwrap();
+    }
+    store.close().await;
+    let journal = std::fs::read_to_string(data.join("small-host.json")).unwrap();
+    std::fs::write(data.join("small-host.json"), journal.replace(r#""host":"h1""#, r#""host":"h2""#)).unwrap();
+}
+
+/// (machines of the app, how many of them are on h2)
+fn placed(world: &World, app: &str) -> (usize, usize) {
+    let config = world.view.current().config.clone();
+    let of_app: Vec<_> = config.machines.values().filter(|machine| machine.spec.app.as_str() == app).collect();
+    (of_app.len(), of_app.iter().filter(|machine| machine.host.as_str() == "h2").count())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_drain_says_what_moves_and_what_stays_and_a_host_is_removed_with_force_only() {
+async fn a_drain_moves_what_can_move_without_a_gap_and_says_what_stays() {
     let data = tempfile::tempdir().unwrap();
-    let world = with_two_hosts(data.path()).await;
+    let world = World::start(data.path()).await;
     world.create_app("web").await;
-    let config = json!({ "image": format!("web@sha256:{}", "a".repeat(64)), "guest": { "memory_mb": 256 } });
-    let made = world.post("/v1/apps/web/machines", json!({ "config": config, "skip_launch": true })).await;
-    assert_eq!(made.status, 200, "{}", made.text);
-    let id = made.json()["id"].as_str().unwrap().to_owned();
-    let host = made.json()["instance_id"].is_string().then(|| world.view.current()).map(|_| "h1").unwrap();
-    let detail = world.post(&format!("/v1/hosts/{host}/drain"), json!({})).await.json();
-    assert_eq!((&detail["machines"][0]["id"], &detail["moving"]), (&json!(id), &json!(0)));
-    let stays = detail["machines"][0]["stays"].as_str().unwrap();
-    assert!(stays.contains("made by hand") && stays.contains(&id), "{stays}");
+    assert!(world.deploy("web", 'a', "good").await.ended.is_some());
+    world.post("/v1/apps/web/scale", json!({ "app": 2 })).await;
+    world.follow("web", 2).await;
+    world.create_app("tool").await;
+    let config = json!({ "image": format!("tool@sha256:{}", "a".repeat(64)), "guest": { "memory_mb": 256 } });
+    let made = world.post("/v1/apps/tool/machines", json!({ "config": config })).await.json();
+    let by_hand = made["id"].as_str().unwrap().to_owned();
+    joined(&world, "h2").await;
+    world.control.shutdown().await;
+    as_if_on_h2(data.path()).await;
+
+    let world = World::start(data.path()).await;
+    world.eventually("all is well on h2", async || placed(&world, "web") == (2, 2) && world.host.healthy() >= 2).await;
+    world.host.lowest_healthy.store(usize::MAX, std::sync::atomic::Ordering::SeqCst);
+    let begun = world.post("/v1/hosts/h2/drain", json!({})).await.json();
+    assert_eq!((&begun["host"]["state"], &begun["moving"]), (&json!("draining"), &json!(2)));
+    world.eventually("the release's machines are elsewhere", async || placed(&world, "web") == (2, 0)).await;
+    assert!(world.host.lowest_healthy.load(std::sync::atomic::Ordering::SeqCst) >= 2, "each had its successor first");
+    let ended = world.get("/v1/hosts/h2").await.json();
+    assert_eq!((&ended["moving"], ended["machines"].as_array().unwrap().len()), (&json!(0), 1));
+    assert_eq!(ended["machines"][0]["id"], json!(by_hand));
+    let stays = ended["machines"][0]["stays"].as_str().unwrap();
+    assert!(stays.contains("made by hand") && stays.contains(&by_hand), "{stays}");
+
+    let refused = delete(&world, "/v1/hosts/h2").await;
+    assert_eq!(refused.status, 412);
+    let error = refused.json();
+    assert_eq!(error["error"], "host h2 has 1 machines and 0 volumes");
+    assert!(error["hint"].as_str().unwrap().contains("--force"));
+    let forced = delete(&world, "/v1/hosts/h2?force=true").await;
+    assert_eq!(forced.json(), json!({ "id": "h2", "machines": 1, "volumes": 0 }));
+    assert_eq!(world.get(&format!("/v1/apps/tool/machines/{by_hand}")).await.json()["state"], "destroyed");
     world.control.shutdown().await;
 }
 

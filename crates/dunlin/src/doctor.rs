@@ -85,10 +85,15 @@ pub fn require_for_enclave() -> anyhow::Result<()> {
 
 /// What the server cannot run without; the rest is a warning.
 pub fn require_for_server(settings: &Settings) -> anyhow::Result<()> {
-    let missing: Vec<FeatureCheck> = check_all(&settings.data_dir).into_iter().filter(|check| !check.ok).collect();
-    for check in missing.iter().filter(|check| !check.required) {
+    require(&settings.data_dir, |check| {
         tracing::warn!(feature = check.name, found = %check.found, cost = check.cost_if_missing, fix = %check.fix, "missing");
-    }
+    })
+}
+
+/// The same for a server that is to come. What it can do without is told.
+pub fn require(data_dir: &Path, tell: impl Fn(&FeatureCheck)) -> anyhow::Result<()> {
+    let missing: Vec<FeatureCheck> = check_all(data_dir).into_iter().filter(|check| !check.ok).collect();
+    missing.iter().filter(|check| !check.required).for_each(tell);
     let required: Vec<String> = missing
         .iter()
         .filter(|check| check.required)

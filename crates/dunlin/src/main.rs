@@ -6,6 +6,7 @@
 
 mod doctor;
 mod image;
+mod join;
 mod keeper;
 mod program;
 mod server;
@@ -36,6 +37,9 @@ enum Command {
     Client(dunlin_cli::Command),
     /// Run the server on this computer
     Server(Box<ServerArgs>),
+    /// Let hosts join the cluster, list, cordon, drain and remove them
+    #[command(subcommand, visible_alias = "hosts")]
+    Host(join::HostCommand),
     /// Make base images from Debian packages
     #[command(subcommand)]
     Image(image::ImageCommand),
@@ -83,6 +87,7 @@ fn dispatch(parsed: Dunlin) -> ExitCode {
             }
         }
         Command::Server(args) => finish(keep(&args, parsed.globals.data_dir.as_deref())),
+        Command::Host(command) => join::run(command, parsed.globals).unwrap_or_else(|error| finish(Err(error))),
         Command::Image(command) => finish(image::run(command, &parsed.globals.data_dir(), json)),
         Command::Doctor => finish(doctor::run(&parsed.globals.data_dir(), json)),
         Command::Upgrade(args) => finish(upgrade::run(&args, &parsed.globals.data_dir(), json)),

@@ -6,7 +6,7 @@
 mod certs;
 mod fleet;
 mod front;
-mod keys;
+pub mod keys;
 mod machines;
 mod relay;
 mod sweep;
