@@ -255,7 +255,10 @@ async fn two_that_dial_each_other_at_once_keep_one_connection() {
     let world = World::new();
     let (first, second) = (free_addr(), free_addr());
     let (h1, h2) = tokio::join!(world.start(world.member("h1", &[("h2", second)]), first), world.start(world.member("h2", &[("h1", first)]), second));
-    let (there, back) = tokio::join!(h1.cluster.ping(&id("h2"), Duration::from_secs(20)), h2.cluster.ping(&id("h1"), Duration::from_secs(20)));
+    let (there, back) = {
+        let (one, other) = (id("h1"), id("h2"));
+        tokio::join!(h1.cluster.ping(&other, Duration::from_secs(20)), h2.cluster.ping(&one, Duration::from_secs(20)))
+    };
     assert!(there.is_ok() && back.is_ok(), "{there:?} {back:?}");
     until("one is left", || [&h1, &h2].iter().all(|host| host.cluster.status().transport.links == 1)).await;
     assert!(h1.cluster.ping(&id("h2"), Duration::from_secs(20)).await.is_ok());
