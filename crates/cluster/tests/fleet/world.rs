@@ -53,6 +53,7 @@ impl World {
             machine_prefix: Ipv4Prefix { network: "10.202.0.0".parse().unwrap(), length: 16 },
             control: id("h1"),
             peers: peers.iter().map(|(name, addr)| (id(name), *addr)).collect(),
+            said: Default::default(),
             keys,
             issued,
         }
@@ -64,6 +65,10 @@ impl World {
     }
 
     pub async fn start_in(&self, folder: &str, member: Member, listen: SocketAddr) -> Host {
+        self.start_at(folder, member, (listen, listen)).await
+    }
+
+    pub async fn start_at(&self, folder: &str, member: Member, (listen, advertise): (SocketAddr, SocketAddr)) -> Host {
         let dir = self.dir.path().join(folder);
         member.save(&dir).unwrap();
         let view = View::memory();
@@ -77,7 +82,7 @@ impl World {
             }
         };
         let socket = tokio::time::timeout(DEADLINE, bound).await.expect("the port is free");
-        let config = ClusterConfig { member, socket, advertise: listen, dir };
+        let config = ClusterConfig { member, socket, advertise, dir };
         let cluster = Cluster::start(config, view.clone()).await.unwrap();
         Host { cluster, view }
     }
