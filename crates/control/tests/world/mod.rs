@@ -17,7 +17,7 @@ use dunlin_api::{
 };
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
-use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, StartError, Wanted};
+use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, Reach, StartError, Wanted};
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
@@ -424,6 +424,23 @@ impl World {
     }
 
     pub async fn try_start(data: &Path, kill_at: Option<String>) -> Result<Self, StartError> {
+        Self::start_reaching(data, kill_at, |_| None).await
+    }
+
+    /// The small host plays all others, too.
+    pub async fn start_for_all_hosts(data: &Path) -> Self {
+        let reach = |small: &Arc<SmallHost>| -> Option<Reach> {
+            let small = small.clone();
+            Some(Arc::new(move |_| Some(small.clone() as Arc<dyn HostApi>)))
+        };
+        Self::start_reaching(data, None, reach).await.unwrap()
+    }
+
+    async fn start_reaching(
+        data: &Path,
+        kill_at: Option<String>,
+        reach: impl Fn(&Arc<SmallHost>) -> Option<Reach>,
+    ) -> Result<Self, StartError> {
         let view = new_view(data).await;
         let content = ContentStore::open(data.join("registry")).unwrap();
         let host = SmallHost::start(view.clone(), data, content.clone());
@@ -448,7 +465,7 @@ impl World {
             store: open_store(data).await,
             view: view.clone(),
             host: host.clone(),
-            reach: None,
+            reach: reach(&host),
             probe: None,
             content: content.clone(),
             images: Box::new(|app, wanted| {
