@@ -99,6 +99,8 @@ pub enum TombstoneReason {
     Plan,
     /// A person destroyed it, or its app, or wanted it destroyed once its run has ended.
     Person,
+    /// Its host was lost, and another machine took its place. Should the host return, it is not asked about each of them.
+    HostLost,
 }
 
 /// One secret of an app, sealed to the master key.

@@ -37,6 +37,9 @@ pub fn advance<'plan>(plan: &'plan Plan, progress: &Progress, observed: &Observe
     if needs_a_row(&step.kind) && !observed.assigned.contains(&step.machine) {
         return Next::Replan { why: format!("machine {} was destroyed meanwhile", step.machine) };
     }
+    if let Some(next) = of_a_lost_host(progress, observed, step) {
+        return next;
+    }
     let fact = observed.machines.get(&step.machine).map(|fact| &**fact);
     match &step.kind {
         StepKind::Reserve { .. }
@@ -72,6 +75,23 @@ fn needs_a_row(kind: &StepKind) -> bool {
         | StepKind::Cordon { .. }
         | StepKind::Stop { .. }
         | StepKind::Destroy { .. } => false,
+    }
+}
+
+/// Nobody waits for a host that is dead: what only it could do is left out, or needs another plan.
+fn of_a_lost_host<'plan>(progress: &Progress, observed: &Observed, step: &Step) -> Option<Next<'plan>> {
+    let is_lost = observed.lost.contains(&step.machine);
+    match &step.kind {
+        StepKind::Reserve { host, .. } | StepKind::Assign { host, .. } if observed.dead.contains(host) => {
+            Some(Next::Replan { why: format!("host {host} is lost") })
+        }
+        StepKind::Start { .. } | StepKind::Gate { .. } | StepKind::Uncordon { .. } if is_lost => {
+            Some(Next::Replan { why: format!("machine {} was lost with its host", step.machine) })
+        }
+        StepKind::Cordon { .. } | StepKind::Stop { .. } if is_lost => {
+            Some(Next::Mark(Mark::Passed { index: progress.next, floor: None }))
+        }
+        _ => None, // what is written to the store waits for no host
     }
 }
 

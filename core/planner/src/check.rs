@@ -25,6 +25,8 @@ pub enum Problem {
     MachineTwice(MachineId),
     #[error("machine {0} is assigned to host {1}, which is cordoned")]
     OnCordonedHost(MachineId, HostId),
+    #[error("machine {0} is assigned to host {1}, which is dead")]
+    OnDeadHost(MachineId, HostId),
     #[error("machine {0} is assigned to host {1}, and its volume is on another one")]
     AwayFromVolume(MachineId, HostId),
     #[error("machine {0} is assigned without a reservation")]
@@ -68,7 +70,7 @@ pub fn check(plan: &Plan, desired: &Desired, observed: &Observed) -> Result<(), 
     }
     walk.gates_left = plan.steps.iter().filter(|step| is_gate(&step.kind)).map(|step| step.machine.clone()).collect();
     for step in &plan.steps {
-        walk.place(desired, &step.machine, &step.kind);
+        walk.place(desired, observed, &step.machine, &step.kind);
         walk.step(plan, &step.machine, &step.kind);
     }
     walk.end(desired);
@@ -108,7 +110,9 @@ struct Walk {
 impl Walk {
     fn new(desired: &Desired, observed: &Observed) -> Self {
         let machines = desired.machines.iter().map(|row| {
-            let runs = observed.machines.get(&row.id).is_some_and(|fact| fact.state.is_running());
+            // What a lost host's machine does, nobody can wait for.
+            let heard = observed.machines.get(&row.id).filter(|_| !observed.lost.contains(&row.id));
+            let runs = heard.is_some_and(|fact| fact.state.is_running());
             let (group, version) = (row.spec.process_group.clone(), row.spec.version.clone());
             let known = Known { group, version, runs, serves: serves(row, observed) };
             (row.id.clone(), known)
@@ -123,15 +127,16 @@ impl Walk {
             unproven: BTreeSet::new(),
             gates_left: BTreeSet::new(),
             down: None,
-            cordoned: desired.left.iter().filter(|(_, left)| left.cordoned).map(|(id, _)| id.clone()).collect(),
+            cordoned: desired.left.iter().filter(|(id, left)| left.cordoned && !observed.lost.contains(id)).map(|(id, _)| id.clone()).collect(),
             problems: vec![],
         }
     }
 
-    fn place(&mut self, desired: &Desired, machine: &MachineId, kind: &StepKind) {
+    fn place(&mut self, desired: &Desired, observed: &Observed, machine: &MachineId, kind: &StepKind) {
         let StepKind::Assign { host, volume, .. } = kind else { return };
         let is_open = desired.hosts.iter().any(|row| row.id == *host && !row.cordoned);
         self.need(is_open, || Problem::OnCordonedHost(machine.clone(), host.clone()));
+        self.need(!observed.dead.contains(host), || Problem::OnDeadHost(machine.clone(), host.clone()));
         let elsewhere = desired.free_volumes.iter().any(|row| {
             row.host != *host && volume.as_ref().is_some_and(|taken| taken.volume == row.id)
         });

@@ -70,8 +70,8 @@ pub(crate) fn look_back<'plan>(
 ) -> Option<Next<'plan>> {
     let deadline_ms = progress.since_ms.saturating_add(plan.wait_timeout_ms);
     for (machine, attempt) in &progress.proven {
-        if !observed.assigned.contains(machine) {
-            continue; // a person destroyed it, and that is no fault of the release
+        if !observed.assigned.contains(machine) || observed.lost.contains(machine) {
+            continue; // a person destroyed it, or its host is lost, and that is no fault of the release
         }
         let Some(spec) = gated_spec(plan, machine) else { continue };
         let fact = observed.machines.get(machine).filter(|fact| fact.version == spec.version);

@@ -26,7 +26,7 @@ pub use advance::{STEADY_MS, advance};
 pub use check::{Problem, check};
 pub use health::MAX_EXITS_BEFORE_HEALTHY;
 pub use placement::{Ask, Capacity, Cost, Demand, For, KEPT_FOR_RESTARTS_PERCENT, Nearest, NoCapacity, Spread};
-pub use plan::{PlanError, plan};
+pub use plan::{PlanError, is_replaceable, plan};
 pub use rebalance::{MAX_MOVES, Move, Stays, drift, stays};
 pub use types::{
     Desired, Ended, GroupTarget, Healthy, Left, Mark, MountTarget, Next, Observed, Plan, Pool, Progress, Purpose, Step,

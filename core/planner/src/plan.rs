@@ -10,6 +10,7 @@ use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion, RegionExpr, VolumeId};
 use dunlin_view::MachineFact;
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -27,7 +28,39 @@ pub enum PlanError {
 }
 
 /// The steps from `observed` to `desired`; an empty list when nothing differs.
-pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Plan, PlanError> {
+///
+/// Machines of a lost host that may run twice are replaced. Where there is no room for all of them, as many are as there
+/// is room for; the others keep their place, and come back with their host or with the next plan.
+pub fn plan(desired: &Desired, observed: &Observed, pool: Pool) -> Result<Plan, PlanError> {
+    // Where most hosts are gone, it is rather the one who says so that is cut off.
+    let is_cut_off = 2 * observed.dead.len() > desired.hosts.len();
+    let is_to_go = |row: &&MachineRow| !is_cut_off && observed.lost.contains(&row.id) && is_replaceable(&row.spec);
+    let lost = desired.machines.iter().filter(is_to_go);
+    let lost: Vec<&MachineId> = lost.map(|row| &row.id).collect();
+    let attempt = |replaced: usize| plan_with(desired, observed, pool.clone(), &lost[..replaced].iter().copied().collect());
+    let mut replaced = lost.len();
+    let all = attempt(replaced);
+    // A repair that replaces nothing changes nothing: then it has failed, and says why.
+    let least = usize::from(desired.purpose == Purpose::Repair);
+    let mut made = all.clone();
+    while matches!(made, Err(PlanError::NoCapacity(_))) && replaced > least {
+        replaced = (replaced / 2).max(least);
+        made = attempt(replaced);
+    }
+    made.or(all)
+}
+
+/// A service without files of its own, and without a time of its own: it may run twice for a moment.
+pub fn is_replaceable(spec: &MachineSpec) -> bool {
+    !spec.services.is_empty() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
+}
+
+fn plan_with(
+    desired: &Desired,
+    observed: &Observed,
+    mut pool: Pool,
+    replaced: &BTreeSet<&MachineId>,
+) -> Result<Plan, PlanError> {
     let wanted = desired.groups.values().fold(0u32, |sum, group| sum.saturating_add(group.count));
     if wanted > MAX_MACHINES_PER_APP {
         return Err(PlanError::TooManyMachines { wanted });
@@ -40,7 +73,8 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
     let (mut missing, mut kept, mut removals) = (Vec::new(), Kept::default(), Vec::new());
     for (name, group) in &desired.groups {
         let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
-        let (rows, misfits): (Vec<_>, Vec<_>) = rows.partition(|row| fits(group, row));
+        let (lost, rows): (Vec<_>, Vec<_>) = rows.partition(|row| replaced.contains(&row.id));
+        let (rows, misfits): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| fits(group, row));
         let found = rows.len();
         let (mut rows, surplus) = keep_the_best(&capacity, desired, observed, rows, group.count as usize);
         missing.push(Missing {
@@ -57,6 +91,10 @@ pub fn plan(desired: &Desired, observed: &Observed, mut pool: Pool) -> Result<Pl
         }
         for row in surplus {
             let why = format!("{name} should have {} machines, not {found}", group.count);
+            removals.extend(removal(desired, observed, row, &why));
+        }
+        for row in lost {
+            let why = format!("host {} is lost, and another machine takes its place", row.host);
             removals.extend(removal(desired, observed, row, &why));
         }
         for row in misfits {
@@ -98,7 +136,8 @@ fn with_steps(desired: &Desired, steps: Vec<Step>) -> Plan {
 
 /// Whether requests may reach it.
 pub(crate) fn serves(row: &MachineRow, observed: &Observed) -> bool {
-    observed.machines.get(&row.id).is_some_and(|fact| fact.is_healthy() && !fact.cordoned)
+    !observed.lost.contains(&row.id)
+        && observed.machines.get(&row.id).is_some_and(|fact| fact.is_healthy() && !fact.cordoned)
 }
 
 /// Whether the machine can become what its group should be. A volume ties it to the host that it is on, so that a
@@ -271,7 +310,8 @@ struct Kept {
 }
 
 /// A machine with the right content is left alone, however it does: what it does is its host's business. Not so one
-/// that an earlier plan made or changed without coming to see it healthy.
+/// that an earlier plan made or changed without coming to see it healthy. Of one whose host is lost only the target is
+/// changed: its host brings it there when it returns.
 fn keep(
     desired: &Desired,
     observed: &Observed,
@@ -281,8 +321,9 @@ fn keep(
     kept: &mut Kept,
 ) -> Result<(), PlanError> {
     let fact = observed.machines.get(&row.id);
-    let left = desired.left.get(&row.id).copied().unwrap_or_default();
-    let sleeps = is_left_asleep(desired, row, fact);
+    let is_lost = observed.lost.contains(&row.id);
+    let left = desired.left.get(&row.id).copied().filter(|_| !is_lost).unwrap_or_default();
+    let sleeps = is_lost || is_left_asleep(desired, row, fact);
     if left.cordoned {
         let kind = StepKind::Uncordon { command: command_id(&desired.app, desired.sequence, &row.id, "uncordon") };
         let why = "an earlier plan was going to remove it".into();
@@ -317,7 +358,7 @@ fn resize(
     capacity: &mut Capacity<'_>,
 ) -> Result<(), PlanError> {
     let fact = observed.machines.get(&row.id);
-    if row.spec.guest == group.spec.guest || is_left_asleep(desired, row, fact) {
+    if row.spec.guest == group.spec.guest || observed.lost.contains(&row.id) || is_left_asleep(desired, row, fact) {
         return Ok(());
     }
     let holds = match fact {
@@ -354,7 +395,8 @@ fn start_and_gate(desired: &Desired, row: &MachineRow, version: &MachineVersion,
 pub(crate) fn removal(desired: &Desired, observed: &Observed, row: &MachineRow, why: &str) -> Vec<Step> {
     let step = |kind| Step { machine: row.id.clone(), why: why.to_owned(), kind };
     let mut steps = Vec::new();
-    let fact = observed.machines.get(&row.id);
+    // The tombstone is all that one on a lost host can be given.
+    let fact = observed.machines.get(&row.id).filter(|_| !observed.lost.contains(&row.id));
     if fact.is_some_and(|fact| fact.state.is_running() || fact.state == MachineState::Restarting) {
         let id = |verb| command_id(&desired.app, desired.sequence, &row.id, verb);
         // A person's cordon is not ours to take back, should the plan not come to its end.

@@ -6,7 +6,7 @@
 //! wherever a new one would go. Each move lowers the number of pairs that would be lost together, so that there is an end to
 //! it: a settled cluster plans nothing.
 
-use crate::plan::{Placed, addition, removal, serves};
+use crate::plan::{Placed, addition, is_replaceable, removal, serves};
 use crate::{Ask, Capacity, Demand, Desired, GroupTarget, Observed, PlanError, Pool, Spread, Step};
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, RegionExpr};
@@ -43,15 +43,10 @@ pub fn stays(spec: &MachineSpec) -> Option<Stays> {
     match spec.release {
         _ if !spec.mounts.is_empty() => Some(Stays::HasVolume),
         0 => Some(Stays::IsByHand),
-        _ => stays_by_kind(spec),
+        _ if is_replaceable(spec) => None,
+        _ if spec.schedule.is_some() || spec.auto_destroy => Some(Stays::IsPassing),
+        _ => Some(Stays::IsExclusive),
     }
-}
-
-fn stays_by_kind(spec: &MachineSpec) -> Option<Stays> {
-    if spec.schedule.is_some() || spec.auto_destroy {
-        return Some(Stays::IsPassing);
-    }
-    spec.services.is_empty().then_some(Stays::IsExclusive)
 }
 
 /// What would move, the most useful first; at most [`MAX_MOVES`].
@@ -82,7 +77,7 @@ fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>
         return vec![drained];
     }
     let mut found = Vec::new();
-    for (name, group) in desired.groups.iter().filter(|(_, group)| is_replaceable(group)) {
+    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
         let rows = desired.machines.iter().filter(|row| row.spec.process_group == *name);
         let mut rows: Vec<&MachineRow> = rows.collect();
         if rows.len() != group.count as usize {
@@ -100,12 +95,6 @@ fn moves<'a>(desired: &Desired, observed: &Observed, capacity: &mut Capacity<'a>
         }
     }
     found
-}
-
-/// A service without files of its own: it may run twice for a moment.
-fn is_replaceable(group: &GroupTarget) -> bool {
-    let spec = &group.spec;
-    !spec.services.is_empty() && group.mount.is_none() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
 }
 
 /// A move between hosts, by index.
@@ -161,9 +150,11 @@ fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Cap
         fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
     };
     let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && stays_by_kind(&group.spec).is_none()) {
+    for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
         let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
-        let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && (serves(row, observed) || sleeps(row)));
+        // What was lost with its host is replaced by a repair.
+        let is_there = |row: &MachineRow| !observed.lost.contains(&row.id) && (serves(row, observed) || sleeps(row));
+        let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && is_there(row));
         let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
         let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
         let others = capacity.spread(rows.iter().filter(|other| other.id != row.id).map(|other| &other.host));

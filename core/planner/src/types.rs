@@ -123,6 +123,10 @@ pub struct Observed {
     pub assigned: BTreeSet<MachineId>,
     pub machines: BTreeMap<MachineId, Arc<MachineFact>>,
     pub hosts: BTreeMap<HostId, Arc<HostFact>>,
+    /// Hosts that are held for dead. Nothing is placed on them, and nobody waits for what they would have to do.
+    pub dead: BTreeSet<HostId>,
+    /// The app's machines that are assigned to one of these. What was last heard of them is no news.
+    pub lost: BTreeSet<MachineId>,
     /// Hosts that refused a reservation lately, and why: their own word goes before their facts.
     pub refused: BTreeMap<HostId, String>,
     /// Memory of all machines that are assigned to a host, for a host that says nothing of itself.

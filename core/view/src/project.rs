@@ -51,7 +51,8 @@ pub fn project(desired: Desired) -> ConfigState {
         sealed: row.sealed,
         not_after_ms: row.not_after_ms,
     });
-    let asked_for = desired.tombstones.iter().filter(|tombstone| tombstone.reason == TombstoneReason::Person);
+    let is_asked_for = |reason| matches!(reason, TombstoneReason::Person | TombstoneReason::HostLost);
+    let asked_for = desired.tombstones.iter().filter(|tombstone| is_asked_for(tombstone.reason));
     ConfigState {
         generation: desired.generation,
         apps: apps.collect(),

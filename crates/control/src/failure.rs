@@ -74,6 +74,7 @@ impl From<Refusal> for Failure {
             Refusal::Invalid(_) => ErrorCode::Invalid,
             Refusal::WaitHopeless { .. } => ErrorCode::BadRequest,
             Refusal::DiskFull(_) => ErrorCode::DiskFull,
+            Refusal::Unreachable { .. } => ErrorCode::Unavailable,
             Refusal::Failed(_) => ErrorCode::Internal,
         };
         let hint = match &refusal {
@@ -87,6 +88,9 @@ impl From<Refusal> for Failure {
             Refusal::InsufficientCapacity { .. } => Some("stop machines that you do not need, or choose a smaller size"),
             Refusal::DiskFull(_) => Some("free some space in the data directory, then try again"),
             Refusal::WaitTimeout { .. } => Some("ask again to wait longer; `dunlin logs` shows what the machine does"),
+            Refusal::Unreachable { .. } => Some(
+                "try again in a moment; what it runs goes on without us, and machines that may run elsewhere are replaced if it is lost",
+            ),
             Refusal::WaitHopeless { .. } => Some("`dunlin logs` shows why the machine ended"),
             _ => None,
         };

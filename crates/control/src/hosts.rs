@@ -1,13 +1,15 @@
 //! Hosts: how control reaches them, and which one takes a machine that is made by hand.
 
 use crate::failure::Failure;
-use crate::rows::Row;
+use crate::rows::{Row, key};
 use crate::{Ctx, reconcile};
 use dunlin_api::{ErrorCode, HostApi, Refusal, Reserve};
-use dunlin_model::desired::{HostRow, MachineRow};
-use dunlin_model::{AppName, HostId, MachineId, MachineSpec, RegionExpr};
+use dunlin_model::desired::{HostRow, MachineRow, TombstoneRow};
+use dunlin_model::{AppName, HostId, MachineId, MachineSpec, Region, RegionExpr};
 use dunlin_planner::{Ask, Capacity, Demand, For, Observed};
 use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Between reservation and assignment lies one transaction, then the start.
 const RESERVE_TTL_MS: u64 = 30_000;
@@ -16,12 +18,43 @@ const MOST_ASKED: usize = 20;
 /// Of them, those that have no room by their last word, which is seconds old: they may have by now.
 const MOST_ASKED_ANYWAY: usize = 3;
 
-/// The host's own ear.
-pub(crate) fn reach<'c>(ctx: &'c Ctx, host: &HostId) -> Result<&'c dyn HostApi, Refusal> {
+/// Of a host elsewhere, while somebody looks at a machine or a list: then what was last heard is shown.
+const LOOK_WAIT: Duration = Duration::from_millis(800);
+
+pub(crate) const VOLUME_ROOM_HINT: &str =
+    "a volume takes its whole size at once; ask for less, name another region, or destroy volumes that nobody needs";
+
+/// The host's own ear. One that is dead is not tried again: nobody waits for it.
+pub(crate) fn reach(ctx: &Ctx, host: &HostId) -> Result<Arc<dyn HostApi>, Refusal> {
     if ctx.host.host_id() == host {
-        return Ok(&*ctx.host);
+        return Ok(Arc::clone(&ctx.host));
     }
-    Err(Refusal::Failed(format!("host {host} cannot be reached from here")))
+    let unreachable = |why: &str| Refusal::Unreachable { host: host.clone(), why: why.to_owned() };
+    if ctx.watched.is_dead(host) {
+        return Err(unreachable("it is down"));
+    }
+    let found = ctx.reach.as_ref().and_then(|reach| reach(host));
+    found.ok_or_else(|| unreachable("no address of it is known here"))
+}
+
+/// The host of a machine; of one that was destroyed, the host that still ends it.
+pub(crate) async fn of_machine(ctx: &Ctx, id: &MachineId) -> Result<Arc<dyn HostApi>, Refusal> {
+    let unread = |failure: Failure| Refusal::Failed(failure.message);
+    if let Some(row) = ctx.state.machine(id).await.map_err(unread)? {
+        return reach(ctx, &row.value.host);
+    }
+    let tombstone = ctx.state.get::<TombstoneRow>(&key::tombstone(id)).await.map_err(unread)?;
+    let tombstone = tombstone.ok_or_else(|| Refusal::NoSuchMachine(id.clone()))?;
+    reach(ctx, &tombstone.value.host)
+}
+
+/// For people who look: an answer of a host elsewhere is not waited for long.
+pub(crate) async fn look<T>(ctx: &Ctx, host: &HostId, asked: impl Future<Output = Result<T, Refusal>>) -> Result<T, Refusal> {
+    if ctx.host.host_id() == host {
+        return asked.await;
+    }
+    let late = |_| Refusal::Unreachable { host: host.clone(), why: format!("no answer within {} ms", LOOK_WAIT.as_millis()) };
+    tokio::time::timeout(LOOK_WAIT, asked).await.map_err(late)?
 }
 
 /// A machine that somebody makes by hand.
@@ -79,6 +112,63 @@ pub(crate) async fn promised(ctx: &Ctx, wanted: &Wanted<'_>) -> Result<(HostRow,
         .hint("try again in a moment: hosts say every few seconds what room they have"))
 }
 
+/// A volume that somebody makes by hand.
+pub(crate) struct VolumeWanted<'w> {
+    pub app: &'w AppName,
+    pub size_gb: u32,
+    pub region: Option<&'w Region>,
+    /// Where what it begins as a copy of is.
+    pub only: Option<&'w HostId>,
+    /// Where volumes of its name are: their machines are not to be lost together.
+    pub beside: Vec<&'w HostId>,
+}
+
+/// A host whose disk has room for a new volume, by its own word.
+pub(crate) async fn with_volume_room(ctx: &Ctx, wanted: &VolumeWanted<'_>) -> Result<HostRow, Failure> {
+    let hosts = ctx.state.list::<HostRow>("hosts/").await?;
+    let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).collect();
+    let regions = wanted.region.map_or_else(RegionExpr::any, |region| RegionExpr::preferring(Some(region)));
+    let is_asked_for = |host: &&HostRow| {
+        wanted.region.is_none_or(|region| *region == host.region) && wanted.only.is_none_or(|only| *only == host.id)
+    };
+    let asked: Vec<HostRow> = hosts.iter().filter(is_asked_for).cloned().collect();
+    if asked.is_empty() {
+        let there = hosts.iter().filter(|host| wanted.only.is_none_or(|only| *only == host.id));
+        return Err(no_such_region(&regions, there.map(|host| &host.region)));
+    }
+    let mut observed = reconcile::observe(ctx, wanted.app).await?;
+    for _ in 0..MOST_ASKED {
+        let found = {
+            let mut capacity = Capacity::new(&asked, &observed);
+            let mut spread = capacity.spread(wanted.beside.iter().copied());
+            let any = RegionExpr::any();
+            // The disk's room is as old as its host's last fact: it is asked itself, below.
+            let ask = Ask { demand: Demand::default(), regions: &any, only: wanted.only, purpose: For::New };
+            capacity.place(&ask, &mut spread)
+        };
+        let host = found.map_err(|no_room| {
+            let why = observed.refused.values().cloned().collect::<Vec<_>>().join("; ");
+            let why = if why.is_empty() { no_room.to_string() } else { format!("no host has room for it: {why}") };
+            Failure::new(ErrorCode::InsufficientCapacity, why).hint(VOLUME_ROOM_HINT)
+        })?;
+        let refusal = match reach(ctx, &host.id) {
+            Ok(there) => match there.volume_room(wanted.size_gb).await {
+                Ok(()) => return Ok(host.clone()),
+                Err(refusal) => refusal,
+            },
+            Err(refusal) => refusal,
+        };
+        let id = host.id.clone();
+        let why = match refusal {
+            Refusal::InsufficientCapacity { why, .. } => format!("host {id}: {why}"),
+            other => other.to_string(),
+        };
+        observed.refused.insert(id, why);
+    }
+    Err(Failure::new(ErrorCode::InsufficientCapacity, format!("{MOST_ASKED} hosts were asked, and each has refused the volume"))
+        .hint(VOLUME_ROOM_HINT))
+}
+
 async fn reserve(ctx: &Ctx, host: &HostRow, wanted: &Wanted<'_>) -> Result<(), Refusal> {
     let reserve = Reserve { machine: wanted.id.clone(), guest: wanted.spec.guest.clone(), ttl_ms: RESERVE_TTL_MS };
     reach(ctx, &host.id)?.reserve(reserve).await
@@ -125,7 +215,7 @@ fn unasked<'h>(hosts: &'h [HostRow], observed: &Observed, wanted: &Wanted<'_>) -
     };
     let in_question = hosts.iter().filter(|host| {
         let is_asked_for = wanted.only.map_or_else(|| wanted.regions.rank(&host.region).is_some(), |only| *only == host.id);
-        is_asked_for && !host.cordoned && !observed.refused.contains_key(&host.id)
+        is_asked_for && !host.cordoned && !observed.dead.contains(&host.id) && !observed.refused.contains_key(&host.id)
     });
     in_question.min_by_key(|host| (wanted.regions.rank(&host.region), std::cmp::Reverse(free_mb(host)), host.id.clone()))
 }

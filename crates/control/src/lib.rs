@@ -26,6 +26,7 @@ pub mod issue;
 mod keys;
 mod kill;
 mod launch;
+mod logs;
 mod machine_rows;
 mod members;
 mod project;
@@ -40,6 +41,7 @@ mod spec;
 mod start;
 mod tokens;
 mod volumes;
+mod watch_hosts;
 
 pub use certificates::CertificateError;
 pub use failure::Failure;
@@ -47,7 +49,9 @@ pub use images::{BaseImages, ResolveImage, Wanted};
 pub use keys::KeyError;
 pub use kill::kill_points;
 pub use registry::resolver;
-pub use start::{BuilderSettings, Control, ControlConfig, Enrolment, Fleet, FleetQuestion, Metrics, Parts, Ready, StartError};
+pub use start::{
+    BuilderSettings, Control, ControlConfig, Enrolment, Fleet, FleetQuestion, Metrics, Parts, Probe, Reach, Ready, StartError,
+};
 
 use dunlin_api::HostApi;
 use dunlin_api::wire::HostCost;
@@ -66,7 +70,11 @@ use tokio_util::sync::CancellationToken;
 pub(crate) struct Ctx {
     pub state: rows::State,
     pub view: View,
+    /// The one where control is: builds run there. Others are reached by [`hosts::reach`].
     pub host: Arc<dyn HostApi>,
+    pub reach: Option<Reach>,
+    /// Which of the others are dead.
+    pub watched: watch_hosts::Watched,
     pub images: images::Images,
     /// The registry's: control removes from it what no app needs.
     pub content: ContentStore,

@@ -150,7 +150,7 @@ pub(crate) async fn deploy(ctx: &Ctx, name: &AppName, body: CreateRelease) -> Re
     load_app(ctx, name).await?;
     let body = CreateRelease { config: check_config(name, body.config)?, ..body };
     for mount in body.config.mounts.iter().filter(|mount| mount.encrypted == Some(true)) {
-        volumes::encrypted(ctx, mount.encrypted).await?;
+        volumes::encrypted_somewhere(ctx, mount.encrypted).await?;
     }
     let image = ctx.images.resolve(name, &body.image).await?;
     let found = registry::made_here(&ctx.content, ctx.base_images, &body.image);

@@ -7,7 +7,7 @@ use crate::keys::{KeyError, Keys, private_dir};
 use crate::kill::KillPoints;
 use crate::rows::{Change, RemovedHostRow, SecretsVersionRow, State, key};
 use crate::tokens::Tokens;
-use crate::{Ctx, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry};
+use crate::{Ctx, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry, watch_hosts};
 use axum::Router;
 use dunlin_api::{ErrorCode, HostApi};
 use dunlin_api::wire::HostCost;
@@ -30,6 +30,11 @@ use tokio_util::sync::CancellationToken;
 pub type Metrics = Box<dyn Fn(&mut String) + Send + Sync>;
 /// `Err` says what is missing.
 pub type Ready = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+/// Another host of the fleet, if its address is known.
+pub type Reach = Arc<dyn Fn(&HostId) -> Option<Arc<dyn HostApi>> + Send + Sync>;
+/// Asks another host whether it is there, and gives up after a second.
+pub type Probe = Arc<dyn Fn(HostId) -> BoxFuture<'static, bool> + Send + Sync>;
 
 /// What `server --role control` is told.
 pub struct ControlConfig {
@@ -88,6 +93,10 @@ pub struct Parts {
     pub store: Store,
     pub view: View,
     pub host: Arc<dyn HostApi>,
+    /// The hosts of a fleet beside `host`.
+    pub reach: Option<Reach>,
+    /// Without it no host is ever held for dead.
+    pub probe: Option<Probe>,
     pub images: ResolveImage,
     /// What the registry keeps: images of builds that nobody uses and of apps that were destroyed are removed.
     pub content: ContentStore,
@@ -134,6 +143,8 @@ impl Control {
             state,
             view: parts.view,
             host: parts.host,
+            reach: parts.reach,
+            watched: watch_hosts::Watched::new(parts.probe),
             images: Images::new(parts.images, config.domain.clone()),
             content: parts.content,
             tokens: Tokens::new(keys.tokens.clone()),
@@ -175,6 +186,7 @@ impl Control {
         certificates::ensure(&ctx).await?;
         let mut tasks = JoinSet::new();
         tasks.spawn(project::run(Arc::clone(&ctx), ctx.stop.clone()));
+        tasks.spawn(watch_hosts::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(reconcile::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(launch::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(ended::run(Arc::clone(&ctx), ctx.stop.clone()));

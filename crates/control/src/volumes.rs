@@ -5,9 +5,9 @@
 
 use crate::failure::Failure;
 use crate::rows::{Change, Row, key};
-use crate::{Ctx, now_ms};
+use crate::{Ctx, hosts, now_ms};
 use dunlin_api::VolumeEncryption;
-use dunlin_model::desired::MachineRow;
+use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::volume::{VolumeRow, VolumeTombstoneRow};
 use dunlin_model::{AppName, HostId, MachineId, MachineSpec, Region, VolumeId};
 use dunlin_planner::MountTarget;
@@ -42,19 +42,30 @@ pub(crate) async fn claim(ctx: &Ctx, app: &AppName, id: &VolumeId) -> Result<Opt
 }
 
 /// Whether a new volume is encrypted: as it was asked for, and otherwise wherever its host can.
-pub(crate) async fn encrypted(ctx: &Ctx, asked: Option<bool>) -> Result<bool, Failure> {
+pub(crate) async fn encrypted(ctx: &Ctx, host: &HostId, asked: Option<bool>) -> Result<bool, Failure> {
     if asked == Some(false) {
         return Ok(false);
     }
-    match (ctx.host.volume_encryption().await?, asked) {
+    match (hosts::reach(ctx, host)?.volume_encryption().await?, asked) {
         (VolumeEncryption::Offered, _) => Ok(true),
         (VolumeEncryption::Lacking { .. }, None) => Ok(false),
         (VolumeEncryption::Lacking { what, fix }, Some(_)) => {
-            Err(Failure::invalid(format!("encrypted: host {} cannot encrypt volumes: {what}", ctx.host.host_id())).hint(format!(
+            Err(Failure::invalid(format!("encrypted: host {} cannot encrypt volumes: {what}", host)).hint(format!(
                 "{fix}; or leave it out, and put the server's data directory on an encrypted disk"
             )))
         }
     }
+}
+
+/// Whether there is a host where a volume could be as it was asked for; the refusal is that of the host that is here.
+pub(crate) async fn encrypted_somewhere(ctx: &Ctx, asked: Option<bool>) -> Result<(), Failure> {
+    let hosts = ctx.state.list::<HostRow>("hosts/").await?;
+    let others = hosts.iter().map(|row| &row.value.id).filter(|id| *id != ctx.host.host_id());
+    let (here, others) = tokio::join!(
+        encrypted(ctx, ctx.host.host_id(), asked),
+        futures_util::future::join_all(others.map(|host| encrypted(ctx, host, asked))),
+    );
+    here.map(drop).or_else(|refused| others.iter().any(Result::is_ok).then_some(()).ok_or(refused))
 }
 
 /// The volume of a new machine.

@@ -38,7 +38,7 @@ async fn the_next_best_host_is_asked_when_one_refuses() {
         (json!("ams,local"), Ok("local")),
         (json!("eu,any"), Ok("local")),
         (json!(null), Ok("local")),
-        (json!("ams"), Err((503, "no host in ams has room for a machine with 256 MB: host a2: host a2 cannot be reached from here; region local has room"))),
+        (json!("ams"), Err((503, "no host in ams has room for a machine with 256 MB: host a2: host a2 cannot be reached: no address of it is known here; region local has room"))),
         (json!("fra,us"), Err((422, "there is no host in region fra,us"))),
         (json!("Fra"), Err((422, "region cannot be used: region \"Fra\" is not valid"))),
     ] {

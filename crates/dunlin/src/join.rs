@@ -6,7 +6,7 @@ use crate::{doctor, keeper};
 use anyhow::{Context, bail};
 use dunlin_api::ErrorBody;
 use dunlin_cli::{Exit, Globals};
-use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, JoinToken, Member, MemberKeys};
+use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, JoinToken, Member, MemberKeys, Said};
 use dunlin_model::HostId;
 use serde_json::{Value, json};
 use std::io::Read as _;
@@ -124,7 +124,13 @@ async fn join(args: &JoinArgs, data_dir: Option<&Path>, json: bool) -> anyhow::R
         bail!("the server at {addr} answered with another authority than the token names; nothing was kept\n  \
                hint: make a new token where control runs, and see who answers at {addr}");
     }
-    let member = Member { listen: Some(cluster), advertise: Some(advertise), ..answer.member(settings.host_id.clone(), keys) };
+    let said = Said {
+        listen: Some(cluster),
+        advertise: Some(advertise),
+        zone: settings.zone.clone(),
+        labels: settings.labels.clone(),
+    };
+    let member = Member { said, ..answer.member(settings.host_id.clone(), keys) };
     member.save(&dir)?;
     joined(&member, &settings.data_dir, advertise, json);
     Ok(())
@@ -253,7 +259,7 @@ fn address_towards(addr: SocketAddr, cluster: SocketAddr) -> anyhow::Result<Sock
 
 /// This computer's name, as far as it can be an id.
 fn host_name() -> Option<String> {
-    as_host_id(rustix::system::uname().nodename().to_str().ok()?)
+    as_host_id(std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?.trim())
 }
 
 fn as_host_id(name: &str) -> Option<String> {

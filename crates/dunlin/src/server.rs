@@ -456,6 +456,8 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
     };
     let parts = Parts {
         store: store.clone(),
+        reach: plan.fleet.as_ref().map(fleet::Fleet::reach),
+        probe: plan.fleet.as_ref().map(fleet::Fleet::probe),
         view: plan.view.clone(),
         host: plan.host.clone(),
         images: dunlin_control::resolver(plan.content.clone(), base_images),

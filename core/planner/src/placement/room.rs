@@ -105,7 +105,10 @@ impl<'a> Room<'a> {
             row,
             region,
             zone,
-            refused: observed.refused.get(&row.id).map(String::as_str),
+            refused: match observed.dead.contains(&row.id) {
+                true => Some("it is down"),
+                false => observed.refused.get(&row.id).map(String::as_str),
+            },
             addresses: None,
             memory_mb: u64::from(memory_mb),
             free_mb: u64::from(memory_mb).saturating_sub(reserved_mb),

@@ -75,6 +75,7 @@ pub struct Fleet {
     pub groups: BTreeMap<String, GroupTarget>,
     pub primary: Option<Region>,
     pub refused: BTreeMap<HostId, String>,
+    pub dead: BTreeSet<HostId>,
     pub drawn: u64,
     pub sequence: u64,
 }
@@ -151,6 +152,8 @@ impl Fleet {
             machines: self.rows.values().map(|row| (row.id.clone(), Arc::new(running(row)))).collect(),
             hosts: self.hosts.iter().map(fact).collect(),
             refused: self.refused.clone(),
+            dead: self.dead.clone(),
+            lost: self.rows.values().filter(|row| self.dead.contains(&row.host)).map(|row| row.id.clone()).collect(),
             assigned_memory_mb: BTreeMap::new(),
         }
     }

@@ -190,6 +190,8 @@ impl World {
             machines: machines.collect(),
             hosts: BTreeMap::new(),
             refused: BTreeMap::new(),
+            dead: BTreeSet::new(),
+            lost: BTreeSet::new(),
             assigned_memory_mb: BTreeMap::from([(host(), assigned)]),
         }
     }

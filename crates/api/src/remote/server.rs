@@ -20,9 +20,8 @@ pub async fn serve(stream: impl Duplex, host: Arc<dyn HostApi>) {
     let (reader, mut writer) = tokio::io::split(stream);
     let (to_writer, frames) = mpsc::channel(QUEUE);
     let writes = async {
-        match frame::write_all(&mut writer, frames).await {
-            Ok(()) => pending().await, // the caller reads it, and closes
-            Err(_) => {}               // an answer that nobody takes is its caller's affair
+        if frame::write_all(&mut writer, frames).await.is_ok() {
+            pending::<()>().await; // the caller reads it, and closes; what nobody takes is the caller's affair
         }
     };
     tokio::select! {

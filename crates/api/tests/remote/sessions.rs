@@ -58,7 +58,7 @@ async fn input_that_is_there_from_the_start_arrives() {
         let mut session = remote.exec(request).await.unwrap();
         assert!(session.stdin.is_none());
         let (all, last) = rest(&mut session).await;
-        assert_eq!((Bytes::from(all) == whole, last), (true, ExecOutput::Exited(7)));
+        assert_eq!((all == whole, last), (true, ExecOutput::Exited(7)));
         let asked = host.asked.lock().unwrap().pop().unwrap();
         assert_eq!(asked, r#"exec ["echo"] [("A", "b")] Some(WindowSize { rows: 24, columns: 80 }) web"#);
     }

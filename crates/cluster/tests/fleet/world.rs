@@ -53,13 +53,15 @@ impl World {
             machine_prefix: Ipv4Prefix { network: "10.202.0.0".parse().unwrap(), length: 16 },
             control: id("h1"),
             peers: peers.iter().map(|(name, addr)| (id(name), *addr)).collect(),
+            said: Default::default(),
             keys,
             issued,
         }
     }
 
     pub async fn start(&self, member: Member, listen: SocketAddr) -> Host {
-        self.start_in(&member.host.to_string(), member, listen).await
+        let folder = member.host.to_string();
+        self.start_in(&folder, member, listen).await
     }
 
     pub async fn start_in(&self, folder: &str, member: Member, listen: SocketAddr) -> Host {

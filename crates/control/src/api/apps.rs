@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::releases::{self, load_app};
 use crate::rows::{Change, Outcome, key};
 use crate::secrets::{self, When};
-use crate::{Ctx, machine_rows, now_ms, spec};
+use crate::{Ctx, logs, machine_rows, now_ms, spec};
 use axum::extract::{Extension, Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use axum::Json;
@@ -275,13 +275,13 @@ pub async fn logs(
     // Everything since a moment, or else the newest lines.
     let default_tail = if query.since_ms.is_some() { MAX_TAIL_LINES } else { DEFAULT_TAIL_LINES };
     let query = LogQuery {
-        app: Some(app),
+        app: Some(app.clone()),
         machine: query.machine,
         since_ms: query.since_ms,
         tail: Some(query.tail.unwrap_or(default_tail).min(MAX_TAIL_LINES)),
         follow: query.follow,
     };
-    let lines = ctx.host.logs(query).await?.lines;
+    let lines = logs::lines(&ctx, app, query).await?;
     let stop = ctx.stop.clone();
     let lines = stream::unfold((lines, stop), |(mut lines, stop)| async move {
         let line = tokio::select! {

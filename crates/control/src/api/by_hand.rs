@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::launch::LaunchRow;
 use crate::machine_rows::{self, ConfigsRow, Wish};
 use crate::rows::{Row, key};
-use crate::{Ctx, fly};
+use crate::{Ctx, fly, hosts};
 use axum::Json;
 use axum::extract::{Extension, Path, Query, State};
 use dunlin_api::wire;
@@ -50,7 +50,7 @@ pub async fn update(
 ) -> Result<Json<wire::Machine>, Failure> {
     let wish = Wish { nonce: leases::nonce(&headers)?, ..Wish::read(body)? };
     let row = machines::load(&ctx, &app, &id).await?;
-    leases::check(&ctx, &id, &headers).await?;
+    leases::check(&ctx, &row, &headers).await?;
     let lease_ttl_s = wish.lease_ttl_s;
     let row = machine_rows::update(&ctx, row, wish).await?;
     answer(&ctx, &row, &caller, &headers, lease_ttl_s).await
@@ -86,7 +86,10 @@ async fn answer(
 async fn taken_up(ctx: &Ctx, row: &Row<MachineRow>) {
     let (id, version) = (&row.value.id, &row.value.spec.version);
     loop {
-        let fact = ctx.host.machine(id).await;
+        let fact = match hosts::reach(ctx, &row.value.host) {
+            Ok(host) => host.machine(id).await,
+            Err(refusal) => Err(refusal),
+        };
         let is_known = fact.is_ok_and(|fact| {
             fact.version == *version && !matches!(fact.state, MachineState::Creating | MachineState::Updating)
         });
@@ -151,7 +154,7 @@ pub async fn set_metadata(
     Body(body): Body<MetadataValue>,
 ) -> Result<StatusCode, Failure> {
     let row = machines::load(&ctx, &app, &id).await?;
-    leases::check(&ctx, &id, &headers).await?;
+    leases::check(&ctx, &row, &headers).await?;
     let mut metadata = row.value.spec.metadata.clone();
     metadata.insert(name, body.value);
     machine_rows::set_metadata(&ctx, row, metadata).await?;
@@ -164,7 +167,7 @@ pub async fn remove_metadata(
     headers: HeaderMap,
 ) -> Result<StatusCode, Failure> {
     let row = machines::load(&ctx, &app, &id).await?;
-    leases::check(&ctx, &id, &headers).await?;
+    leases::check(&ctx, &row, &headers).await?;
     let mut metadata = row.value.spec.metadata.clone();
     metadata.remove(&name).ok_or_else(|| no_metadata(&id))?;
     machine_rows::set_metadata(&ctx, row, metadata).await?;
@@ -182,7 +185,7 @@ pub async fn processes(
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Ps>,
 ) -> Result<Json<Vec<Process>>, Failure> {
-    machines::load(&ctx, &app, &id).await?;
+    let row = machines::load(&ctx, &app, &id).await?;
     let compare: fn(&Process, &Process) -> Ordering = match query.sort_by.as_deref() {
         None | Some("pid") => |a, b| a.pid.cmp(&b.pid),
         Some("stime") => |a, b| a.stime.cmp(&b.stime),
@@ -203,7 +206,7 @@ pub async fn processes(
             return Err(Failure::new(ErrorCode::BadRequest, format!("{other:?} is not an order")).hint("use asc or desc"));
         }
     };
-    let mut processes = ctx.host.processes(&id).await?;
+    let mut processes = hosts::reach(&ctx, &row.value.host)?.processes(&id).await?;
     processes.sort_by(compare);
     if is_descending {
         processes.reverse();

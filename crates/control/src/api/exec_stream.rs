@@ -2,8 +2,8 @@
 
 use super::machines::load;
 use super::{Caller, request_id};
-use crate::Ctx;
 use crate::failure::Failure;
+use crate::{Ctx, hosts};
 use axum::extract::ws::{Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
 use axum::extract::{Extension, Path, State};
 use axum::response::Response;
@@ -93,7 +93,7 @@ impl Session {
         };
         let (request, program) = request(&self.id, start)?;
         let tty = request.tty.is_some();
-        Ok((self.ctx.host.exec(request).await?, program, tty))
+        Ok((hosts::of_machine(&self.ctx, &self.id).await?.exec(request).await?, program, tty))
     }
 }
 

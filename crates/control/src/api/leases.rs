@@ -1,12 +1,14 @@
 //! Leases: one caller's word that nobody else changes a machine for a while. The host that owns the machine keeps it.
 
 use super::{Caller, given, machines};
-use crate::Ctx;
 use crate::failure::Failure;
+use crate::rows::Row;
+use crate::{Ctx, hosts};
 use axum::Json;
 use axum::extract::{Extension, Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use dunlin_api::{CommandKind, ErrorCode, Refusal};
+use dunlin_model::desired::MachineRow;
 use dunlin_model::{AppName, Lease, MachineId};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
@@ -30,8 +32,9 @@ pub(super) fn nonce(headers: &HeaderMap) -> Result<Option<String>, Failure> {
 }
 
 /// Refuses what changes the machine in the store while somebody else has the lease.
-pub(super) async fn check(ctx: &Ctx, id: &MachineId, headers: &HeaderMap) -> Result<(), Failure> {
-    let lease = match ctx.host.lease(id).await {
+pub(super) async fn check(ctx: &Ctx, row: &Row<MachineRow>, headers: &HeaderMap) -> Result<(), Failure> {
+    let id = &row.value.id;
+    let lease = match hosts::reach(ctx, &row.value.host)?.lease(id).await {
         Ok(lease) => lease,
         Err(Refusal::NoSuchMachine(_)) => None, // its host has not taken it up yet
         Err(refusal) => return Err(refusal.into()),
@@ -115,7 +118,7 @@ pub async fn get(
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
     let row = machines::load(&ctx, &app, &id).await?;
-    let lease = ctx.host.lease(&id).await?;
+    let lease = hosts::reach(&ctx, &row.value.host)?.lease(&id).await?;
     let lease = lease.ok_or_else(|| {
         Failure::not_found(format!("nobody has a lease of machine {id}"))
             .hint("whoever may deploy the app may change it; a POST to the same path takes a lease")

@@ -9,7 +9,7 @@ use crate::machine_rows::{self, ConfigsRow};
 use crate::reconcile::destroy_machine;
 use crate::releases::{busy, load_app};
 use crate::rows::{Outcome, Row, key};
-use crate::{Ctx, now_ms};
+use crate::{Ctx, hosts, now_ms};
 use axum::Json;
 use axum::extract::{Extension, Path, Query, RawQuery, State};
 use dunlin_api::wire::{self, ExecAnswer, ExecBody, ImageRefWire, StopMachine};
@@ -17,13 +17,14 @@ use dunlin_api::{Command, CommandAnswer, CommandKind, ErrorCode, ExecOutput, Exe
 use dunlin_model::config::{units, words};
 use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::{
-    AppName, CommandId, ContainerState, ContainerStatus, MachineId, MachineSpec, MachineState, MachineVersion,
+    AppName, CommandId, ContainerState, ContainerStatus, HostId, MachineId, MachineSpec, MachineState, MachineVersion,
 };
+use dunlin_planner::is_replaceable;
 use dunlin_view::{CheckStatus, MachineFact, Snapshot};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A host speaks of itself every 5 s: three times nothing is no accident.
@@ -66,14 +67,14 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Val
         containers: containers(spec, fact.map(|fact| &**fact)),
         events: Value::Null,
         nonce: None,
-        host_status: host_status(fact.is_some(), host_seen_at).into(),
+        host_status: host_status(fact.is_some(), ctx.watched.is_dead(&machine.host), host_seen_at).into(),
         host_seen_at,
         cordoned: fact.is_some_and(|fact| fact.cordoned),
         process_group: spec.process_group.clone(),
         release: spec.release,
         restarts: fact.map_or(0, |fact| fact.restarts),
         exit: fact.and_then(|fact| fact.exit.clone()),
-        problem: fact.and_then(|fact| fact.problem.clone()),
+        problem: on_a_dead_host(ctx, machine).or_else(|| fact.and_then(|fact| fact.problem.clone())),
         next_run_at: fact.and_then(|fact| fact.due_ms).map(rfc3339),
         created_at: rfc3339(machine.created_at_ms),
         updated_at: rfc3339(fact.map_or(machine.created_at_ms, |fact| fact.updated_at_ms)),
@@ -101,10 +102,26 @@ fn check(check: &CheckStatus) -> wire::CheckShown {
     }
 }
 
+/// What becomes of a machine whose host is lost, and what a person can do.
+fn on_a_dead_host(ctx: &Ctx, machine: &MachineRow) -> Option<String> {
+    let (host, id) = (&machine.host, &machine.id);
+    if !ctx.watched.is_dead(host) {
+        return None;
+    }
+    if machine.spec.release != 0 && is_replaceable(&machine.spec) {
+        return Some(format!("host {host} is down: another machine takes its place"));
+    }
+    Some(format!(
+        "host {host} is down, and the machine may run there all the same, so none takes its place: bring the host back, or, \
+         once it is off for good, `dunlin machine destroy {id} --force` gives it up"
+    ))
+}
+
 /// `unknown`: its host has said nothing of it. `unreachable`: what is shown is what the host said last, and that was
 /// long ago.
-fn host_status(is_known: bool, host_seen_at: Option<u64>) -> &'static str {
+fn host_status(is_known: bool, is_dead: bool, host_seen_at: Option<u64>) -> &'static str {
     match host_seen_at {
+        _ if is_dead => "unreachable",
         _ if !is_known => "unknown",
         Some(at_ms) if now_ms() > at_ms.saturating_add(HOST_SILENT_MS) => "unreachable",
         _ => "ok",
@@ -141,7 +158,8 @@ pub async fn list(
     });
     let mut machines: Vec<_> =
         shown.filter(|(row, machine)| filter.takes(&row.value, machine)).map(|(_, machine)| machine).collect();
-    let has_containers = rows.iter().map(|row| &row.value).filter(|row| !row.spec.containers.is_empty()).map(|row| &row.id);
+    let has_containers = rows.iter().map(|row| &row.value).filter(|row| !row.spec.containers.is_empty());
+    let has_containers = has_containers.map(|row| (row.id.clone(), row.host.clone()));
     ask_for_containers(&ctx, &has_containers.collect(), &mut machines).await;
     if filter.with_destroyed {
         let gone = destroyed::of_app(&ctx, &app_row.value).await?.into_iter().map(|gone| {
@@ -159,11 +177,15 @@ pub async fn list(
 
 /// Facts do not tell of containers, which come and go while the machine runs: the hosts of those that have some are asked.
 /// What a host does not say is not shown.
-async fn ask_for_containers(ctx: &Ctx, of: &BTreeSet<&MachineId>, machines: &mut [wire::Machine]) {
-    let mut asked: Vec<_> = machines.iter_mut().filter(|machine| machine.state.is_running() && of.contains(&machine.id)).collect();
+async fn ask_for_containers(ctx: &Ctx, hosts: &BTreeMap<MachineId, HostId>, machines: &mut [wire::Machine]) {
+    let mut asked: Vec<_> = machines.iter_mut().filter(|machine| machine.state.is_running() && hosts.contains_key(&machine.id)).collect();
     for some in asked.chunks_mut(MAX_ASKED_AT_ONCE) {
-        let ids: Vec<MachineId> = some.iter().map(|machine| machine.id.clone()).collect();
-        let answers = futures_util::future::join_all(ids.iter().map(|id| ctx.host.machine(id))).await;
+        let ids = some.iter().filter_map(|machine| Some((machine.id.clone(), hosts.get(&machine.id)?.clone())));
+        let answers = futures_util::future::join_all(ids.map(async |(id, host)| {
+            let owner = hosts::reach(ctx, &host)?;
+            hosts::look(ctx, &host, owner.machine(&id)).await
+        }))
+        .await;
         for (machine, answer) in some.iter_mut().zip(answers) {
             machine.containers = answer.map(|fact| fact.containers).unwrap_or_default();
         }
@@ -232,12 +254,16 @@ pub(crate) async fn asked(ctx: &Ctx, row: &Row<MachineRow>) -> Result<wire::Mach
     let id = &row.value.id;
     let configs = ctx.state.get::<ConfigsRow>(&key::configs(id)).await?.map(|row| row.value).unwrap_or_default();
     let mut view = Snapshot::clone(&ctx.view.current());
-    let answer = ctx.host.machine(id).await;
+    let host = &row.value.host;
+    let (answer, events) = match hosts::reach(ctx, host) {
+        Ok(owner) => tokio::join!(hosts::look(ctx, host, owner.machine(id)), hosts::look(ctx, host, owner.events(id))),
+        Err(refusal) => (Err(refusal.clone()), Err(refusal)),
+    };
     if let Ok(fact) = &answer {
         view.machines.insert(id.clone(), Arc::new(fact.clone()));
     }
     let mut shown = wire(ctx, &view, &row.value, configs.shown(&row.value.spec, &ctx.domain));
-    if let Ok(events) = ctx.host.events(id).await {
+    if let Ok(events) = events {
         shown.events = fly::events(&events);
     }
     Ok(match answer {
@@ -265,7 +291,16 @@ pub async fn destroy(
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
     let row = load(&ctx, &app, &id).await?;
-    leases::check(&ctx, &id, &headers).await?;
+    match leases::check(&ctx, &row, &headers).await {
+        // Whoever forces it gives up what a host that is lost knows of a lease; it destroys the machine when it returns.
+        Err(failure) if failure.code == ErrorCode::Unavailable && query.force => {
+            tracing::info!(%app, machine = %id, why = failure.message, "destroyed although its host cannot be asked");
+        }
+        Err(failure) if failure.code == ErrorCode::Unavailable => {
+            return Err(failure.hint("`--force` gives the machine up without its host, which destroys it when it returns"));
+        }
+        checked => checked?,
+    }
     let state = ctx.view.current().machines.get(&id).map(|fact| fact.state);
     if let Some(state) = state.filter(|state| state.is_running())
         && !query.force
@@ -319,7 +354,7 @@ pub(super) async fn send(
         request_id: super::request_id(),
         kind,
     };
-    Ok(ctx.host.command(command).await?)
+    Ok(hosts::reach(ctx, &row.value.host)?.command(command).await?)
 }
 
 /// The client's own, or a fresh one.
@@ -465,13 +500,26 @@ pub async fn wait(
             return Err(missing);
         }
     }
-    match ctx.host.wait(&id, wait).await {
+    let waited = match hosts::of_machine(&ctx, &id).await {
+        Ok(host) => host.wait(&id, wait.clone()).await,
+        Err(refusal) => Err(refusal),
+    };
+    match waited {
         Ok(fact) => Ok(Json(json!({ "ok": true, "state": fact.state.as_str(), "version": fact.version }))),
         Err(Refusal::NoSuchMachine(_)) if awaits_end && ctx.state.machine(&id).await?.is_none() => {
             Ok(Json(json!({ "ok": true, "state": "destroyed" })))
         }
+        Err(refusal @ Refusal::Unreachable { .. }) => last_heard(&ctx, &id, &wait).map(Json).ok_or_else(|| refusal.into()),
         Err(refusal) => Err(refusal.into()),
     }
+}
+
+/// What its host said before it could not be reached any more, if that is what was waited for.
+fn last_heard(ctx: &Ctx, id: &MachineId, wait: &WaitFor) -> Option<Value> {
+    let view = ctx.view.current();
+    let fact = view.machines.get(id).filter(|_| wait.after_event.is_none())?;
+    let is_it = wait.states.contains(&fact.state) && wait.version.as_ref().is_none_or(|version| *version == fact.version);
+    is_it.then(|| json!({ "ok": true, "state": fact.state.as_str(), "version": fact.version, "host_status": "unreachable" }))
 }
 
 fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
@@ -530,8 +578,8 @@ pub async fn events(
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Events>,
 ) -> Result<Json<Value>, Failure> {
-    load(&ctx, &app, &id).await?;
-    let mut events = ctx.host.events(&id).await?;
+    let row = load(&ctx, &app, &id).await?;
+    let mut events = hosts::reach(&ctx, &row.value.host)?.events(&id).await?;
     events.truncate(query.limit.unwrap_or(usize::MAX));
     Ok(Json(fly::events(&events)))
 }
@@ -566,7 +614,7 @@ async fn run(ctx: &Ctx, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Fa
     let stdin = ExecStdin::Whole(body.stdin.unwrap_or_default().into());
     let container = body.container.unwrap_or_default();
     let request = ExecRequest { stdin, container, ..ExecRequest::new(id.clone(), command, timeout_s * 1000) };
-    let mut session = ctx.host.exec(request).await?;
+    let mut session = hosts::of_machine(ctx, id).await?.exec(request).await?;
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     while let Some(output) = session.output.recv().await {
         let (stream, bytes) = match output {

@@ -4,21 +4,24 @@ use super::given::Body;
 use crate::failure::Failure;
 use crate::releases::{busy, load_app};
 use crate::rows::{Change, Outcome, Row, key};
+use crate::hosts::{self, VolumeWanted};
 use crate::{Ctx, now_ms, volumes};
 use axum::Json;
 use axum::extract::{Path, State};
 use dunlin_api::volumes::{CreateVolume, Extended, ExtendVolume, Snapshot, UpdateVolume, Volume};
 use dunlin_api::{ErrorCode, Refusal, VolumeStatus};
-use dunlin_model::desired::HostRow;
 use dunlin_model::volume::{
     SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, SNAPSHOT_RETENTION_DEFAULT, VOLUME_NAME_RULE, VolumeRow, is_volume_name,
 };
-use dunlin_model::{AppName, Region, SnapshotId, VolumeId, VolumeSource};
+use dunlin_model::{AppName, SnapshotId, VolumeId, VolumeSource};
+use futures_util::future::join_all;
 use http::StatusCode;
 use std::sync::Arc;
 
 /// Of a volume that a request does not size, as the Machines API has it.
 const SIZE_DEFAULT_GB: u32 = 3;
+/// Volumes, while they are listed.
+const MOST_ASKED_AT_ONCE: usize = 64;
 /// Of one app.
 const VOLUMES_MAX: usize = 200;
 
@@ -33,7 +36,10 @@ async fn load(ctx: &Ctx, app: &AppName, id: &VolumeId) -> Result<Row<VolumeRow>,
 
 /// A volume as the API shows it, with the word of its host on it.
 async fn shown(ctx: &Ctx, row: &VolumeRow) -> Result<Volume, Failure> {
-    let status = ctx.host.volume(&row.id, row.size_gb).await;
+    let status = match hosts::reach(ctx, &row.host) {
+        Ok(host) => hosts::look(ctx, &row.host, host.volume(&row.id, row.size_gb)).await,
+        Err(refusal) => Err(refusal),
+    };
     if let Err(refusal) = &status {
         tracing::debug!(volume = %row.id, %refusal, "the host does not answer for the volume");
     }
@@ -48,10 +54,11 @@ async fn with_status(ctx: &Ctx, row: &VolumeRow, status: Option<VolumeStatus>) -
 pub async fn list(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<Json<Vec<Volume>>, Failure> {
     load_app(&ctx, &app).await?;
     let mut all = Vec::new();
-    for row in volumes::of_app(&ctx, &app).await? {
-        all.push(shown(&ctx, &row.value).await?);
+    // Each host is asked for a few at a time, and no host is waited for before another.
+    for some in volumes::of_app(&ctx, &app).await?.chunks(MOST_ASKED_AT_ONCE) {
+        all.extend(join_all(some.iter().map(|row| shown(&ctx, &row.value))).await);
     }
-    Ok(Json(all))
+    Ok(Json(all.into_iter().collect::<Result<_, _>>()?))
 }
 
 pub async fn get(
@@ -82,17 +89,25 @@ pub async fn create(
     if !(least_gb..=SIZE_MAX_GB).contains(&size_gb) {
         return Err(Failure::invalid(format!("size_gb is {size_gb}; it must be from {least_gb} to {SIZE_MAX_GB}")));
     }
-    let host = host(&ctx, body.region.as_ref()).await?;
-    let encrypted = match source.as_ref().and_then(|source| there.iter().find(|row| row.value.id == source.volume)) {
-        Some(of) => as_its_source(body.encrypted, &of.value)?,
-        None => volumes::encrypted(&ctx, body.encrypted).await?,
+    let of = source.as_ref().and_then(|source| there.iter().find(|row| row.value.id == source.volume)).map(|row| &row.value);
+    let wanted = VolumeWanted {
+        app: &app,
+        size_gb,
+        region: body.region.as_ref(),
+        only: of.map(|of| &of.host),
+        beside: there.iter().filter(|row| row.value.name == body.name).map(|row| &row.value.host).collect(),
+    };
+    let host = hosts::with_volume_room(&ctx, &wanted).await?;
+    let encrypted = match of {
+        Some(of) => as_its_source(body.encrypted, of)?,
+        None => volumes::encrypted(&ctx, &host.id, body.encrypted).await?,
     };
     let row = VolumeRow {
         id: VolumeId::from_random(crate::keys::random()),
         name: body.name,
         org: app_row.value.org.clone(),
         app: app.clone(),
-        host: host.id,
+        host: host.id.clone(),
         region: host.region,
         size_gb,
         created_at_ms: now_ms(),
@@ -101,13 +116,12 @@ pub async fn create(
         encrypted,
         source,
     };
-    ctx.host.volume_room(size_gb).await.map_err(no_room)?;
     // Not for an app that is being destroyed in this moment.
     let change = volumes::create(&row).unchanged(key::app(&app), app_row.modified);
     if ctx.state.commit(change).await? == Outcome::Conflict {
         return Err(busy(&app));
     }
-    match ctx.host.volume(&row.id, size_gb).await {
+    match hosts::reach(&ctx, &host.id)?.volume(&row.id, size_gb).await {
         Ok(status) => Ok(Json(with_status(&ctx, &row, Some(status)).await?)),
         Err(refusal) => {
             // A volume that could not be made is none.
@@ -164,7 +178,9 @@ async fn source(
         }
         (None, Some(id)) => {
             for row in there {
-                let snapshots = ctx.host.snapshots(&row.value.id).await?;
+                // Whose host is lost cannot be copied from either.
+                let Ok(host) = hosts::reach(ctx, &row.value.host) else { continue };
+                let Ok(snapshots) = host.snapshots(&row.value.id).await else { continue };
                 if let Some(snapshot) = snapshots.iter().find(|snapshot| snapshot.id == *id) {
                     let source = VolumeSource { volume: row.value.id.clone(), snapshot: Some(id.clone()) };
                     let size_gb = u32::try_from(snapshot.volume_size.div_ceil(1 << 30)).unwrap_or(SIZE_MAX_GB);
@@ -177,22 +193,11 @@ async fn source(
     }
 }
 
-/// The host that this control reaches, if it is in the region.
-async fn host(ctx: &Ctx, region: Option<&Region>) -> Result<HostRow, Failure> {
-    let row = ctx.state.get::<HostRow>(&key::host(ctx.host.host_id())).await?.map(|row| row.value);
-    let row = row.ok_or_else(|| Failure::new(ErrorCode::Unavailable, "no host has joined").hint("try again in a moment"))?;
-    match region.filter(|region| **region != row.region) {
-        Some(region) => Err(Failure::invalid(format!("there is no host in region {region}"))
-            .hint(format!("leave the region out, or use {}", row.region))),
-        None => Ok(row),
-    }
-}
-
 fn no_room(refusal: Refusal) -> Failure {
     match refusal {
         Refusal::InsufficientCapacity { host, why } => {
             Failure::new(ErrorCode::InsufficientCapacity, format!("host {host} has no room for it: {why}"))
-                .hint("a volume takes its whole size at once; ask for less, or destroy volumes that nobody needs")
+                .hint(hosts::VOLUME_ROOM_HINT)
         }
         other => Failure::from(other),
     }
@@ -231,9 +236,10 @@ pub async fn extend(
         return Err(Failure::invalid(format!("size_gb is {}; volume {id} has {has} GB and never shrinks", body.size_gb))
             .hint(format!("ask for more than {has} and at most {SIZE_MAX_GB}")));
     }
-    ctx.host.volume_room(body.size_gb - has).await.map_err(no_room)?;
+    let host = hosts::reach(&ctx, &row.value.host)?;
+    host.volume_room(body.size_gb - has).await.map_err(no_room)?;
     let next = write(&ctx, &row, VolumeRow { size_gb: body.size_gb, ..row.value.clone() }).await?;
-    let status = ctx.host.volume(&id, next.size_gb).await?;
+    let status = host.volume(&id, next.size_gb).await?;
     let volume = with_status(&ctx, &next, Some(status)).await?;
     Ok(Json(Extended { volume, needs_restart: status.needs_restart }))
 }
@@ -261,8 +267,8 @@ pub async fn snapshots(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, VolumeId)>,
 ) -> Result<Json<Vec<Snapshot>>, Failure> {
-    load(&ctx, &app, &id).await?;
-    let snapshots = ctx.host.snapshots(&id).await?;
+    let row = load(&ctx, &app, &id).await?;
+    let snapshots = hosts::reach(&ctx, &row.value.host)?.snapshots(&id).await?;
     Ok(Json(snapshots.into_iter().map(Snapshot::from).collect()))
 }
 
@@ -270,7 +276,7 @@ pub async fn snapshot(
     State(ctx): State<Arc<Ctx>>,
     Path((app, id)): Path<(AppName, VolumeId)>,
 ) -> Result<(StatusCode, Json<Snapshot>), Failure> {
-    load(&ctx, &app, &id).await?;
-    let made = ctx.host.snapshot(&id, &SnapshotId::from_random(crate::keys::random())).await?;
+    let row = load(&ctx, &app, &id).await?;
+    let made = hosts::reach(&ctx, &row.value.host)?.snapshot(&id, &SnapshotId::from_random(crate::keys::random())).await?;
     Ok((StatusCode::OK, Json(made.into())))
 }

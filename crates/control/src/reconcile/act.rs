@@ -132,7 +132,7 @@ async fn assign(ctx: &Ctx, plan: &Plan, step: &Step) -> Result<Done, Failure> {
     let mut claimed = Change::default();
     if let Some((taken, mount)) = volume.as_ref().zip(plan.mounts.get(group)) {
         let claim = if taken.is_new {
-            let encrypted = match volumes::encrypted(ctx, mount.encrypted).await {
+            let encrypted = match volumes::encrypted(ctx, host, mount.encrypted).await {
                 Ok(encrypted) => encrypted,
                 Err(failure) => return Ok(Done::Failed(format!("volume {}: {failure}", mount.name))),
             };
@@ -200,7 +200,7 @@ async fn update(
 /// What is written to the store is not refused by the host: it is asked before.
 async fn leased(ctx: &Ctx, step: &Step) -> Option<Refusal> {
     // One that its host does not know yet, or cannot speak of, nobody has leased.
-    let lease = ctx.host.lease(&step.machine).await.ok().flatten()?;
+    let lease = hosts::of_machine(ctx, &step.machine).await.ok()?.lease(&step.machine).await.ok().flatten()?;
     Some(Refusal::Leased { machine: step.machine.clone(), owner: lease.owner, expires_at_ms: lease.expires_at_ms })
 }
 
@@ -211,8 +211,14 @@ async fn remove(ctx: &Ctx, plan: &Plan, step: &Step, deadline_ms: u64) -> Result
     let Some(row) = ctx.state.machine(&step.machine).await? else {
         return Ok(Done::Passed { floor: None, change: Change::default() }); // somebody destroyed it by hand
     };
-    tell(ctx, plan, Some(&step.machine), format!("destroying machine {}", step.machine)).await?;
-    Ok(Done::Passed { floor: None, change: destroy_machine(&row, TombstoneReason::Plan).also(destroyed::note(&row.value)) })
+    let host = &row.value.host;
+    let (reason, said) = if ctx.watched.is_dead(host) {
+        (TombstoneReason::HostLost, format!("machine {} is given up with host {host}, which is lost", step.machine))
+    } else {
+        (TombstoneReason::Plan, format!("destroying machine {}", step.machine))
+    };
+    tell(ctx, plan, Some(&step.machine), said).await?;
+    Ok(Done::Passed { floor: None, change: destroy_machine(&row, reason).also(destroyed::note(&row.value)) })
 }
 
 /// The change that destroys a machine: a tombstone for its host, and rest for its address.
@@ -267,6 +273,7 @@ fn not_yet(plan: &Plan, step: &Step, refusal: &Refusal, deadline_ms: u64, what: 
             | Refusal::IllegalMove { .. }
             | Refusal::OldGeneration { .. }
             | Refusal::TooLate
+            | Refusal::Unreachable { .. }
             | Refusal::Leased { .. }
     );
     if !passes {
@@ -303,5 +310,9 @@ async fn send(
         request_id: None,
         kind,
     };
-    Ok(ctx.host.command(command).await.map(|answer| answer.sequence))
+    let sent = match hosts::of_machine(ctx, &step.machine).await {
+        Ok(host) => host.command(command).await,
+        Err(refusal) => Err(refusal),
+    };
+    Ok(sent.map(|answer| answer.sequence))
 }

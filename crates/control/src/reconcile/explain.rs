@@ -2,8 +2,8 @@
 //! the sockets on which it listens.
 
 use super::finish::Failed;
-use crate::{Ctx, now_ms};
-use dunlin_api::{ListenSocket, LogQuery};
+use crate::{Ctx, hosts, now_ms};
+use dunlin_api::{ListenSocket, LogQuery, Refusal};
 use dunlin_model::{Check, MachineId, MachineState};
 use dunlin_planner::{Observed, Plan, Step, StepKind};
 use dunlin_view::CheckState;
@@ -67,7 +67,7 @@ impl Deafness {
         let Some(check) = checks.iter().find(|check| check.gates_routing && is_failing(&check.name)) else {
             return Heard::Nothing;
         };
-        let sockets = tokio::time::timeout(LOOK_TIMEOUT, ctx.host.listen_sockets(&step.machine)).await;
+        let sockets = tokio::time::timeout(LOOK_TIMEOUT, listen_sockets(ctx, &step.machine)).await;
         let Ok(Ok(sockets)) = sockets else { return Heard::Nothing };
         self.hear(&step.machine, fact.attempt, &sockets, check, now_ms)
     }
@@ -118,7 +118,7 @@ pub(crate) async fn explain(ctx: &Ctx, plan: &Plan, mut failed: Failed) -> Faile
     };
     let mut hint = None;
     if let Some(port) = gated_port(plan, &machine)
-        && let Ok(Ok(sockets)) = tokio::time::timeout(LOOK_TIMEOUT, ctx.host.listen_sockets(&machine)).await
+        && let Ok(Ok(sockets)) = tokio::time::timeout(LOOK_TIMEOUT, listen_sockets(ctx, &machine)).await
     {
         if let Some(said) = listens_elsewhere(&sockets, port) {
             if !failed.reason.contains(&said) {
@@ -165,8 +165,9 @@ async fn answers(ctx: &Ctx, machine: &MachineId) -> Vec<String> {
     let view = ctx.view.current();
     let checks = view.machines.get(machine).map_or(&[][..], |fact| &fact.checks);
     let mut answers = Vec::new();
+    let Ok(host) = hosts::of_machine(ctx, machine).await else { return answers };
     for check in checks.iter().filter(|check| check.gates_routing && check.status != CheckState::Passing) {
-        if let Ok(answer) = ctx.host.check_answer(machine, &check.name).await
+        if let Ok(answer) = host.check_answer(machine, &check.name).await
             && !answer.is_empty()
         {
             answers.push(format!("the app answered to check {}: {answer}", check.name));
@@ -175,9 +176,14 @@ async fn answers(ctx: &Ctx, machine: &MachineId) -> Vec<String> {
     answers
 }
 
+async fn listen_sockets(ctx: &Ctx, machine: &MachineId) -> Result<Vec<ListenSocket>, Refusal> {
+    hosts::of_machine(ctx, machine).await?.listen_sockets(machine).await
+}
+
 async fn last_lines(ctx: &Ctx, machine: &MachineId) -> Vec<String> {
     let query = LogQuery { machine: Some(machine.clone()), tail: Some(LAST_LINES), ..LogQuery::default() };
-    let Ok(mut stream) = ctx.host.logs(query).await else { return vec![] };
+    let Ok(host) = hosts::of_machine(ctx, machine).await else { return vec![] };
+    let Ok(mut stream) = host.logs(query).await else { return vec![] };
     let mut lines = Vec::new();
     while let Some(line) = stream.lines.recv().await {
         if lines.len() == LAST_LINES {

@@ -165,15 +165,18 @@ fn draw(desired: &Desired) -> Pool {
 pub(crate) async fn observe(ctx: &Ctx, app: &AppName) -> Result<Observed, Failure> {
     let view = ctx.view.current();
     let rows = ctx.state.machines().await?;
-    let of_app = rows.iter().filter(|row| row.value.spec.app == *app);
+    let dead = ctx.watched.dead();
+    let of_app = || rows.iter().filter(|row| row.value.spec.app == *app);
     let mut assigned_memory_mb: BTreeMap<HostId, u64> = BTreeMap::new();
     for row in &rows {
         *assigned_memory_mb.entry(row.value.host.clone()).or_default() += u64::from(row.value.spec.guest.memory_mb);
     }
     Ok(Observed {
-        assigned: of_app.map(|row| row.value.id.clone()).collect(),
+        assigned: of_app().map(|row| row.value.id.clone()).collect(),
         machines: view.machines_of(app).map(|fact| (fact.id.clone(), Arc::clone(fact))).collect(),
-        hosts: view.hosts.clone(),
+        hosts: view.hosts.iter().filter(|(id, _)| !dead.contains(*id)).map(|(id, fact)| (id.clone(), Arc::clone(fact))).collect(),
+        lost: of_app().filter(|row| dead.contains(&row.value.host)).map(|row| row.value.id.clone()).collect(),
+        dead,
         refused: BTreeMap::new(),
         assigned_memory_mb,
     })

@@ -6,7 +6,7 @@ use crate::rows::{Row, key};
 use crate::{Ctx, now_ms, spec};
 use dunlin_model::HostId;
 use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow, ReleaseStatus};
-use dunlin_planner::{Ended, Move, Observed, Plan, Progress, Purpose, drift, stays};
+use dunlin_planner::{Ended, Move, Observed, Plan, Progress, Purpose, drift, is_replaceable, stays};
 use std::collections::BTreeMap;
 
 /// A repair or a move that failed, for lack of room for example, is tried again after this.
@@ -61,11 +61,13 @@ pub(crate) async fn wants_plan(
     if current.status != ReleaseStatus::Succeeded || is_resting {
         return Ok(None);
     }
-    // A move that was given up half-way leaves a machine too many.
+    // A move that was given up half-way leaves a machine too many, and so does a lost host that came back meanwhile.
     let moved_half = last.as_ref().is_some_and(|(plan, progress)| {
-        plan.purpose == Purpose::Rebalance && progress.ended.as_ref().is_some_and(|ended| *ended != Ended::Done)
+        let moves = matches!(plan.purpose, Purpose::Rebalance | Purpose::Repair);
+        moves && progress.ended.as_ref().is_some_and(|ended| *ended != Ended::Done)
     });
-    if !lacking(app, &current, machines).is_empty() || (moved_half && has_too_many(app, &current, machines)) {
+    let is_short = !lacking(app, &current, machines).is_empty() || has_lost(ctx, app, machines);
+    if is_short || (moved_half && has_too_many(app, &current, machines)) {
         return Ok(Some((current, Purpose::Repair)));
     }
     let failed_lately = last.as_ref().is_some_and(|(plan, progress)| {
@@ -111,6 +113,13 @@ async fn is_moved_off(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, machines: &
     };
     let is_in_question = !drained.is_empty() && machines.iter().any(may_move);
     Ok(is_in_question && drift_now(ctx, app, release).await?.iter().any(|moved| drained.contains(&moved.from)))
+}
+
+/// Machines of a dead host that another host can run.
+fn has_lost(ctx: &Ctx, app: &AppRow, machines: &[Row<MachineRow>]) -> bool {
+    let dead = ctx.watched.dead();
+    let is_lost = |row: &MachineRow| dead.contains(&row.host) && row.spec.release != 0 && is_replaceable(&row.spec);
+    !dead.is_empty() && machines.iter().any(|row| row.value.spec.app == app.name && is_lost(&row.value))
 }
 
 fn has_too_many(app: &AppRow, release: &ReleaseRow, machines: &[Row<MachineRow>]) -> bool {

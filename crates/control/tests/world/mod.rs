@@ -448,6 +448,8 @@ impl World {
             store: open_store(data).await,
             view: view.clone(),
             host: host.clone(),
+            reach: None,
+            probe: None,
             content: content.clone(),
             images: Box::new(|app, wanted| {
                 Box::pin(async move {

@@ -135,7 +135,7 @@ impl Fleet {
     }
 
     /// How control reaches a host other than its own.
-    pub fn reach(&self) -> Arc<dyn Fn(&HostId) -> Option<Arc<dyn HostApi>> + Send + Sync> {
+    pub fn reach(&self) -> dunlin_control::Reach {
         let cluster = self.cluster.clone();
         let known: Mutex<BTreeMap<HostId, Arc<dyn HostApi>>> = Mutex::default();
         Arc::new(move |host| {
