@@ -8,7 +8,8 @@ use dunlin_model::{HostId, MachineState};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use world::{World, host_id, other_row};
+use world::others::other_row;
+use world::{World, host_id};
 
 /// What is to serve elsewhere after a host's loss, serves within this.
 const HEALED_WITHIN: Duration = Duration::from_secs(30);

@@ -4,7 +4,7 @@
 #![allow(dead_code)] // each test binary uses a part
 
 mod machine;
-mod others;
+pub mod others;
 mod session;
 
 use async_trait::async_trait;
@@ -28,7 +28,7 @@ use dunlin_model::{
 use dunlin_registry::ContentStore;
 use dunlin_view::{HostFact, MachineFact};
 use machine::{created, exit, live};
-pub use others::{Others, other_row};
+pub use others::Others;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
