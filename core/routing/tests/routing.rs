@@ -5,7 +5,9 @@ use dunlin_model::{
     Region, Service,
 };
 use dunlin_routing::{Availability, Decision, Head, Loads, Table, Vantage, WaitReason};
-use dunlin_view::{AppFact, CheckState, CheckStatus, ConfigState, MachineAssignment, MachineFact, Snapshot};
+use dunlin_view::{
+    AppFact, CheckState, CheckStatus, ConfigState, Freshness, HostFact, MachineAssignment, MachineFact, Snapshot,
+};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -21,6 +23,8 @@ struct M {
     force_https: bool,
     soft: u32,
     hard: Option<u32>,
+    host: &'static str,
+    region: &'static str,
 }
 
 fn started() -> M {
@@ -32,6 +36,8 @@ fn started() -> M {
         force_https: false,
         soft: 20,
         hard: None,
+        host: "h1",
+        region: "fra",
     }
 }
 
@@ -40,7 +46,7 @@ fn id(n: u8) -> MachineId {
 }
 
 fn region() -> Region {
-    "local".parse().unwrap()
+    "fra".parse().unwrap()
 }
 
 fn here() -> Vantage {
@@ -75,8 +81,8 @@ fn snapshot(machines: &[M]) -> Snapshot {
             MachineAssignment {
                 id: id.clone(),
                 name: format!("m{n}"),
-                host: "h1".parse().unwrap(),
-                region: region(),
+                host: m.host.parse().unwrap(),
+                region: m.region.parse().unwrap(),
                 address,
                 placement: Generation::default(),
                 created_at_ms: 0,
@@ -92,7 +98,7 @@ fn snapshot(machines: &[M]) -> Snapshot {
         };
         let fact = MachineFact {
             id,
-            host: "h1".parse().unwrap(),
+            host: m.host.parse().unwrap(),
             app: "web".parse().unwrap(),
             sequence: 1,
             placement: Generation::default(),
@@ -281,6 +287,154 @@ fn a_machine_that_failed_is_asked_last_but_asked() {
     assert!(matches!(route(&table, &[id(1)], 0), Decision::Forward { target, .. } if target.machine == id(0)));
 }
 
+/// A machine on a host and in a region.
+fn at(host: &'static str, region: &'static str) -> M {
+    M { host, region, ..started() }
+}
+
+/// As host `h1` in Frankfurt sees it.
+fn seen_from_h1(machines: &[M], loads: &Loads, heard: &[(&str, Freshness)], rtt_ms: &[(&str, u32)]) -> Table {
+    let mut view = snapshot(machines);
+    view.heard = Arc::new(heard.iter().map(|(host, freshness)| (host.parse().unwrap(), *freshness)).collect());
+    for m in machines {
+        let fact = HostFact {
+            id: m.host.parse().unwrap(),
+            region: m.region.parse().unwrap(),
+            cpus: 1,
+            memory_mb: 1,
+            memory_reserved_mb: 0,
+            room: None,
+            updated_at_ms: 0,
+        };
+        view = view.with_host(Arc::new(fact));
+    }
+    let rtt_ms = rtt_ms.iter().map(|(host, ms)| (host.parse().unwrap(), *ms)).collect();
+    Table::build(&view, loads, None, &Vantage { host: Some("h1".parse().unwrap()), rtt_ms, ..here() })
+}
+
+/// The machines in the order in which requests that stay get them, one after the other.
+fn order(table: &Table, head: &Head<'_>, requests: usize) -> Vec<u8> {
+    let mut held = Vec::new();
+    for random in 0..requests as u64 {
+        held.push(table.route(head, &[], random, NOW));
+    }
+    let number = |decision: &Decision| match decision {
+        Decision::Forward { target, .. } | Decision::Wake { target, .. } => (0..9).find(|n| id(*n) == target.machine).unwrap(),
+        other => panic!("{other:?}"),
+    };
+    held.iter().map(number).collect()
+}
+
+#[test]
+fn the_own_region_comes_first_then_the_nearest_and_each_has_its_soft_limit_before_the_next() {
+    let full = |m: M| M { soft: 1, hard: Some(2), ..m };
+    let machines = [full(at("h4", "syd")), full(at("h3", "ams")), full(at("h2", "fra")), full(at("h5", "moon"))];
+    // As maps have it: of `moon` nobody knows where it is.
+    let table = seen_from_h1(&machines, &Loads::default(), &[], &[]);
+    assert_eq!(order(&table, &head(HOST), 8), [2, 1, 0, 3, 2, 1, 0, 3]);
+    // As it was measured, which is worth more.
+    let table = seen_from_h1(&machines, &Loads::default(), &[], &[("h3", 90), ("h4", 40), ("h5", 1)]);
+    assert_eq!(order(&table, &head(HOST), 4), [2, 3, 0, 1]);
+}
+
+#[test]
+fn in_a_region_the_least_loaded_comes_first_and_of_equals_the_own_host() {
+    let machines = [at("h2", "fra"), at("h1", "fra"), at("h3", "fra")];
+    let table = seen_from_h1(&machines, &Loads::default(), &[], &[]);
+    let mut first = order(&table, &head(HOST), 3);
+    assert_eq!(first[0], 1);
+    first.sort_unstable();
+    assert_eq!(first, [0, 1, 2]);
+}
+
+#[test]
+fn who_is_not_heard_of_comes_last_but_comes() {
+    let machines = [at("h1", "fra"), at("h2", "fra"), at("h3", "syd")];
+    let heard = [("h1", Freshness::Old), ("h2", Freshness::Aging)];
+    let limited = |m: M| M { soft: 1, hard: Some(1), ..m };
+    let table = seen_from_h1(&machines.map(limited), &Loads::default(), &heard, &[]);
+    assert_eq!(order(&table, &head(HOST), 3), [2, 1, 0], "far and fresh, near and aging, old");
+    // What has just failed comes after what is only aging.
+    let loads = Loads::default();
+    let table = seen_from_h1(&[at("h2", "fra"), at("h3", "syd")], &loads, &heard, &[]);
+    loads.host(&"h3".parse().unwrap()).record_failure(NOW);
+    assert_eq!(order(&table, &head(HOST), 1), [0]);
+    loads.host(&"h3".parse().unwrap()).record_success();
+    assert_eq!(order(&table, &head(HOST), 1), [1]);
+}
+
+#[test]
+fn one_that_sleeps_where_it_is_heard_of_is_better_than_one_that_runs_where_nobody_knows() {
+    let asleep = |m: M| M { state: MachineState::Stopped, ..m };
+    let old = [("h2", Freshness::Old)];
+    for (machines, expected) in [
+        (vec![at("h2", "fra"), asleep(at("h3", "syd"))], 1),
+        (vec![at("h2", "fra"), asleep(at("h2", "fra"))], 0),
+        (vec![asleep(at("h2", "fra")), asleep(at("h3", "syd"))], 1),
+        (vec![asleep(at("h2", "fra"))], 0),
+        (vec![M { state: MachineState::Starting, ..at("h2", "fra") }, asleep(at("h3", "syd"))], 1),
+    ] {
+        let table = seen_from_h1(&machines, &Loads::default(), &old, &[]);
+        assert_eq!(order(&table, &head(HOST), 1), [expected], "{machines:?}");
+    }
+}
+
+#[test]
+fn a_host_that_failed_is_avoided_with_all_its_machines() {
+    let loads = Loads::default();
+    let table = seen_from_h1(&[at("h2", "fra"), at("h2", "fra"), at("h3", "syd")], &loads, &[], &[]);
+    loads.host(&"h2".parse().unwrap()).record_failure(NOW);
+    assert_eq!(order(&table, &head(HOST), 3), [2, 2, 2]);
+    let later = table.route(&head(HOST), &[], 0, NOW + 60_000);
+    assert!(matches!(later, Decision::Forward { target, .. } if target.machine != id(2)), "not for ever");
+}
+
+#[test]
+fn a_host_that_was_removed_serves_nobody() {
+    let mut view = snapshot(&[at("h2", "fra")]);
+    let mut config = (*view.config).clone();
+    config.removed_hosts.insert("h2".parse().unwrap());
+    view.config = Arc::new(config);
+    let table = Table::build(&view, &Loads::default(), None, &here());
+    assert_eq!(rejected(route(&table, &[], 0)), (503, "PR11"));
+}
+
+#[test]
+fn regions_that_a_request_names_come_before_all_others_or_alone() {
+    let machines = [at("h1", "fra"), at("h3", "ams"), at("h4", "syd")];
+    let table = seen_from_h1(&machines, &Loads::default(), &[], &[]);
+    let prefer = |regions| order(&table, &Head { prefer_region: Some(regions), ..head(HOST) }, 1)[0];
+    for (regions, expected) in [("syd,ams", 2), ("ams,syd", 1), ("eu", 0), ("apac", 2), ("iad", 0), ("???", 0), ("any", 0)] {
+        assert_eq!(prefer(regions), expected, "{regions}");
+    }
+    let force = |regions| table.route(&Head { force_region: Some(regions), ..head(HOST) }, &[], 0, NOW);
+    assert!(matches!(force("syd"), Decision::Forward { target, .. } if target.machine == id(2)));
+    assert_eq!(rejected(force("iad")), (404, "PR14"));
+    assert_eq!(rejected(force("???")), (400, "PR13"));
+    // Nowhere else, whatever it means for the request.
+    let asleep = M { state: MachineState::Stopped, autostart: false, ..at("h4", "syd") };
+    let table = seen_from_h1(&[at("h1", "fra"), asleep.clone()], &Loads::default(), &[], &[]);
+    assert!(matches!(table.route(&Head { force_region: Some("syd"), ..head(HOST) }, &[], 0, NOW), Decision::Reject(_)));
+    let wakeable = M { autostart: true, ..asleep };
+    let table = seen_from_h1(&[at("h1", "fra"), wakeable], &Loads::default(), &[], &[]);
+    assert_eq!(order(&table, &Head { force_region: Some("syd"), ..head(HOST) }, 1), [1]);
+    let one = id(0);
+    let both = Head { force_region: Some("syd"), prefer_instance: Some(one.as_str()), ..head(HOST) };
+    assert_eq!(order(&table, &both, 1), [1], "a preference does not lead out of a region");
+}
+
+#[test]
+fn a_machine_is_forced_or_preferred_wherever_it_is() {
+    let table = seen_from_h1(&[at("h1", "fra"), at("h4", "syd")], &Loads::default(), &[], &[]);
+    let one = id(1);
+    for head in [
+        Head { force_instance: Some(one.as_str()), ..head(HOST) },
+        Head { prefer_instance: Some(one.as_str()), ..head(HOST) },
+    ] {
+        assert_eq!(order(&table, &head, 1), [1]);
+    }
+}
+
 fn any_machine() -> impl Strategy<Value = M> {
     let states = prop::sample::select(vec![
         MachineState::Creating,
@@ -300,15 +454,20 @@ fn any_machine() -> impl Strategy<Value = M> {
     ]);
     let checks = prop::sample::select(vec![CheckState::Passing, CheckState::Warning, CheckState::Critical]);
     let flags = (checks, prop::bool::weighted(0.1), any::<bool>());
-    (states, flags, 1..6u32, prop::option::of(0..4u32)).prop_map(|(state, (check, cordoned, autostart), soft, above)| M {
-        state,
-        check,
-        cordoned,
-        autostart,
-        force_https: false,
-        soft,
-        hard: above.map(|above| soft + above),
-    })
+    let places = prop::sample::select(vec![("h1", "fra"), ("h2", "fra"), ("h3", "ams"), ("h4", "syd"), ("h5", "moon")]);
+    (states, flags, 1..6u32, prop::option::of(0..4u32), places).prop_map(
+        |(state, (check, cordoned, autostart), soft, above, (host, region))| M {
+            state,
+            check,
+            cordoned,
+            autostart,
+            force_https: false,
+            soft,
+            hard: above.map(|above| soft + above),
+            host,
+            region,
+        },
+    )
 }
 
 proptest! {
@@ -374,5 +533,37 @@ proptest! {
             }
         };
         prop_assert_eq!(chosen(), chosen());
+    }
+
+    /// Whoever is chosen, nobody who could have been is better: fresher, else below its soft limit where the chosen is
+    /// not, else nearer.
+    #[test]
+    fn nobody_better_is_passed_over(
+        machines in prop::collection::vec(any_machine(), 1..40),
+        ages in prop::collection::vec(0..3usize, 4),
+        busy in prop::collection::vec(any::<u64>(), 0..40),
+        random: u64,
+    ) {
+        let ages = ages.iter().map(|age| [Freshness::Fresh, Freshness::Aging, Freshness::Old][*age]);
+        let heard: Vec<_> = ["h2", "h3", "h4", "h5"].into_iter().zip(ages).collect();
+        let table = seen_from_h1(&machines, &Loads::default(), &heard, &[("h4", 250)]);
+        let _held: Vec<_> = busy.iter().map(|random| route(&table, &[], *random)).collect();
+        let is_above = |c: &dunlin_routing::Candidate| c.load.in_flight() >= c.service.concurrency.soft_limit;
+        let has_room = |c: &dunlin_routing::Candidate| c.service.concurrency.hard_limit.is_none_or(|hard| c.load.in_flight() < hard);
+        let all = &table.find(HOST).unwrap().candidates;
+        let value = |c: &dunlin_routing::Candidate| (c.freshness, is_above(c), c.distance);
+        let values: Vec<_> = all.iter().map(|c| (c.availability == Availability::Ready && has_room(c)).then(|| value(c))).collect();
+        let best = values.iter().flatten().min();
+        match route(&table, &[], random) {
+            Decision::Forward { target, .. } => {
+                let n = all.iter().position(|c| c.machine == target.machine).unwrap();
+                prop_assert_eq!(values[n].as_ref(), best);
+            }
+            Decision::Wake { target, .. } => {
+                let is_last_resort = best.is_some_and(|(freshness, ..)| *freshness == Freshness::Old);
+                prop_assert!(best.is_none() || is_last_resort && target.freshness != Freshness::Old);
+            }
+            _ => prop_assert!(best.is_none()),
+        }
     }
 }

@@ -92,7 +92,7 @@ impl Cluster {
         let (messages, messages_in) = mpsc::channel(MAX_MESSAGES);
         let (commands, commands_in) = mpsc::channel(MAX_COMMANDS);
         let inbox = Inbox { datagrams, messages };
-        let links = Links::start(&member.host, tls.clone(), socket, advertise, inbox).map_err(ClusterError::Socket)?;
+        let links = Links::start(&member.host, tls.clone(), (socket, member.keys.reset_key()?), advertise, inbox).map_err(ClusterError::Socket)?;
         let node = node(&member, links.advertised(), &dir)?;
         let shared = Arc::new(Shared { member, seen: ArcSwap::default() });
         let stop = CancellationToken::new();

@@ -160,3 +160,86 @@ pub(crate) fn read(host: &HostId, whole: bool, rows: &[Row], skipped: &mut Skipp
     }
     facts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dunlin_model::{Generation, MachineState, MachineVersion};
+
+    fn fact(number: u8, host: &str) -> MachineFact {
+        MachineFact {
+            id: MachineId::from_random([number; 7]),
+            host: host.parse().unwrap(),
+            app: "web".parse().unwrap(),
+            sequence: 1,
+            placement: Generation::default(),
+            state: MachineState::Started,
+            version: MachineVersion::new(1, [0; 10]),
+            release: 1,
+            process_group: "app".into(),
+            attempt: 1,
+            address: "10.201.0.1".parse().unwrap(),
+            cordoned: false,
+            checks: vec![],
+            exit: None,
+            restarts: 0,
+            problem: None,
+            over: false,
+            due_ms: None,
+            containers: vec![],
+            updated_at_ms: 0,
+        }
+    }
+
+    fn host(id: &str, updated_at_ms: u64) -> HostFact {
+        HostFact { id: id.parse().unwrap(), region: "fra".parse().unwrap(), cpus: 1, memory_mb: 1, memory_reserved_mb: 0, room: None, updated_at_ms }
+    }
+
+    fn row(key: &str, value: &[u8]) -> Row {
+        Row::live(Key::new(key).unwrap(), 1, &Topic::new("web").unwrap(), value).unwrap()
+    }
+
+    #[test]
+    fn a_host_speaks_for_itself_and_its_machines_only() {
+        let (own, others) = (fact(1, "h1"), fact(2, "h2"));
+        let key = |fact: &MachineFact| format!("m/{}", fact.id);
+        let rows = [
+            row(&key(&own), &json(&own)),
+            row(&key(&others), &json(&others)),
+            row("m/00000000000000", &json(&own)),
+            row("host", &json(&host("h2", 1))),
+            row(&format!("m/{}", fact(3, "h1").id), b"no fact"),
+            row("moon", b"later"),
+            Row::tombstone(Key::new(key(&fact(4, "h1"))).unwrap(), 1),
+        ];
+        let mut skipped = Skipped::default();
+        let facts = read(&"h1".parse().unwrap(), false, &rows, &mut skipped);
+        assert_eq!(facts.machines, [own]);
+        assert_eq!(facts.gone, [fact(4, "h1").id]);
+        assert!(facts.said.is_none());
+        assert_eq!((skipped.foreign, skipped.unreadable), (3, 2));
+    }
+
+    fn said(view: &Snapshot, published: &mut Published, now: Instant) -> (usize, Option<Instant>) {
+        let difference = published.difference(view, now);
+        (difference.changes.len(), difference.again)
+    }
+
+    #[test]
+    fn a_machine_has_one_fact_a_second_unless_it_does_something_else() {
+        let start = Instant::now();
+        let mut published = Published::nothing("h1".parse().unwrap());
+        let mut view = Snapshot::default().with_machine(Arc::new(fact(1, "h1"))).unwrap().with_machine(Arc::new(fact(2, "h2"))).unwrap();
+        assert_eq!(said(&view, &mut published, start), (0, None), "the host has not spoken of itself");
+        view = view.with_host(Arc::new(host("h1", 1)));
+        assert_eq!(said(&view, &mut published, start), (2, None), "itself and its machine, not that of another host");
+        assert_eq!(said(&view, &mut published, start), (0, None));
+        view = view.with_machine(Arc::new(MachineFact { sequence: 2, restarts: 1, ..fact(1, "h1") })).unwrap().with_host(Arc::new(host("h1", 2)));
+        assert_eq!(said(&view, &mut published, start), (0, Some(start + PAUSE)), "held back");
+        assert_eq!(said(&view, &mut published, start + PAUSE), (2, None));
+        view = view.with_machine(Arc::new(MachineFact { sequence: 3, state: MachineState::Stopped, ..fact(1, "h1") })).unwrap();
+        assert_eq!(said(&view, &mut published, start + PAUSE).0, 1, "at once");
+        view = view.without_machine(&fact(1, "h1").id);
+        assert_eq!(said(&view, &mut published, start + PAUSE).0, 1, "gone");
+    }
+}

@@ -13,6 +13,7 @@
 mod accept;
 mod dial;
 mod hello;
+mod reset;
 
 use crate::authority::log_name;
 use crate::stream::{CANCELLED, Service, Stream};
@@ -23,7 +24,7 @@ use dunlin_model::HostId;
 use futures_util::future::BoxFuture;
 use hello::Hello;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, TransportConfig, VarInt};
+use quinn::{ClientConfig, Connection, Endpoint, IdleTimeout, TransportConfig, VarInt};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -162,7 +163,7 @@ struct Table {
 
 impl Links {
     /// Serves at a bound socket. `advertise` with port 0 means the port that was bound.
-    pub fn start(host: &HostId, tls: Arc<Tls>, socket: UdpSocket, advertise: SocketAddr, inbox: Inbox) -> io::Result<Self> {
+    pub fn start(host: &HostId, tls: Arc<Tls>, (socket, reset_key): (UdpSocket, [u8; 32]), advertise: SocketAddr, inbox: Inbox) -> io::Result<Self> {
         let bound = socket.local_addr()?;
         let port = if advertise.port() == 0 { bound.port() } else { advertise.port() };
         let hello = Hello { process: u64::from_le_bytes(crate::member::random()), addr: SocketAddr::new(advertise.ip(), port) };
@@ -170,7 +171,7 @@ impl Links {
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
         server.transport_config(Arc::new(transport(Side::Accepts)));
         let runtime = quinn::default_runtime().ok_or_else(|| io::Error::other("there is no async runtime"))?;
-        let endpoint = Endpoint::new(EndpointConfig::default(), Some(server), socket, runtime)?;
+        let endpoint = Endpoint::new(reset::endpoint_config(reset_key), Some(server), socket, runtime)?;
         let dials = Arc::new(transport(Side::Dials));
         let client = |config: &Arc<rustls::ClientConfig>| -> io::Result<ClientConfig> {
             let crypto = QuicClientConfig::try_from(config.clone()).map_err(io::Error::other)?;
@@ -424,6 +425,12 @@ impl Table {
             if old.process == link.process { old.become_spare() } else { old.connection.close(REPLACED, b"a newer process") }
         }
         there.push(link.clone());
+    }
+
+    /// Whether another host answers at `addr`, as this one has seen by dialing it.
+    fn is_anothers(&self, addr: SocketAddr, host: &HostId) -> bool {
+        let mut there = self.links.get(&addr).into_iter().flatten();
+        there.any(|link| link.host != *host && link.dialed_here && link.is_open())
     }
 
     fn bound(&mut self, host: &HostId) {

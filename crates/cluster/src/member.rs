@@ -114,6 +114,11 @@ impl MemberKeys {
         &self.tls
     }
 
+    /// By which the others know that this host has ended a connection that it does not remember.
+    pub(crate) fn reset_key(&self) -> Result<[u8; 32], MemberError> {
+        Ok(blake3::derive_key("dunlin cluster 1 connection resets", self.gossip()?.as_bytes()))
+    }
+
     pub(crate) fn gossip(&self) -> Result<SigningKey, MemberError> {
         let key = bytes_32(&self.gossip).ok_or(MemberError::BadKey("the private key for gossip has not 32 bytes"))?;
         Ok(SigningKey::from_bytes(&key))

@@ -20,6 +20,8 @@ use tokio::time::Instant;
 
 /// How often a request that waits looks again although nothing was heard: other edges give places back, too.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// The same where another host has to be asked: that is a request to it each time.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// Machines that one request is offered to before it is given up.
 const MAX_OFFERS: u32 = 8;
 
@@ -72,6 +74,8 @@ pub(crate) struct Search {
     tried: Vec<MachineId>,
     /// Machines whose host says that they are full: passed over until the next look.
     full: Vec<MachineId>,
+    /// Another host has said so, and knows best when that changes.
+    is_full_elsewhere: bool,
     serial: u64,
     offers: u32,
     /// One that sleeps on another host, as that host said.
@@ -80,6 +84,8 @@ pub(crate) struct Search {
     woken: Option<MachineId>,
     waiting: Option<Waiting>,
     patience: Patience,
+    /// The table's news, once the request has waited.
+    changed: Option<watch::Receiver<u64>>,
     /// Told to the client when nothing better comes.
     pub last_fault: Option<Box<Reject>>,
 }
@@ -140,7 +146,6 @@ impl Search {
         mut look: Look,
     ) -> Result<Choice, Reject> {
         let edge = &worker.edge;
-        let mut changed = None;
         loop {
             match look {
                 Look::Done(choice) => return choice,
@@ -163,7 +168,7 @@ impl Search {
                     if reason == WaitReason::AtLimit {
                         worker.pool.give_up_kept(&route.app);
                     }
-                    self.wait(edge, &route, reason, &mut changed).await?;
+                    self.wait(edge, &route, reason).await?;
                 }
             }
             look = self.look(worker, record);
@@ -262,6 +267,7 @@ impl Search {
             self.asleep = Some((target.clone(), ticket));
             return Ok(());
         }
+        self.is_full_elsewhere |= *refusal == AdmitRefusal::AtLimit;
         self.refused(record, target, refusal)
     }
 
@@ -307,22 +313,17 @@ impl Search {
         Ok(())
     }
 
-    async fn wait(
-        &mut self,
-        edge: &Edge,
-        route: &Route,
-        reason: WaitReason,
-        changed: &mut Option<watch::Receiver<u64>>,
-    ) -> Result<(), Reject> {
-        let Some(changed) = changed else {
+    async fn wait(&mut self, edge: &Edge, route: &Route, reason: WaitReason) -> Result<(), Reject> {
+        let Some(changed) = &mut self.changed else {
             // Look once more after subscribing: no change is missed.
-            *changed = Some(edge.routes.subscribe());
+            self.changed = Some(edge.routes.subscribe());
             return Ok(());
         };
         let left = self.patience.left(reason, Instant::now(), edge.limits.wait_timeout);
         if left.is_zero() {
             return Err(self.last_fault.take().map_or_else(|| reason.reject(route), |fault| *fault));
         }
+        let again = if self.is_full_elsewhere { ASK_AGAIN } else { LOOK_AGAIN };
         let freed = async {
             match &self.waiting {
                 Some(Waiting { freed: Some(freed), .. }) => freed.notified().await,
@@ -333,7 +334,7 @@ impl Search {
         tokio::select! {
             () = freed => {}
             _ = changed.changed() => {}
-            () = tokio::time::sleep(LOOK_AGAIN.min(left)) => {}
+            () = tokio::time::sleep(again.min(left)) => {}
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use crate::access::Record;
 use crate::answer::fault;
-use crate::buffer::{Buffers, Inbox};
+use crate::buffer::{BUFFER_BYTES, Buffers, Inbox};
 use crate::downstream::{BodyFault, Downstream};
 use crate::fields::{line, plain_trailers};
 use crate::framing::{Decoder, Framing, MAX_CHUNK, Piece, chunk_size};
@@ -160,7 +160,8 @@ impl Http1 {
     /// A request, or why what was sent is none; `None` = its head is not complete.
     fn read_head(&mut self, worker: &Worker, client: &Client) -> Option<Request> {
         let bytes = self.inbox.bytes();
-        let max = worker.edge.limits.max_head_bytes;
+        let is_edge = client.sender() == Sender::Edge;
+        let max = if is_edge { BUFFER_BYTES } else { worker.edge.limits.max_head_bytes };
         let may_grow = bytes.len() <= max && !self.inbox.is_full();
         if self.scanned > 0 && may_grow && !has_end(bytes, self.scanned) {
             self.scanned = bytes.len();

@@ -30,6 +30,9 @@ pub(crate) async fn serve(worker: &Rc<Worker>, record: &mut Record, down: &mut D
 }
 
 async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<'_>) -> io::Result<()> {
+    if !record.client.is_member(&worker.edge) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "whoever asks is no member"));
+    }
     if let Some(fault) = record.request.fault.take() {
         return answer::refuse(worker, &record.request, &fault, down).await;
     }

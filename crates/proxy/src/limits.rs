@@ -38,7 +38,7 @@ pub struct Limits {
     pub wait_timeout: Duration,
     /// An extra machine that could not be started is left alone for this long.
     pub wake_backoff: Duration,
-    /// Bytes of a request head over HTTP/1.
+    /// Bytes of a request head over HTTP/1. With what the edge adds it still has to fit into the last hop's buffer.
     pub max_head_bytes: usize,
     pub h2_max_streams: u32,
     pub h2_max_header_list: u32,
@@ -86,7 +86,7 @@ impl Default for Limits {
             max_waiting_per_app: 512,
             wait_timeout: Duration::from_secs(45),
             wake_backoff: Duration::from_secs(10),
-            max_head_bytes: 64 * 1024,
+            max_head_bytes: 60 * 1024,
             h2_max_streams: 128,
             h2_max_header_list: 32 * 1024,
         }

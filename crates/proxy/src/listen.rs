@@ -19,6 +19,7 @@ use dunlin_model::MachineId;
 use dunlin_routing::Candidate;
 use rustix::net::sockopt;
 use rustix::process::{Resource, getrlimit};
+use rustls_pki_types::CertificateDer;
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -169,6 +170,8 @@ pub(crate) struct Client {
     /// What machines are told of where each of its requests came from.
     pub lines: Vec<u8>,
     over: Over,
+    /// What another edge has shown.
+    shown: Vec<CertificateDer<'static>>,
     _slot: Slot,
 }
 
@@ -206,7 +209,20 @@ impl Client {
             "x-forwarded-for: {ip}\r\nfly-client-ip: {ip}\r\nx-forwarded-proto: {scheme}\r\nx-forwarded-ssl: {ssl}\r\n\
              x-forwarded-port: {port}\r\nfly-forwarded-port: {port}\r\nfly-region: {region}\r\nvia: {via} dunlin\r\n"
         );
-        Rc::new(Self { id, address, ip, is_tls, began: Instant::now(), lines: lines.into_bytes(), over, _slot: slot })
+        Rc::new(Self { id, address, ip, is_tls, began: Instant::now(), lines: lines.into_bytes(), over, shown: Vec::new(), _slot: slot })
+    }
+
+    /// Another edge. What its clients are to be told apart by, it says with each request.
+    fn edge(worker: &Worker, address: SocketAddr, shown: Vec<CertificateDer<'static>>, slot: Slot) -> Rc<Self> {
+        let id = worker.clients.get();
+        worker.clients.set(id + 1);
+        let ip = address.ip().to_canonical().to_string();
+        Rc::new(Self { id, address, ip, is_tls: true, began: Instant::now(), lines: Vec::new(), over: Over::Hop, shown, _slot: slot })
+    }
+
+    /// It is a member's connection still: one that is removed goes on no longer.
+    pub fn is_member(&self, edge: &Edge) -> bool {
+        edge.fleet.as_ref().is_some_and(|fleet| (fleet.peer_host)(&self.shown).is_some())
     }
 
     pub fn sender(&self) -> Sender {
@@ -436,7 +452,9 @@ async fn connection(worker: Rc<Worker>, slot: Slot, address: SocketAddr, door: D
         }
     };
     if door == Door::Hop {
-        let client = Client::new(&worker, address, Over::Hop, slot);
+        // Whatever TLS was set up to ask for, `is_member` decides about each request.
+        let shown = tls.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+        let client = Client::edge(&worker, address, shown, slot);
         http1::run(worker, client, Either::Right(tls)).await;
     } else if tls.get_ref().1.alpn_protocol() == Some(b"h2") {
         let client = Client::new(&worker, address, Over::Http2, slot);
@@ -452,17 +470,10 @@ async fn handshake(edge: &Edge, door: Door, stream: TcpStream) -> io::Result<Box
     let fleet = edge.fleet.as_ref().filter(|_| door == Door::Hop);
     let config = fleet.map_or_else(|| edge.tls.clone(), |fleet| (fleet.tls_server)());
     let handshake = TlsAcceptor::from(config).accept(stream);
-    let tls = match tokio::time::timeout(edge.limits.handshake_timeout, handshake).await {
-        Ok(accepted) => accepted.map(Box::new)?,
-        Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
-    };
-    // Whatever the configuration asks for: nobody but a member goes on from here.
-    if let Some(fleet) = fleet
-        && tls.get_ref().1.peer_certificates().and_then(|shown| (fleet.peer_host)(shown)).is_none()
-    {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it has no certificate of a member"));
+    match tokio::time::timeout(edge.limits.handshake_timeout, handshake).await {
+        Ok(accepted) => accepted.map(Box::new),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
     }
-    Ok(tls)
 }
 
 #[cfg(test)]

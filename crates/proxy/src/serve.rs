@@ -195,7 +195,9 @@ pub(crate) async fn forward(
             count(&worker.counters.hop_sent);
         }
         record.status = status;
-        worker.counters.head_seconds.observe(record.started.elapsed());
+        if record.request.sender == Sender::Client {
+            worker.counters.head_seconds.observe(record.started.elapsed());
+        }
         if let Some(target) = &record.target {
             target.load.record_success();
             target.host_load.record_success();

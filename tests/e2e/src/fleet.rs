@@ -8,9 +8,11 @@
 //! Faults are methods; what they did is undone by [`Fleet::heal`]. All of it is gone at the drop, also after a panic.
 
 use crate::netns::link;
-use crate::{Api, Namespace, Pulse, Server, until};
+use crate::{Api, Namespace, Pulse, Server, processes, text, until};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 
 /// Where members meet.
@@ -97,10 +99,11 @@ impl Fleet {
         let dir = tempfile::Builder::new().prefix("dunlin-e2e-").tempdir().unwrap();
         let data = dir.path().join("data");
         let mut host = self.prepare(id, Server::without_images(dir, data));
-        let token = self.control().json(&["host", "token"])["token"].as_str().unwrap().to_owned();
+        let token = self.control().ok(&["host", "token"]);
         let at = format!("{}:{CLUSTER_PORT}", self.hosts[0].address());
-        let advertise = format!("{}:{CLUSTER_PORT}", host.address());
-        host.server.ok(&["host", "join", &at, &token, "--host-id", id, "--region", host.region(), "--advertise", &advertise]);
+        let args = ["host", "join", &at, "--host-id", id, "--region", host.region()];
+        let joined = host.server.cli(host.server.dir(), &args).env("DUNLIN_JOIN_TOKEN", token.trim()).output().unwrap();
+        assert!(joined.status.success(), "{}\n--- log of control\n{}", text(&joined), self.control().log());
         host.server.spawn();
         self.hosts.push(host);
         self.until_up(&[id]);
@@ -160,10 +163,57 @@ impl Fleet {
         Pulse::start(&self.internet, self.edge(host), &format!("{app}.localhost"), "/", per_second)
     }
 
+    /// What control says of the machines of an app, and which host each is on.
+    pub fn machines(&self, app: &str) -> BTreeMap<String, String> {
+        let all = self.control().machine_list(app);
+        let host_of = |machine: &Value| self.hosts.iter().find(|host| host.region() == machine["region"]).expect("a region of a host").id.clone();
+        all.iter().map(|machine| (machine["id"].as_str().unwrap().to_owned(), host_of(machine))).collect()
+    }
+
+    /// (machine, host) for each supervisor that lives, whatever anybody says.
+    pub fn supervised(&self) -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        for (_, line) in processes().iter().filter(|(_, line)| line.contains("__supervisor")) {
+            let host = self.hosts.iter().find(|host| line.contains(host.server.data.to_str().unwrap()));
+            if let (Some(host), Some(machine)) = (host, line.rsplit(['/', ' ']).next()) {
+                found.push((machine.to_owned(), host.id.clone()));
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// Until the app has so many machines, all of them started, and each runs where control says and nowhere else.
+    pub fn until_whole(&self, app: &str, count: usize) {
+        let mut story = String::new();
+        let whole = || {
+            let list = self.control().dunlin(&["machine", "list", "--app", app, "--json"]);
+            let Ok(list) = serde_json::from_slice::<Vec<Value>>(&list.stdout) else { return false };
+            let (wanted, is) = (self.machines(app).into_iter().collect::<Vec<_>>(), self.supervised());
+            let is: Vec<_> = is.into_iter().filter(|(machine, _)| wanted.iter().any(|(id, _)| id == machine)).collect();
+            story = format!("control says {wanted:?}, there are {is:?}: {list:?}");
+            list.len() == count && list.iter().all(|machine| machine["state"] == "started") && wanted == is
+        };
+        let became = until(whole);
+        assert!(became, "{app} is not whole: {story}\n--- log of control\n{}", self.control().log());
+    }
+
+    /// A copy of the host's disk, in another computer with another address. It is started, and nobody waits for it.
+    pub fn clone_of(&mut self, id: &str, name: &str) {
+        let dir = tempfile::Builder::new().prefix("dunlin-e2e-").tempdir().unwrap();
+        let data = dir.path().join("data");
+        let copied = Command::new("cp").args(["-a", "--one-file-system"]).arg(&self.host(id).data).arg(&data).status().unwrap();
+        assert!(copied.success());
+        let mut clone = self.prepare(name, Server::without_images(dir, data));
+        clone.server.spawn();
+        self.hosts.push(clone);
+    }
+
     // --- faults
 
-    /// Power off: everything that runs there ends at once.
+    /// Power off: everything that runs there ends at once, and nobody is told.
     pub fn kill(&mut self, id: &str) {
+        self.cut(id);
         let host = self.find_mut(id);
         host.namespace().kill_all();
         host.server.forget_keeper();

@@ -218,3 +218,58 @@ async fn the_last_hop_knows_who_dials_and_a_renewed_certificate_is_shown() {
     let of_another = world.member("h3", &[]).issued;
     assert!(client.renew(of_another).is_err());
 }
+
+#[test]
+fn a_process_that_is_started_again_ends_what_its_predecessor_left() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let world = World::new();
+    let (stays, dies, comes) = (runtime(), runtime(), runtime());
+    let addr = free_addr();
+    let member = world.member("h2", &[]);
+    // Neither says anything by itself: h2 knows nobody, and is known only to whoever opens a stream.
+    let _h2 = dies.block_on(world.start(member.clone(), addr));
+    let h1 = stays.block_on(world.start(world.member("h1", &[("h2", addr)]), free_addr()));
+    stays.block_on(h1.cluster.ping(&id("h2"), Duration::from_secs(20))).unwrap();
+    stays.block_on(until("both are members", || h1.cluster.is_up(&id("h2"))));
+    let opened = stays.block_on(h1.cluster.open(&id("h2"), Service::Ping)).unwrap();
+    dies.shutdown_background(); // as a crash: nothing is closed
+    std::fs::remove_file(world.dir.path().join("h2/flock.snapshot")).ok();
+    drop(_h2);
+    let _h2 = comes.block_on(world.start(member, addr));
+    let mut opened = opened;
+    let error = stays.block_on(async {
+        // What is sent on it is answered with a reset, long before the connection would time out.
+        loop {
+            if let Err(error) = opened.write_u8(0).await {
+                return error;
+            }
+            tokio::task::yield_now().await;
+        }
+    });
+    assert!(error.to_string().contains("reset"), "{error:?}");
+    stays.block_on(until("a new connection is used", || h1.cluster.rtt(&id("h2")).is_some()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_that_dial_each_other_at_once_keep_one_connection() {
+    let world = World::new();
+    let (first, second) = (free_addr(), free_addr());
+    let (h1, h2) = tokio::join!(world.start(world.member("h1", &[("h2", second)]), first), world.start(world.member("h2", &[("h1", first)]), second));
+    let (to, from) = (id("h2"), id("h1"));
+    let (there, back) = tokio::join!(h1.cluster.ping(&to, Duration::from_secs(20)), h2.cluster.ping(&from, Duration::from_secs(20)));
+    assert!(there.is_ok() && back.is_ok(), "{there:?} {back:?}");
+    until("one is left", || [&h1, &h2].iter().all(|host| host.cluster.status().transport.links == 1)).await;
+    assert!(h1.cluster.ping(&id("h2"), Duration::from_secs(20)).await.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_takes_the_address_of_another() {
+    let world = World::new();
+    let (first, second) = (free_addr(), free_addr());
+    let _h2 = world.start(world.member("h2", &[]), second).await;
+    let h1 = world.start(world.member("h1", &[("h2", second)]), first).await;
+    h1.cluster.ping(&id("h2"), Duration::from_secs(20)).await.unwrap();
+    let h3 = world.start_at("h3", world.member("h3", &[("h1", first)]), (free_addr(), second)).await;
+    assert!(h3.cluster.open(&id("h1"), Service::Ping).await.is_err(), "it says that it is where h2 is");
+    h1.cluster.ping(&id("h2"), Duration::from_secs(20)).await.unwrap();
+}

@@ -3,8 +3,8 @@
 use crate::setup::*;
 use dunlin_api::AdmitRefusal;
 use dunlin_cluster::{Authority, MemberKeys};
-use dunlin_model::{HostId, MachineState};
-use dunlin_proxy::{Fleet, Limits, Routes};
+use dunlin_model::{ConcurrencyKind, HostId, MachineState};
+use dunlin_proxy::{CertStore, Fleet, Limits, Routes};
 use dunlin_view::Freshness;
 use rustls::crypto::aws_lc_rs;
 use rustls::server::WebPkiClientVerifier;
@@ -13,12 +13,12 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_rustls::client::TlsStream;
 
 const POST: &str = "POST / HTTP/1.1\r\nhost: web.example.test\r\ncontent-length: 4\r\n\r\nbody";
@@ -462,4 +462,196 @@ async fn a_last_hop_that_restarts_loses_no_request() {
         assert_eq!(answer.status, 200, "{}", answer.body);
     }
     assert_eq!(heads.load(SeqCst), 5);
+}
+
+/// A last hop that answers the first request of a connection, and ends at the second one: with TLS's farewell, which says
+/// that it did not look at it, or without.
+async fn fake_hop(shown: &Shown, says_farewell: bool) -> (SocketAddr, Arc<AtomicUsize>) {
+    let (acceptor, connections) = (TlsAcceptor::from(shown.server()), Arc::new(AtomicUsize::new(0)));
+    let counted = connections.clone();
+    let address = serves(move |stream| {
+        let (acceptor, connections) = (acceptor.clone(), connections.clone());
+        async move {
+            let Ok(mut tls) = acceptor.accept(stream).await else { return };
+            connections.fetch_add(1, SeqCst);
+            let mut buffer = [0; 4096];
+            let Ok(n) = tls.read(&mut buffer).await else { return };
+            if String::from_utf8_lossy(&buffer[..n]).contains(" hold\r\n") {
+                tls.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.unwrap();
+                tls.read_exact(&mut buffer[..4]).await.unwrap();
+            }
+            tls.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+            let _ = tls.read(&mut buffer).await;
+            if says_farewell {
+                let _ = tls.shutdown().await;
+                let _ = tls.read(&mut buffer).await;
+            }
+        }
+    })
+    .await;
+    (address, counted)
+}
+
+#[tokio::test]
+async fn a_request_that_crosses_with_a_farewell_is_sent_again_and_one_that_was_cut_is_not() {
+    let bare = "POST / HTTP/1.1\r\nhost: web.example.test\r\ncontent-length: 0\r\n\r\n";
+    for request in [POST, bare] {
+        for (says_farewell, status) in [(true, 200), (false, 502)] {
+            let (members, one, _other) = two(&[on_h2(nowhere())]);
+            let (address, connections) = fake_hop(&members.issue("h2"), says_farewell).await;
+            members.addresses.lock().unwrap().insert("h2".parse().unwrap(), address);
+            let mut client = TcpStream::connect(one.http).await.unwrap();
+            for expected in [200, status] {
+                client.write_all(request.as_bytes()).await.unwrap();
+                let answer = tokio::time::timeout(DEADLINE, read_answer(&mut client)).await.unwrap();
+                assert_eq!(answer.status, expected, "farewell: {says_farewell}, {}", answer.body);
+            }
+            assert_eq!(connections.load(SeqCst), if says_farewell { 2 } else { 1 });
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_waits_for_a_machine_that_is_full_elsewhere_asks_its_host_now_and_then() {
+    let (address, _) = upstream(Does::Hang).await;
+    let members = Members::new();
+    let limits = Limits { wait_timeout: Duration::from_millis(600), ..Limits::default() };
+    let (one, other) = (members.edge("h1", "local", limits), members.edge("h2", "local", Limits::default()));
+    one.set(&[on_h2(address)]);
+    other.set(&[on_h2(address)]);
+    other.host.hard_limit.store(1, SeqCst);
+    let held = tokio::spawn(raw(one.http, POST));
+    other.admitted(1).await;
+    let answer = raw(one.http, POST).await;
+    assert_eq!((answer.status, header(&answer.head, "dunlin-error")), (503, Some("PR08")), "{}", answer.body);
+    let asked = other.host.full.load(SeqCst);
+    assert!((2..12).contains(&asked), "asked {asked} times");
+    held.abort();
+    other.admitted(0).await;
+}
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_is_cut_for_the_client_too() {
+    let breaking = serves(|mut stream| async move {
+        let _ = read_head(&mut stream, Vec::new()).await;
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n").await;
+    })
+    .await;
+    let (_members, one, other) = two(&[on_h2(breaking)]);
+    let mut client = TcpStream::connect(one.http).await.unwrap();
+    client.write_all(format!("GET / HTTP/1.1\r\nhost: {HOST}\r\n\r\n").as_bytes()).await.unwrap();
+    let mut all = Vec::new();
+    let _ = tokio::time::timeout(DEADLINE, client.read_to_end(&mut all)).await.expect("an end");
+    let text = String::from_utf8(all).unwrap();
+    assert!(text.contains("half") && !text.ends_with("0\r\n\r\n"), "{text}");
+    assert_eq!(one.log.lines(1).await[0]["complete"], false);
+    other.admitted(0).await;
+}
+
+#[tokio::test]
+async fn where_connections_count_the_last_hop_keeps_none() {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counted = connections.clone();
+    let address = serves(move |mut stream| {
+        counted.fetch_add(1, SeqCst);
+        async move {
+            let mut rest = Vec::new();
+            while let Some((_, after)) = read_head(&mut stream, std::mem::take(&mut rest)).await {
+                rest = after;
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            }
+        }
+    })
+    .await;
+    for (kind, expected) in [(ConcurrencyKind::Requests, 1), (ConcurrencyKind::Connections, 4)] {
+        connections.store(0, SeqCst);
+        let (_members, one, other) = two(&[Machine { kind, ..on_h2(address) }]);
+        let mut client = TcpStream::connect(one.http).await.unwrap();
+        for _ in 0..4 {
+            client.write_all(format!("GET / HTTP/1.1\r\nhost: {HOST}\r\n\r\n").as_bytes()).await.unwrap();
+            assert_eq!(read_answer(&mut client).await.status, 200);
+        }
+        assert_eq!(connections.load(SeqCst), expected);
+        other.admitted(0).await;
+    }
+}
+
+/// Whatever an edge takes, the last hop takes with all that the edge adds.
+#[tokio::test]
+async fn the_biggest_head_goes_through() {
+    let (address, _) = upstream(Does::Echo).await;
+    let (_members, one, _other) = two(&[on_h2(address)]);
+    let fields: String = (0..98).map(|n| format!("x-{n}: {}\r\n", "y".repeat(600))).collect();
+    let request = format!("GET / HTTP/1.1\r\nhost: {HOST}\r\n{fields}\r\n");
+    assert!(request.len() > 58 * 1024 && request.len() < 60 * 1024, "{}", request.len());
+    let answer = raw(one.http, &request).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert!(answer.body.contains("x-97: yyy") && header(&answer.body, "x-forwarded-for").is_some());
+}
+
+#[tokio::test]
+async fn http2_goes_through_and_cannot_say_what_only_edges_say() {
+    let (address, heads) = upstream(Does::Echo).await;
+    let (_members, one, _other) = two(&[on_h2(address)]);
+    let certificate = certificate(&["*.example.test"]);
+    one.certs.store(Arc::new(CertStore::build(std::slice::from_ref(&certificate)).unwrap()));
+    let tls = crate::tls::connect(one.https, HOST, &certificate, b"h2").await.unwrap();
+    let (sender, connection) = h2::client::handshake(tls).await.unwrap();
+    tokio::spawn(connection);
+    let mut sender = sender.ready().await.unwrap();
+    let request = http::Request::post(format!("https://{HOST}/"))
+        .header("content-length", "4")
+        .header("dunlin-hop", "v1 00000000000009 00000000000000000000000000 0.0 80 0 go")
+        .body(())
+        .unwrap();
+    let (answer, mut body) = sender.send_request(request, false).unwrap();
+    body.send_data(bytes::Bytes::from_static(b"body"), true).unwrap();
+    let answer = tokio::time::timeout(DEADLINE, answer).await.unwrap().unwrap();
+    assert_eq!((answer.status().as_u16(), heads.load(SeqCst)), (200, 1));
+    let mut echoed = answer.into_body();
+    let mut text = Vec::new();
+    while let Some(chunk) = echoed.data().await {
+        text.extend_from_slice(&chunk.unwrap());
+    }
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.starts_with("POST / HTTP/1.1\r\n") && text.ends_with("\r\n\r\nbody") && !text.contains("dunlin-hop"), "{text}");
+    assert_eq!((header(&text, "via"), header(&text, "x-forwarded-proto")), (Some("2 dunlin"), Some("https")));
+}
+
+/// One that was let in and is removed then is not heard any more, connected or not.
+#[tokio::test]
+async fn a_member_that_is_removed_is_cut_off() {
+    let (address, heads) = upstream(Does::Echo).await;
+    let (members, one, _other) = two(&[on_h2(address)]);
+    assert_eq!(get(one.http, "/").await.status, 200);
+    members.known.lock().unwrap().retain(|_, host| host.as_str() != "h1");
+    let answer = get(one.http, "/").await;
+    assert_eq!((answer.status, heads.load(SeqCst)), (502, 1), "{}", answer.body);
+}
+
+#[tokio::test]
+async fn a_request_may_name_regions() {
+    let (near, near_heads) = upstream(Does::Echo).await;
+    let (far, far_heads) = upstream(Does::Echo).await;
+    let members = Members::new();
+    let (one, other) = (members.edge("h1", "fra", Limits::default()), members.edge("h2", "ams", Limits::default()));
+    let machines = [Machine { region: "fra", ..machine(near) }, Machine { region: "ams", ..on_h2(far) }];
+    one.set(&machines);
+    other.set(&machines);
+    let ask = async |field: &str| raw(one.http, &format!("GET / HTTP/1.1\r\nhost: {HOST}\r\n{field}\r\n")).await;
+    for (field, status, near, far) in [
+        ("", 200, 1, 0),
+        ("fly-prefer-region: ams,fra\r\n", 200, 1, 1),
+        ("fly-force-region: ams\r\n", 200, 1, 2),
+        ("fly-prefer-region: syd\r\n", 200, 2, 2),
+        ("fly-force-region: syd\r\n", 404, 2, 2),
+        ("fly-force-region: ???\r\n", 400, 2, 2),
+    ] {
+        let answer = ask(field).await;
+        assert_eq!(answer.status, status, "{field}: {}", answer.body);
+        assert_eq!((near_heads.load(SeqCst), far_heads.load(SeqCst)), (near, far), "{field}");
+        if status == 200 {
+            assert_eq!(header(&answer.body, "fly-region"), Some("fra"), "where it came in");
+        }
+    }
 }
