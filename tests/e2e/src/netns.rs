@@ -1,6 +1,6 @@
 //! Network namespaces: each a computer as far as the network goes. Nothing of this computer's own network changes.
 
-use crate::{kill, processes, text};
+use crate::{processes, text};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -117,9 +117,8 @@ fn kill_all_of(namespace: &Path) {
             eprintln!("they do not die: {living:?} of {}", namespace.display());
             return;
         }
-        for pid in living {
-            kill(pid, "KILL");
-        }
+        let pids = living.iter().map(u32::to_string);
+        let _ = Command::new("kill").arg("-KILL").args(pids).output(); // some are gone by then
         thread::sleep(Duration::from_millis(10));
     }
 }
