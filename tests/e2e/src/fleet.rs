@@ -174,9 +174,9 @@ impl Fleet {
     /// (machine, host) for each supervisor that lives, whatever anybody says.
     pub fn supervised(&self) -> Vec<(String, String)> {
         let mut found = Vec::new();
-        for (_, line) in processes().iter().filter(|(_, line)| line.contains("__supervisor")) {
-            let host = self.hosts.iter().find(|host| line.contains(host.server.data.to_str().unwrap()));
-            if let (Some(host), Some(machine)) = (host, line.rsplit(['/', ' ']).next()) {
+        for (pid, line) in processes().iter().filter(|(_, line)| line.contains("__supervisor")) {
+            let host = self.hosts.iter().find(|host| host.namespace().has(*pid));
+            if let (Some(host), Some(machine)) = (host, line.rsplit(' ').next()) {
                 found.push((machine.to_owned(), host.id.clone()));
             }
         }
