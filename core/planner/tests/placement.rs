@@ -1,6 +1,7 @@
 //! Placement over fleets: examples, what must always hold, and a search of everything to compare with.
 
 mod fleet;
+mod lost;
 
 use dunlin_model::region::distance_km;
 use dunlin_model::volume::VolumeRow;

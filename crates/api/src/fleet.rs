@@ -26,6 +26,8 @@ pub struct HostToken {
     pub id: String,
     pub token: String,
     pub expires_at_ms: u64,
+    /// Where the new host finds the cluster.
+    pub join_address: SocketAddr,
 }
 
 /// How a host does; of several that are true, the first.

@@ -47,7 +47,7 @@ async fn token(session: &Session, ttl: &str) -> Result<Exit, CliError> {
     ui::print_line(&made.token);
     eprintln!(
         "it lets one host join within {ttl}; on that host, as root:\n  \
-         DUNLIN_JOIN_TOKEN=... dunlin host join ADDRESS-OF-THIS-SERVER:7373"
+         DUNLIN_JOIN_TOKEN=... dunlin host join {}", made.join_address
     );
     Ok(Exit::Ok)
 }
@@ -158,6 +158,7 @@ fn state(detail: &HostDetail) -> String {
     }
     let stay = detail.machines.iter().filter(|machine| machine.stays.is_some()).count();
     match (detail.moving, stay) {
+        (0, 0) if detail.host.is_control => format!("{name}: nothing is left; control runs on it, so it stays"),
         (0, 0) => format!("{name}: nothing is left; `dunlin host remove {}` removes it", detail.host.id),
         (moving, stay) => format!("{name}: {moving} machines are to move, {stay} stay"),
     }
@@ -266,6 +267,9 @@ mod tests {
         };
         check(vec![machine(None), machine(Some("volume"))], "draining: 1 machines are to move, 1 stay");
         check(vec![], "draining: nothing is left; `dunlin host remove h2` removes it");
+        let host = HostShown { is_control: true, state: HostState::Draining, draining: true, ..shown() };
+        let detail = HostDetail { host, machines: vec![], free_volumes: vec![], moving: 0 };
+        assert_eq!(state(&detail), "draining: nothing is left; control runs on it, so it stays");
         assert_eq!(machine_row(&machine(None))[3..], ["unknown", "-"]);
     }
 

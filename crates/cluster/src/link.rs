@@ -427,6 +427,12 @@ impl Table {
         there.push(link.clone());
     }
 
+    /// Whether another host answers at `addr`, as this one has seen by dialing it.
+    fn is_anothers(&self, addr: SocketAddr, host: &HostId) -> bool {
+        let mut there = self.links.get(&addr).into_iter().flatten();
+        there.any(|link| link.host != *host && link.dialed_here && link.is_open())
+    }
+
     fn bound(&mut self, host: &HostId) {
         let of_host = self.links.values().flatten().filter(|link| link.host == *host);
         let oldest = of_host.clone().min_by_key(|link| link.connection.stable_id()).cloned();

@@ -129,6 +129,10 @@ impl Merged {
     /// What there was before, in the order of time.
     async fn backlog(&mut self) -> Vec<LogLine> {
         let (app, asked, is_follower) = (&self.app, &self.asked, self.query.follow);
+        // Nothing is to be put in order, and who follows sees each line at once.
+        if is_follower && self.sources.len() == 1 {
+            return vec![];
+        }
         let end = Instant::now() + BACKLOG_WAIT;
         let read = self.sources.iter_mut().map(async |source| {
             let mut lines = Vec::new();

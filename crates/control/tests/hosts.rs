@@ -316,7 +316,7 @@ async fn a_drain_moves_what_can_move_without_a_gap_and_says_what_stays() {
     world.control.shutdown().await;
     as_if_on_h2(data.path()).await;
 
-    let world = World::start(data.path()).await;
+    let world = World::start_for_all_hosts(data.path()).await;
     world.eventually("all is well on h2", async || placed(&world, "web") == (2, 2) && world.host.healthy() >= 2).await;
     world.host.lowest_healthy.store(usize::MAX, std::sync::atomic::Ordering::SeqCst);
     let begun = world.post("/v1/hosts/h2/drain", json!({})).await.json();

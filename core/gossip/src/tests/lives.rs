@@ -53,3 +53,36 @@ fn what_a_subscriber_has_of_an_earlier_life_comes_back_to_the_region() {
     let wanted = Message::Want(vec![Wanted { id: host.certificate.id, epoch: 1, after: Cursor::after(5) }]);
     assert!(sent(&outputs, "far").contains(&wanted), "{outputs:?}");
 }
+
+#[test]
+fn a_log_that_becomes_its_to_write_later_is_asked_about_first() {
+    let mut node = node_of(vec![peer("host/peer")], None);
+    node.handle(Input::Tick, at(0));
+    let me = node.me().clone();
+    let answer = |node: &mut Node, to: &[Output], heads: Vec<(Certificate, Head)>, ms| {
+        let asked = sent(to, "host/peer").into_iter().find_map(|message| match message {
+            Message::Recover { nonce, origins, .. } => Some((nonce, origins)),
+            _ => None,
+        });
+        let (nonce, origins) = asked.expect("it asks");
+        node.handle(stream("host/peer", &Message::Recovered(Recovered { id: me.id, nonce, heads })), at(ms));
+        origins
+    };
+    let to = node.handle(Input::Tick, at(500));
+    answer(&mut node, &to, vec![], 510);
+    assert!(node.speaks());
+    // Control begins in a process that speaks for its host already; what it has said in an earlier life only the peer knows.
+    let config = writer("config/0", 1, ("fra", Scope::Global));
+    let origin = config.certificate.id;
+    node.handle(Input::Own { certificate: Box::new(config.certificate.clone()), key: Box::new(config.key.clone()) }, at(600));
+    assert!(!node.speaks());
+    let change = Change { key: Key::new("app/web").unwrap(), value: Some((Topic::new("").unwrap(), b"1".to_vec())), seq: None };
+    let to = node.handle(Input::Publish { origin, schema: 1, changes: vec![change], at: None }, at(700));
+    assert!(node.status(origin).is_none(), "it waits");
+    let to = if sent(&to, "host/peer").is_empty() { node.handle(Input::Tick, at(1_300)) } else { to };
+    let high = 1 << 50;
+    let head = config.head(high, &[row("app/web", high, b"0")]);
+    let origins = answer(&mut node, &to, vec![(config.certificate.clone(), head)], 1_400);
+    assert!(origins.contains(&origin));
+    assert!(node.status(origin).unwrap().seq > high);
+}

@@ -79,6 +79,9 @@ impl Links {
         if self.inner.tls.is_removed(&host) {
             return Err(refuse("this host was removed from the cluster")); // between the handshake and now
         }
+        if self.table().is_anothers(theirs.addr, &host) {
+            return Err(refuse("another host answers at the address that this one says is its own"));
+        }
         self.add(connection, host, theirs, None);
         Ok(None)
     }

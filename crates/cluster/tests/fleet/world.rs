@@ -65,6 +65,10 @@ impl World {
     }
 
     pub async fn start_in(&self, folder: &str, member: Member, listen: SocketAddr) -> Host {
+        self.start_at(folder, member, (listen, listen)).await
+    }
+
+    pub async fn start_at(&self, folder: &str, member: Member, (listen, advertise): (SocketAddr, SocketAddr)) -> Host {
         let dir = self.dir.path().join(folder);
         member.save(&dir).unwrap();
         let view = View::memory();
@@ -78,7 +82,7 @@ impl World {
             }
         };
         let socket = tokio::time::timeout(DEADLINE, bound).await.expect("the port is free");
-        let config = ClusterConfig { member, socket, advertise: listen, dir };
+        let config = ClusterConfig { member, socket, advertise, dir };
         let cluster = Cluster::start(config, view.clone()).await.unwrap();
         Host { cluster, view }
     }

@@ -30,7 +30,7 @@ pub async fn create_token(State(ctx): State<Arc<Ctx>>, body: Bytes) -> Result<(S
         return Err(Failure::invalid(format!("a token to join with lives between 1 second and {MAX_TOKEN_LIFETIME_S} seconds, which is a week")));
     }
     let (token, expires_at_ms) = members::create_token(&ctx, ttl_s).await?;
-    Ok((StatusCode::CREATED, Json(HostToken { id: token.id.clone(), token: token.reveal(), expires_at_ms })))
+    Ok((StatusCode::CREATED, Json(HostToken { id: token.id.clone(), token: token.reveal(), expires_at_ms, join_address: members::fleet(&ctx)?.addr })))
 }
 
 /// What a host is shown from, read once for all of them.

@@ -167,7 +167,7 @@ pub async fn list(
             let shown = wire(&ctx, &view, &gone.machine, config);
             // Its host may still be at it.
             let state = if view.machines.contains_key(&gone.machine.id) { MachineState::Destroying } else { MachineState::Destroyed };
-            let shown = wire::Machine { state, host_status: "ok".into(), updated_at: rfc3339(gone.at_ms), ..shown };
+            let shown = wire::Machine { state, host_status: "ok".into(), problem: None, updated_at: rfc3339(gone.at_ms), ..shown };
             (gone, shown)
         });
         machines.extend(gone.filter(|(gone, shown)| filter.takes(&gone.machine, shown)).map(|(_, shown)| shown));

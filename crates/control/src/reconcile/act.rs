@@ -71,7 +71,9 @@ pub(crate) async fn act(
                 Err(Refusal::NoSuchMachine(_) | Refusal::IllegalMove { .. }) => {
                     Done::Passed { floor: None, change: Change::default() }
                 }
-                Err(refusal @ Refusal::Leased { .. }) => not_yet(plan, step, &refusal, deadline_ms, "stopped"),
+                Err(refusal @ (Refusal::Leased { .. } | Refusal::Unreachable { .. })) => {
+                    not_yet(plan, step, &refusal, deadline_ms, "stopped")
+                }
                 Err(refusal) => Done::Failed(format!("machine {} cannot be stopped: {refusal}", step.machine)),
             }
         }

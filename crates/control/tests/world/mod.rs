@@ -4,6 +4,7 @@
 #![allow(dead_code)] // each test binary uses a part
 
 mod machine;
+pub mod others;
 mod session;
 
 use async_trait::async_trait;
@@ -17,16 +18,17 @@ use dunlin_api::{
 };
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
-use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, StartError, Wanted};
+use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, Reach, StartError, Wanted};
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{
-    CommandId, ContainerState, ContainerStatus, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, SnapshotId, VolumeId,
+    CommandId, ContainerState, ContainerStatus, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, Region, SnapshotId, VolumeId,
 };
 use dunlin_registry::ContentStore;
 use dunlin_view::{HostFact, MachineFact};
 use machine::{created, exit, live};
+pub use others::Others;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -57,6 +59,7 @@ pub fn host_key() -> OpeningKey {
 /// The host. Its journal is a file, so that it survives a kill of the process as a real one does.
 pub struct SmallHost {
     id: HostId,
+    region: Region,
     view: View,
     file: PathBuf,
     journal: Mutex<Journal>,
@@ -75,6 +78,8 @@ pub struct SmallHost {
     pub encrypts: AtomicBool,
     snapshots: Mutex<BTreeMap<VolumeId, Vec<VolumeSnapshot>>>,
     pub sessions_ended: Arc<AtomicUsize>,
+    /// When, and what: its machines' log.
+    pub said: Mutex<Vec<(u64, String)>>,
     content: ContentStore,
 }
 
@@ -87,15 +92,16 @@ struct Journal {
 }
 
 impl SmallHost {
-    fn start(view: View, data: &Path, content: ContentStore) -> Arc<Self> {
-        let file = data.join("small-host.json");
+    fn start(row: &HostRow, view: View, data: &Path, content: ContentStore) -> Arc<Self> {
+        let file = data.join(format!("small-host-{}.json", row.id));
         let journal: Journal =
             std::fs::read(&file).map_or_else(|_| Journal::default(), |json| serde_json::from_slice(&json).unwrap());
         for fact in journal.machines.values() {
             view.publish_machine(fact.clone()).unwrap();
         }
         let host = Arc::new(Self {
-            id: host_id(),
+            id: row.id.clone(),
+            region: row.region.clone(),
             view,
             file,
             journal: Mutex::new(journal),
@@ -110,6 +116,7 @@ impl SmallHost {
             encrypts: AtomicBool::new(false),
             snapshots: Mutex::default(),
             sessions_ended: Arc::default(),
+            said: Mutex::new(vec![(1, "Traceback: no module named flask".into())]),
             content,
         });
         let weak = Arc::downgrade(&host);
@@ -151,11 +158,11 @@ impl SmallHost {
         }
         self.spoke_at_ms.store(now_ms, Ordering::SeqCst);
         let view = self.view.current();
-        let running = view.machines.values().filter(|fact| fact.state.is_running());
+        let running = view.machines.values().filter(|fact| fact.host == self.id && fact.state.is_running());
         let specs = running.filter_map(|fact| view.config.machines.get(&fact.id)).map(|machine| &machine.spec);
         self.view.publish_host(HostFact {
-            id: host_id(),
-            region: "local".parse().unwrap(),
+            id: self.id.clone(),
+            region: self.region.clone(),
             cpus: 2,
             memory_mb: 4096,
             memory_reserved_mb: specs.map(|spec| spec.guest.memory_mb).sum(),
@@ -180,7 +187,7 @@ impl SmallHost {
                 changed = true;
             }
         }
-        for (id, assignment) in &config.machines {
+        for (id, assignment) in config.machines.iter().filter(|(_, assignment)| assignment.host == self.id) {
             let fact = machines.entry(id.clone()).or_insert_with(|| created(assignment));
             let before = fact.clone();
             live(fact, assignment);
@@ -212,7 +219,7 @@ impl HostApi for SmallHost {
 
     async fn reserve(&self, _: Reserve) -> Result<(), Refusal> {
         if self.full.load(Ordering::SeqCst) {
-            return Err(Refusal::InsufficientCapacity { host: host_id(), why: "256 MB wanted, 3 MB free".into() });
+            return Err(Refusal::InsufficientCapacity { host: self.id.clone(), why: "256 MB wanted, 3 MB free".into() });
         }
         Ok(())
     }
@@ -311,8 +318,16 @@ impl HostApi for SmallHost {
         let (sender, lines) = mpsc::channel(4);
         let machine = query.machine.unwrap_or_else(|| MachineId::from_random([0; 7]));
         let app = query.app.unwrap_or_else(|| "web".parse().unwrap());
-        let line = "Traceback: no module named flask".into();
-        sender.send(LogLine { at_ms: 1, app, machine, stream: "stderr".into(), program: String::new(), line }).await.unwrap();
+        let said = self.said.lock().unwrap().clone();
+        tokio::spawn(async move {
+            for (at_ms, line) in said {
+                let (app, machine, stream) = (app.clone(), machine.clone(), "stderr".into());
+                let _ = sender.send(LogLine { at_ms, app, machine, stream, program: String::new(), line }).await;
+            }
+            if query.follow {
+                sender.closed().await;
+            }
+        });
         Ok(LogStream::new(lines))
     }
 
@@ -354,7 +369,7 @@ impl HostApi for SmallHost {
 
     async fn volume_room(&self, size_gb: u32) -> Result<(), Refusal> {
         if size_gb > 100 {
-            return Err(Refusal::InsufficientCapacity { host: host_id(), why: "100 GiB are free".into() });
+            return Err(Refusal::InsufficientCapacity { host: self.id.clone(), why: "100 GiB are free".into() });
         }
         Ok(())
     }
@@ -410,6 +425,7 @@ pub struct World {
     pub content: ContentStore,
     pub host: Arc<SmallHost>,
     pub view: View,
+    pub others: Others,
 }
 
 impl World {
@@ -424,9 +440,34 @@ impl World {
     }
 
     pub async fn try_start(data: &Path, kill_at: Option<String>) -> Result<Self, StartError> {
+        Self::start_with(data, kill_at, &[], false).await
+    }
+
+    /// The small host plays all others, too.
+    pub async fn start_for_all_hosts(data: &Path) -> Self {
+        Self::start_with(data, None, &[], true).await.unwrap()
+    }
+
+    /// Beside this host others, each reached over a pipe.
+    pub async fn start_fleet(data: &Path, others: &[HostRow]) -> Self {
+        for row in others {
+            join(data, row).await;
+        }
+        let world = Self::start_with(data, None, others, false).await.unwrap();
+        world.create_app("web").await;
+        world
+    }
+
+    async fn start_with(
+        data: &Path,
+        kill_at: Option<String>,
+        others: &[HostRow],
+        plays_all: bool,
+    ) -> Result<Self, StartError> {
         let view = new_view(data).await;
         let content = ContentStore::open(data.join("registry")).unwrap();
-        let host = SmallHost::start(view.clone(), data, content.clone());
+        let host = SmallHost::start(&host_row(), view.clone(), data, content.clone());
+        let others = Others::start(others, &view, data, &content);
         let config = ControlConfig {
             data_dir: data.to_owned(),
             domain: "localhost".into(),
@@ -442,14 +483,14 @@ impl World {
             kill_at,
             metrics: vec![Box::new(|text| text.push_str("dunlin_test_total 1\n"))],
             ready: vec![],
-            fleet: Some(fleet()),
+            fleet: Some(Fleet { is_up: others.is_up(), ..fleet() }),
         };
         let parts = Parts {
             store: open_store(data).await,
             view: view.clone(),
             host: host.clone(),
-            reach: None,
-            probe: None,
+            reach: if plays_all { Some(all_played_by(&host)) } else { others.reach() },
+            probe: others.probe(),
             content: content.clone(),
             images: Box::new(|app, wanted| {
                 Box::pin(async move {
@@ -465,7 +506,7 @@ impl World {
         };
         let store = parts.store.clone();
         match Control::start(config, parts).await {
-            Ok(control) => Ok(Self { control, content, host, view }),
+            Ok(control) => Ok(Self { control, content, host, view, others }),
             Err(error) => {
                 store.close().await;
                 Err(error)
@@ -660,4 +701,9 @@ async fn open_store(data: &Path) -> dunlin_store::Store {
 
 async fn new_view(_data: &Path) -> View {
     View::memory()
+}
+
+fn all_played_by(small: &Arc<SmallHost>) -> Reach {
+    let small = small.clone();
+    Arc::new(move |_| Some(small.clone() as Arc<dyn HostApi>))
 }

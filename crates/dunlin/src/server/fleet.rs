@@ -4,6 +4,7 @@ use super::front::Front;
 use super::relay;
 use crate::settings::{Role, Settings};
 use anyhow::Context;
+use axum::routing::get;
 use dunlin_api::{ErrorBody, ErrorCode, HostApi};
 use dunlin_api::remote::{self, Duplex, RemoteHost};
 use dunlin_cluster::{
@@ -128,9 +129,15 @@ impl Fleet {
     }
 
     /// A member's doors: what it is asked of the API and the registry, control answers.
-    pub fn relay(&self, api: &[&Arc<Front>], registry: &Arc<Front>) {
+    pub fn relay(&self, root: &Arc<Front>, api: &[&Arc<Front>], registry: &Arc<Front>) {
         let to_control = |service| relay::router(self.cluster.clone(), self.member.control.clone(), service);
         api.iter().for_each(|front| front.open(to_control(Service::Api)));
+        // What this host itself knows is told here: it is what helps when control is not reached.
+        let (status, verify) = (self.lend().ask, self.lend().ask);
+        let own = to_control(Service::Api)
+            .route("/v1/cluster/status", get(move || async move { axum::Json(status(FleetQuestion::Status).await) }))
+            .route("/v1/cluster/verify", get(move || async move { axum::Json(verify(FleetQuestion::Verify).await) }));
+        root.open(own);
         registry.open(to_control(Service::Registry));
     }
 

@@ -600,6 +600,7 @@ async fn http2_goes_through_and_cannot_say_what_only_edges_say() {
     tokio::spawn(connection);
     let mut sender = sender.ready().await.unwrap();
     let request = http::Request::post(format!("https://{HOST}/"))
+        .header("content-length", "4")
         .header("dunlin-hop", "v1 00000000000009 00000000000000000000000000 0.0 80 0 go")
         .body(())
         .unwrap();
@@ -613,7 +614,7 @@ async fn http2_goes_through_and_cannot_say_what_only_edges_say() {
         text.extend_from_slice(&chunk.unwrap());
     }
     let text = String::from_utf8(text).unwrap();
-    assert!(text.starts_with("POST / HTTP/1.1\r\n") && !text.contains("dunlin-hop"), "{text}");
+    assert!(text.starts_with("POST / HTTP/1.1\r\n") && text.ends_with("\r\n\r\nbody") && !text.contains("dunlin-hop"), "{text}");
     assert_eq!((header(&text, "via"), header(&text, "x-forwarded-proto")), (Some("2 dunlin"), Some("https")));
 }
 

@@ -1,0 +1,98 @@
+//! Hosts beside the one where control is: each is a small host at the other end of pipes, which can be cut.
+
+use super::{SmallHost, host_row};
+use dunlin_api::HostApi;
+use dunlin_api::remote::{Dial, Duplex, RemoteHost, serve};
+use dunlin_cluster::View;
+use dunlin_control::{Probe, Reach};
+use dunlin_model::HostId;
+use dunlin_model::desired::{HostRow, Ipv4Prefix};
+use dunlin_registry::ContentStore;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use tokio::sync::watch;
+
+#[derive(Clone, Default)]
+pub struct Others(Arc<BTreeMap<HostId, Other>>);
+
+struct Other {
+    host: Arc<SmallHost>,
+    is_cut: watch::Sender<bool>,
+    remote: Arc<RemoteHost>,
+}
+
+/// The `n`th host, in a region.
+pub fn other_row(n: u8, region: &str) -> HostRow {
+    HostRow {
+        id: format!("h{n}").parse().unwrap(),
+        region: region.parse().unwrap(),
+        prefix: Ipv4Prefix { network: format!("10.20{n}.0.0").parse().unwrap(), length: 24 },
+        ..host_row()
+    }
+}
+
+impl Others {
+    pub fn start(rows: &[HostRow], view: &View, data: &Path, content: &ContentStore) -> Self {
+        let other = |row: &HostRow| {
+            let host = SmallHost::start(row, view.clone(), data, content.clone());
+            let (is_cut, watched) = watch::channel(false);
+            let remote = Arc::new(RemoteHost::new(row.id.clone(), dial(host.clone(), watched)));
+            (row.id.clone(), Other { host, is_cut, remote })
+        };
+        Self(Arc::new(rows.iter().map(other).collect()))
+    }
+
+    pub fn host(&self, n: u8) -> &SmallHost {
+        &self.0[&format!("h{n}").parse::<HostId>().unwrap()].host
+    }
+
+    /// Its power is cut, or comes back.
+    pub fn set_dead(&self, n: u8, is_dead: bool) {
+        let other = &self.0[&format!("h{n}").parse::<HostId>().unwrap()];
+        other.host.frozen.store(is_dead, Ordering::SeqCst);
+        other.is_cut.send_replace(is_dead);
+    }
+
+    fn is_cut(&self, host: &HostId) -> bool {
+        self.0.get(host).is_some_and(|other| *other.is_cut.borrow())
+    }
+
+    pub fn reach(&self) -> Option<Reach> {
+        let others = self.clone();
+        Some(Arc::new(move |host: &HostId| Some(others.0.get(host)?.remote.clone() as Arc<dyn HostApi>)))
+    }
+
+    pub fn probe(&self) -> Option<Probe> {
+        let others = self.clone();
+        Some(Arc::new(move |host| {
+            let answers = !others.is_cut(&host);
+            Box::pin(async move { answers })
+        }))
+    }
+
+    pub fn is_up(&self) -> Arc<dyn Fn(&HostId) -> bool + Send + Sync> {
+        let others = self.clone();
+        Arc::new(move |host| !others.is_cut(host))
+    }
+}
+
+fn dial(host: Arc<SmallHost>, is_cut: watch::Receiver<bool>) -> Dial {
+    Arc::new(move || {
+        let (host, mut is_cut) = (host.clone() as Arc<dyn HostApi>, is_cut.clone());
+        Box::pin(async move {
+            if *is_cut.borrow() {
+                std::future::pending::<()>().await; // nobody says no
+            }
+            let (here, there) = tokio::io::duplex(8 * 1024);
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = serve(there, host) => {}
+                    _ = is_cut.wait_for(|is_cut| *is_cut) => {}
+                }
+            });
+            Ok(Box::new(here) as Box<dyn Duplex>)
+        })
+    })
+}
