@@ -3,6 +3,7 @@
 
 mod bench;
 mod demo;
+mod demo_fleet;
 mod endure;
 mod fuzz;
 mod packages;
@@ -19,6 +20,7 @@ const USAGE: &str = "\
 usage: cargo xtask <command>
 
   demo            set everything up, start a server, launch the bundled sample, print its URL
+  demo --hosts 3  a cluster of three hosts, each in a network namespace, with an app, until Ctrl-C
   demo --stop     stop that server and remove all it left in the kernel
   test            set everything up and pass all tests
   test --fast     without the end-to-end tests and those in QEMU
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
 fn run(args: &[&str]) -> anyhow::Result<()> {
     match args {
         ["demo"] => demo::Demo::of_this_checkout().start(),
+        ["demo", "--hosts", hosts] => demo_fleet::run(hosts),
         ["demo", "--stop"] => demo::Demo::of_this_checkout().stop(),
         ["test"] => test::run(test::Scope::All),
         ["test", "--fast"] => test::run(test::Scope::Fast),

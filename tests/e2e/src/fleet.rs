@@ -132,8 +132,9 @@ impl Fleet {
         &mut self.find_mut(id).server
     }
 
-    pub fn ids(&self) -> Vec<String> {
-        self.hosts.iter().map(|host| host.id.clone()).collect()
+    /// The namespace between the hosts, where clients are.
+    pub fn internet(&self) -> &str {
+        self.internet.name()
     }
 
     /// Where its edge listens.
@@ -173,9 +174,9 @@ impl Fleet {
     /// (machine, host) for each supervisor that lives, whatever anybody says.
     pub fn supervised(&self) -> Vec<(String, String)> {
         let mut found = Vec::new();
-        for (_, line) in processes().iter().filter(|(_, line)| line.contains("__supervisor")) {
-            let host = self.hosts.iter().find(|host| line.contains(host.server.data.to_str().unwrap()));
-            if let (Some(host), Some(machine)) = (host, line.rsplit(['/', ' ']).next()) {
+        for (pid, line) in processes().iter().filter(|(_, line)| line.contains("__supervisor")) {
+            let host = self.hosts.iter().find(|host| host.namespace().has(*pid));
+            if let (Some(host), Some(machine)) = (host, line.rsplit(' ').next()) {
                 found.push((machine.to_owned(), host.id.clone()));
             }
         }
@@ -215,6 +216,8 @@ impl Fleet {
     pub fn kill(&mut self, id: &str) {
         self.cut(id);
         let host = self.find_mut(id);
+        // Some of it may have a moment to see the rest go.
+        ["the keeper is gone", "its supervisor was killed"].iter().for_each(|text| host.server.expect_log(text));
         host.namespace().kill_all();
         host.server.forget_keeper();
     }

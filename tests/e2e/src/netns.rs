@@ -1,11 +1,12 @@
 //! Network namespaces: each a computer as far as the network goes. Nothing of this computer's own network changes.
 
-use crate::{kill, processes, text};
+use crate::{processes, text};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -67,6 +68,11 @@ impl Namespace {
         })
     }
 
+    /// Whether the process lives inside.
+    pub fn has(&self, pid: u32) -> bool {
+        inode(&self.path()).is_some_and(|inside| inode(Path::new(&format!("/proc/{pid}/ns/net"))) == Some(inside))
+    }
+
     /// Ends at once all that lives inside and all that comes from that: machines have namespaces of their own.
     pub fn kill_all(&self) {
         kill_all_of(&self.path());
@@ -117,18 +123,16 @@ fn kill_all_of(namespace: &Path) {
             eprintln!("they do not die: {living:?} of {}", namespace.display());
             return;
         }
-        for pid in living {
-            kill(pid, "KILL");
-        }
+        let pids = living.iter().map(u32::to_string);
+        let _ = Command::new("kill").arg("-KILL").args(pids).output(); // some are gone by then
         thread::sleep(Duration::from_millis(10));
     }
 }
 
 /// Parents first, so that nobody restarts a child: processes inside, and those that come from them.
 fn living_in(namespace: &Path) -> Vec<u32> {
-    use std::os::unix::fs::MetadataExt;
-    let Ok(inode) = fs::metadata(namespace).map(|file| file.ino()) else { return vec![] };
-    let inside = |pid: u32| fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|file| file.ino() == inode);
+    let Some(own) = inode(namespace) else { return vec![] };
+    let inside = |pid: u32| inode(Path::new(&format!("/proc/{pid}/ns/net"))) == Some(own);
     let me = std::process::id();
     let all: BTreeMap<u32, u32> = processes().into_iter().filter_map(|(pid, _)| Some((pid, parent(pid)?))).collect();
     let mut found: BTreeSet<u32> = all.keys().copied().filter(|pid| *pid != me && inside(*pid)).collect();
@@ -142,6 +146,10 @@ fn living_in(namespace: &Path) -> Vec<u32> {
         next += 1;
     }
     ordered
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|file| file.ino())
 }
 
 /// `None`: it has ended, or nobody has waited for it yet.
