@@ -18,7 +18,7 @@ use dunlin_api::{
 };
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
-use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, Reach, StartError, Wanted};
+use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, StartError, Wanted};
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
@@ -29,6 +29,7 @@ use dunlin_registry::ContentStore;
 use dunlin_view::{HostFact, MachineFact};
 use machine::{created, exit, live};
 pub use others::Others;
+use others::{all_played_by, fleet};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -660,15 +661,6 @@ impl Answer {
     }
 }
 
-/// All hosts are up.
-fn fleet() -> Fleet {
-    Fleet {
-        addr: "10.0.0.1:7373".parse().unwrap(),
-        is_up: Arc::new(|_| true),
-        ask: Arc::new(|question| Box::pin(async move { serde_json::json!({ "asked": format!("{question:?}") }) })),
-    }
-}
-
 /// This host.
 pub fn host_row() -> HostRow {
     HostRow {
@@ -701,9 +693,4 @@ async fn open_store(data: &Path) -> dunlin_store::Store {
 
 async fn new_view(_data: &Path) -> View {
     View::memory()
-}
-
-fn all_played_by(small: &Arc<SmallHost>) -> Reach {
-    let small = small.clone();
-    Arc::new(move |_| Some(small.clone() as Arc<dyn HostApi>))
 }

@@ -4,7 +4,7 @@ use super::{SmallHost, host_row};
 use dunlin_api::HostApi;
 use dunlin_api::remote::{Dial, Duplex, RemoteHost, serve};
 use dunlin_cluster::View;
-use dunlin_control::{Probe, Reach};
+use dunlin_control::{Fleet, Probe, Reach};
 use dunlin_model::HostId;
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_registry::ContentStore;
@@ -95,4 +95,18 @@ fn dial(host: Arc<SmallHost>, is_cut: watch::Receiver<bool>) -> Dial {
             Ok(Box::new(here) as Box<dyn Duplex>)
         })
     })
+}
+
+/// All hosts are up.
+pub fn fleet() -> Fleet {
+    Fleet {
+        addr: "10.0.0.1:7373".parse().unwrap(),
+        is_up: Arc::new(|_| true),
+        ask: Arc::new(|question| Box::pin(async move { serde_json::json!({ "asked": format!("{question:?}") }) })),
+    }
+}
+
+pub fn all_played_by(small: &Arc<SmallHost>) -> Reach {
+    let small = small.clone();
+    Arc::new(move |_| Some(small.clone() as Arc<dyn HostApi>))
 }

@@ -33,7 +33,7 @@ pub fn they_come_from_another_host_and_only_they_are_kept() {
     world.until("it runs", || world.printed(&id).contains(&"up".to_owned()).then_some(()));
     let image = world.config.machines[&id].spec.image.digest.clone();
     let in_use = || world.block_on(world.host().images_in_use()).unwrap();
-    assert_eq!(in_use(), [image.clone()]);
+    assert_eq!(in_use(), std::slice::from_ref(&image));
     let collect = |keep: &[String]| {
         let keep: Vec<Digest> = keep.iter().map(|digest| digest.parse().unwrap()).collect();
         let blobs = world.content.gc_older_than(&keep, Duration::ZERO).unwrap().blobs_removed;
