@@ -53,7 +53,8 @@ fn as_many_as_there_is_room_for_come_back() {
 
 #[test]
 fn a_deploy_is_not_held_up_by_what_may_not_run_twice() {
-    let exclusive: [(&str, fn(&mut GroupTarget)); 3] = [
+    type Change = fn(&mut GroupTarget);
+    let exclusive: [(&str, Change); 3] = [
         ("a volume", |group| group.mount = Some(mount(1))),
         ("no service", |group| group.spec.services.clear()),
         ("it destroys itself", |group| group.spec.auto_destroy = true),

@@ -103,7 +103,13 @@ impl Fleet {
     /// What other members ask of this one. `control`: this server is the one that all API requests are for.
     pub fn serve(&self, host: Arc<dyn HostApi>, content: &ContentStore, api: &Arc<Front>, registry: &Arc<Front>) {
         let content = content.clone();
-        self.of_members(Service::Host, move |stream| remote::serve(stream, host.clone()));
+        let control = self.member.control.clone();
+        let commands: Handler = Arc::new(move |peer, stream| match peer {
+            // Only control commands machines: a member that was broken into does not get at those of the others.
+            Some(peer) if peer == control => Box::pin(remote::serve(stream, host.clone())),
+            _ => Box::pin(std::future::ready(())),
+        });
+        self.cluster.serve(Service::Host, commands);
         self.of_members(Service::Blob, move |stream| peer::serve(stream, content.clone()));
         if self.runs_control() {
             for (service, front) in [(Service::Api, api), (Service::Registry, registry)] {
