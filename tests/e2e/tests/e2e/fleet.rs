@@ -112,6 +112,7 @@ fn a_host_that_is_lost_is_replaced_and_comes_back_to_nothing() {
     let pulse = fleet.pulse("w1", "web", 10);
     assert!(until(|| pulse.heard().len() > 10));
     let killed = Instant::now();
+    fleet.control().expect_log("the host is dead");
     fleet.kill("w3");
     let elsewhere = || hosts_of(&fleet).iter().all(|host| host != "w3") && hosts_of(&fleet).len() == 3;
     assert!(until(elsewhere), "{:?}\n{}", fleet.machines("web"), fleet.control().log());
