@@ -207,6 +207,7 @@ fn all_hosts_lose_power_and_come_back_in_any_order() {
     for id in ["w1", "w2", "w3"] {
         fleet.host(id).expect_log("its supervisor was killed");
     }
+    ["most hosts do not answer", "the host is dead"].iter().for_each(|text| fleet.control().expect_log(text));
     for order in [["w3", "w2", "w1"], ["w1", "w3", "w2"]] {
         for id in order {
             fleet.kill(id);
