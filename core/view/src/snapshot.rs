@@ -176,4 +176,24 @@ mod tests {
         assert!(view.with_config(at(1, 4), 0).is_err());
         assert!(view.with_config(at(2, 1), 0).is_ok(), "a later incarnation wins with any revision");
     }
+
+    #[test]
+    fn a_host_takes_away_only_what_is_its_own() {
+        let of = |number: u8, host: &str, sequence| MachineFact { id: MachineId::from_random([number; 7]), host: host.parse().unwrap(), ..MachineFact::clone(&fact(sequence)) };
+        let says = |host: &str, machines: Vec<MachineFact>, gone: Vec<u8>, whole| HostFacts {
+            host: host.parse().unwrap(),
+            said: None,
+            machines,
+            gone: gone.into_iter().map(|number| MachineId::from_random([number; 7])).collect(),
+            whole,
+        };
+        let numbers = |view: &Snapshot| -> Vec<String> { view.machines.values().map(|fact| format!("{}@{}", &fact.id.as_str()[..2], fact.host)).collect() };
+        let first = vec![says("h1", vec![of(1, "h1", 1), of(2, "h1", 1)], vec![], true), says("h2", vec![of(3, "h2", 1)], vec![], true)];
+        let (view, refused) = Snapshot::default().with_facts(first);
+        assert_eq!((numbers(&view), refused), (vec!["01@h1".into(), "02@h1".into(), "03@h2".into()], 0));
+        let (view, refused) = view.with_facts(vec![says("h1", vec![of(1, "h1", 1)], vec![3], false), says("h2", vec![of(2, "h2", 1)], vec![], false)]);
+        assert_eq!((numbers(&view), refused), (vec!["01@h1".into(), "02@h2".into(), "03@h2".into()], 1), "machine 2 has moved, 3 is not h1's to take away");
+        let (view, _) = view.with_facts(vec![says("h1", vec![], vec![2], false), says("h2", vec![of(2, "h2", 2)], vec![], true)]);
+        assert_eq!(numbers(&view), ["01@h1", "02@h2"], "the whole of h2 is without machine 3; what h1 gave away stays");
+    }
 }

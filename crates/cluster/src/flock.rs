@@ -103,6 +103,7 @@ struct Config {
     writes: bool,
     published: BTreeMap<String, Vec<u8>>,
     published_generation: Generation,
+    was_refused: bool,
     /// The log has changed since it was last read.
     is_news: bool,
 }
@@ -127,7 +128,7 @@ impl Driver {
             publish_at: None,
             news: vec![],
             heard: Arc::default(),
-            config: Config { origin, writes: false, published: BTreeMap::new(), published_generation: Generation::default(), is_news: true },
+            config: Config { origin, writes: false, published: BTreeMap::new(), published_generation: Generation::default(), was_refused: false, is_news: true },
             removed: BTreeSet::new(),
             silenced: None,
             skipped: Skipped::default(),
@@ -244,6 +245,7 @@ impl Driver {
             Event::NeedWhole { .. } | Event::Unsubscribed { .. } => {}
             Event::Refused { origin, why } => {
                 tracing::error!(log = self.name(origin), why, "this host's own publication was refused");
+                self.config.was_refused |= origin == self.config.origin;
                 if origin == self.own {
                     self.published = Published::nothing(self.host.clone());
                     self.publish_at = Some(Instant::now() + LOOK_EVERY);
@@ -355,9 +357,14 @@ impl Driver {
         }
         let rows = config_rows::rows(&config);
         let changes = config_rows::difference(&self.config.published, &rows);
-        self.config.published = rows;
+        let before = std::mem::replace(&mut self.config.published, rows);
         self.config.published_generation = config.generation;
         self.handle(Input::Publish { origin: self.config.origin, schema: SCHEMA, changes, at: None });
+        if std::mem::take(&mut self.config.was_refused) {
+            // The next change is told from what was taken last.
+            self.config.published = before;
+            self.config.published_generation = Generation::default();
+        }
     }
 
     /// By control's word, which is signed: they are gone for good.

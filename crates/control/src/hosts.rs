@@ -127,7 +127,7 @@ pub(crate) struct VolumeWanted<'w> {
 pub(crate) async fn with_volume_room(ctx: &Ctx, wanted: &VolumeWanted<'_>) -> Result<HostRow, Failure> {
     let hosts = ctx.state.list::<HostRow>("hosts/").await?;
     let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).collect();
-    let regions = wanted.region.map_or_else(RegionExpr::any, |region| RegionExpr::preferring(Some(region)));
+    let regions = wanted.region.map_or_else(RegionExpr::any, |region| RegionExpr::only(region.clone()));
     let is_asked_for = |host: &&HostRow| {
         wanted.region.is_none_or(|region| *region == host.region) && wanted.only.is_none_or(|only| *only == host.id)
     };

@@ -31,14 +31,11 @@ fn serving(world: &World) -> BTreeMap<HostId, usize> {
 }
 
 async fn deploy_two(world: &World) {
-    world.post("/v1/apps/web/scale", json!({ "app": 2 })).await;
     let end = world.deploy("web", 'a', "good").await;
     assert_eq!(end.ended, Some(ReleaseStatus::Succeeded), "{end:?}");
-    if serving(world).values().sum::<usize>() < 2 {
-        let answer = world.post("/v1/apps/web/scale", json!({ "app": 2 })).await;
-        let release = answer.json()["version"].as_u64().unwrap() as u32;
-        world.follow("web", release).await;
-    }
+    let scaled = world.post("/v1/apps/web/scale", json!({ "app": 2 })).await;
+    let end = world.follow("web", scaled.json()["version"].as_u64().unwrap() as u32).await.pop().unwrap();
+    assert_eq!(end.ended, Some(ReleaseStatus::Succeeded), "{end:?}");
 }
 
 async fn machine_on(world: &World, host: &HostId) -> String {
@@ -208,7 +205,7 @@ async fn a_deploy_goes_on_without_a_host_that_dies_under_it() {
     let world = World::start_fleet(data.path(), &[other_row(2, "ams")]).await;
     deploy_two(&world).await;
     let mut body = world::release_body("web", 'b', "good");
-    body["config"]["deploy"] = json!({ "wait_timeout": "60s" });
+    body["config"]["deploy"] = json!({ "wait_timeout_ms": 60_000 });
     let answer = world.post("/v1/apps/web/releases", body).await;
     assert_eq!(answer.status, 201, "{}", answer.text);
     let release = answer.json()["version"].as_u64().unwrap() as u32;

@@ -3,23 +3,31 @@
 //! ```text
 //! edge --http 127.0.0.1:8080 --https 127.0.0.1:8443 --upstream 127.0.0.1:9000 \
 //!      --cert cert.pem --key key.pem --log access.log [--threads 2] [--sockets 2] [--host web.example.test]
+//!      [--hop yes]
 //! ```
+//! With `--hop` the machine is on another host, which runs in this process too: each request goes through two edges.
 //! Everything that a server has is on: limits, timeouts, counters, the last hop's admission, the access log.
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use dunlin_api::{Admission, AdmitRefusal, AdmitRequest, LastHop};
+use dunlin_cluster::{Authority, MemberKeys};
 use dunlin_model::{
-    Concurrency, ConcurrencyKind, Generation, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Service,
+    Concurrency, ConcurrencyKind, Generation, HostId, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Service,
 };
-use dunlin_proxy::{AccessLog, CertSource, CertStore, Limits, LogFormat, Proxy, ProxyConfig, Routes};
+use dunlin_proxy::{AccessLog, CertSource, CertStore, Fleet, Limits, LogFormat, Proxy, ProxyConfig, Routes};
 use dunlin_view::{AppFact, ConfigState, MachineAssignment, MachineFact, Snapshot};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use std::collections::HashMap;
 use std::error::Error;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const BACKLOG: i32 = 4096;
 const HARD_LIMIT: u32 = 1_000;
@@ -69,20 +77,44 @@ async fn main() -> Result<(), Box<dyn Error>> {
         names: vec![host_name.into()],
     };
     let sockets = args.get("sockets").map_or(Ok(1), |n| n.parse())?;
-    let routes = Routes::new("local".parse()?);
-    routes.update(&snapshot(host_name, upstream.port())?);
+    let last_hop = Arc::new(Host { address: upstream, in_flight: Arc::default() });
+    let is_hop = args.contains_key("hop");
+    let machine_host = if is_hop { "h2" } else { "h1" };
+    let snapshot = snapshot(host_name, upstream.port(), machine_host)?;
+    let [fleet, other] = if is_hop { fleets(sockets)?.map(Some) } else { [None, None] };
+    let routes = match &fleet {
+        Some(fleet) => Routes::in_fleet("local".parse()?, fleet.host.clone(), Box::new(|_| None)),
+        None => Routes::new("local".parse()?),
+    };
+    routes.update(&snapshot);
+    let threads = args.get("threads").map_or(Ok(0), |n| n.parse())?;
+    let _other = other.map(|other| -> Result<Proxy, Box<dyn Error>> {
+        let config = ProxyConfig {
+            http: Vec::new(),
+            https: Vec::new(),
+            http_port: 0,
+            https_port: 0,
+            threads,
+            limits: Limits::default(),
+            internal_hosts: Vec::new(),
+            access_log: None,
+            fleet: Some(other),
+        };
+        let certs = Arc::new(ArcSwap::from_pointee(CertStore::empty()));
+        Ok(Proxy::start(config, Routes::new("local".parse()?), last_hop.clone(), certs)?)
+    });
+    let _other = _other.transpose()?;
     let config = ProxyConfig {
         http: bind(http, sockets)?,
         https: bind(https, sockets)?,
         http_port: http.port(),
         https_port: https.port(),
-        threads: args.get("threads").map_or(Ok(0), |n| n.parse())?,
+        threads,
         limits: Limits::default(),
         internal_hosts: Vec::new(),
         access_log: Some(AccessLog { format: LogFormat::Text, sink: Box::new(log) }),
-        fleet: None,
+        fleet,
     };
-    let last_hop = Arc::new(Host { address: upstream, in_flight: Arc::default() });
     let certs = Arc::new(ArcSwap::from_pointee(CertStore::build(&[cert])?));
     let proxy = Proxy::start(config, routes, last_hop, certs)?;
     tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?.recv().await;
@@ -106,7 +138,48 @@ fn bind(address: SocketAddr, sockets: usize) -> rustix::io::Result<Vec<TcpListen
     (0..sockets).map(|_| bind_one()).collect()
 }
 
-fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
+/// Hosts `h1` and `h2`, which know each other.
+fn fleets(sockets: usize) -> Result<[Fleet; 2], Box<dyn Error>> {
+    let dir = tempfile::tempdir()?;
+    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+    let authority = Authority::load_or_create(dir.path(), now_ms)?;
+    let listen = || {
+        let first = bind("127.0.0.1:0".parse().expect("an address"), 1)?;
+        let address = first[0].local_addr()?;
+        let more = bind(address, sockets - 1)?;
+        Ok::<_, std::io::Error>((address, first.into_iter().chain(more).collect::<Vec<_>>()))
+    };
+    let (one, other) = (listen()?, listen()?);
+    let addresses = [one.0, other.0];
+    let make = |name: &str, listeners| -> Result<Fleet, Box<dyn Error>> {
+        let (keys, host): (_, HostId) = (MemberKeys::generate()?, name.parse()?);
+        let issued = authority.issue(&host, &"local".parse()?, 1, &keys.public()?, now_ms)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(issued.ca_pem.as_bytes())?)?;
+        let (roots, chain) = (Arc::new(roots), vec![CertificateDer::from_pem_slice(issued.certificate_pem.as_bytes())?]);
+        let private = serde_json::to_value(&keys)?;
+        let key = PrivateKeyDer::from_pem_slice(private["tls"].as_str().ok_or("no key")?.as_bytes())?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
+        let server = ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+        let server = server.with_client_cert_verifier(verifier).with_single_cert(chain.clone(), key.clone_key())?;
+        let client = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+        let client = client.with_root_certificates(roots).with_client_auth_cert(chain, key)?;
+        let (server, client) = (Arc::new(server), Arc::new(client));
+        Ok(Fleet {
+            host,
+            listeners,
+            tls_server: Box::new(move || server.clone()),
+            tls_client: Box::new(move || client.clone()),
+            address: Box::new(move |host| Some(addresses[usize::from(host.as_str() == "h2")])),
+            server_name: dunlin_cluster::Cluster::server_name,
+            peer_host: Box::new(dunlin_cluster::Cluster::peer_host),
+        })
+    };
+    Ok([make("h1", one.1)?, make("h2", other.1)?])
+}
+
+fn snapshot(host_name: &str, port: u16, host: &str) -> Result<Snapshot, Box<dyn Error>> {
     let (id, version) = (MachineId::from_random([0; 7]), MachineVersion::new(1, [0; 10]));
     let app = AppFact { org: "personal".parse()?, hostnames: vec![host_name.into()], current_release: 1 };
     let concurrency =
@@ -129,7 +202,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
     let assignment = MachineAssignment {
         id: id.clone(),
         name: "m0".into(),
-        host: "h1".parse()?,
+        host: host.parse()?,
         region: "local".parse()?,
         address: Ipv4Addr::LOCALHOST,
         placement: Generation::default(),
@@ -138,7 +211,7 @@ fn snapshot(host_name: &str, port: u16) -> Result<Snapshot, Box<dyn Error>> {
     };
     let fact = MachineFact {
         id: id.clone(),
-        host: "h1".parse()?,
+        host: host.parse()?,
         app: "web".parse()?,
         sequence: 1,
         placement: Generation::default(),

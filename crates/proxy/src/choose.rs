@@ -53,7 +53,7 @@ impl Drop for Freed {
 
 pub(crate) enum Choice {
     /// The record holds the place. The connection is one that has it already.
-    Place(Upstream, Option<Conn>),
+    Place(Upstream, Option<Box<Conn>>),
     ToHttps,
 }
 
@@ -97,7 +97,7 @@ pub(crate) async fn choose(
     search: &mut Search,
 ) -> Result<Choice, Reject> {
     if let Some(conn) = own(worker, record) {
-        return Ok(Choice::Place(conn.to.clone(), Some(conn)));
+        return Ok(Choice::Place(conn.to.clone(), Some(Box::new(conn))));
     }
     let first = match search.asleep.take() {
         Some((target, ticket)) => Look::Wake { target, ticket },

@@ -31,6 +31,11 @@ const MAX_WHY: usize = 512;
 /// Nobody waits longer, whatever is asked for.
 const MAX_WAIT: Duration = Duration::from_secs(300);
 
+/// Where a host listens for others.
+pub type AddressOf = Box<dyn Fn(&HostId) -> Option<SocketAddr> + Send + Sync>;
+/// Whose certificate it is; `None` = of nobody who may ask (any more).
+pub type PeerHost = Box<dyn Fn(&[CertificateDer<'_>]) -> Option<HostId> + Send + Sync>;
+
 /// This edge among others: how it reaches their hosts, and how they reach its own.
 pub struct Fleet {
     pub host: HostId,
@@ -39,12 +44,11 @@ pub struct Fleet {
     /// Asked for each connection, so that a renewed certificate is used at once. It must demand a member's certificate.
     pub tls_server: Box<dyn Fn() -> Arc<ServerConfig> + Send + Sync>,
     pub tls_client: Box<dyn Fn() -> Arc<ClientConfig> + Send + Sync>,
-    /// Where a host listens for others.
-    pub address: Box<dyn Fn(&HostId) -> Option<SocketAddr> + Send + Sync>,
+    pub address: AddressOf,
     /// The name that a host's certificate has.
     pub server_name: fn(&HostId) -> ServerName<'static>,
-    /// Whose certificate it is; `None` = of nobody who may ask (any more).
-    pub peer_host: Box<dyn Fn(&[CertificateDer<'_>]) -> Option<HostId> + Send + Sync>,
+    /// Asked for each request, so that a removed host is cut off at once.
+    pub peer_host: PeerHost,
 }
 
 /// What an edge asks for.

@@ -153,12 +153,12 @@ pub(crate) async fn forward(
     worker: &Rc<Worker>,
     record: &mut Record,
     down: &mut Downstream<'_>,
-    (to, mut own): (&Upstream, Option<Conn>),
+    (to, mut own): (&Upstream, Option<Box<Conn>>),
     timeout: Duration,
 ) -> Result<(), Unanswered> {
     loop {
         let kept = match to.counts_connections() {
-            true => own.take().or_else(|| worker.pool.take_left(to)),
+            true => own.take().map(|own| *own).or_else(|| worker.pool.take_left(to)),
             false => worker.pool.take(to),
         };
         let mut conn = match kept {

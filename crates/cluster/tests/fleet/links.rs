@@ -246,7 +246,7 @@ fn a_process_that_is_started_again_ends_what_its_predecessor_left() {
             tokio::task::yield_now().await;
         }
     });
-    assert!(error.to_string().contains("reset"), "{error:?}");
+    assert!(format!("{error:?}").contains("Reset"), "not merely timed out: {error:?}");
     stays.block_on(until("a new connection is used", || h1.cluster.rtt(&id("h2")).is_some()));
 }
 
