@@ -13,7 +13,7 @@ const CONFIG: &str = "app = \"web\"\n[http_service]\ninternal_port = 8080\n";
 
 /// Until it is interrupted; then all of it is removed.
 pub fn run(hosts: &str) -> anyhow::Result<()> {
-    let count: usize = hosts.parse().ok().filter(|count| (1..=MAX_HOSTS).contains(count)).context("--hosts takes 1 to 5")?;
+    let count = hosts.parse::<usize>().ok().filter(|count| (1..=MAX_HOSTS).contains(count)).context("--hosts takes 1 to 5")?;
     packages::ensure(packages::For::Demo)?;
     sh::run(sh::cargo().args(["build", "--package", "dunlin"]))?;
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
