@@ -106,7 +106,7 @@ pub(crate) async fn run(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) {
         let record = Record::begin(&worker, &client, request);
         Box::pin(serve(record, &mut Downstream::Http1(&mut http1))).await;
         http1.served += 1;
-        if !(http1.now.has_ended && http1.now.keep) {
+        if !(http1.now.has_ended && http1.now.keep && http1.throw_away_body(&worker).await) {
             break;
         }
     }
@@ -153,6 +153,27 @@ impl Http1 {
                     }
                 }
             }
+        })
+        .await
+    }
+
+    /// Whether the request's body has come to its end: what of it another edge sends after the answer is nobody's.
+    async fn throw_away_body(&mut self, worker: &Worker) -> bool {
+        let mut thrown_away = 0;
+        self.watchdog.set(Instant::now() + worker.edge.limits.header_timeout);
+        poll_fn(|cx| {
+            while !self.now.body.is_done() {
+                match self.poll_body(cx) {
+                    Poll::Ready(Ok(true)) if thrown_away < BUFFER_BYTES => {
+                        thrown_away += self.now.body_ready;
+                        self.consume(self.now.body_ready);
+                    }
+                    Poll::Ready(Ok(false)) => {}
+                    Poll::Ready(_) => return Poll::Ready(false),
+                    Poll::Pending => return self.watchdog.poll(cx).map(|()| false),
+                }
+            }
+            Poll::Ready(true)
         })
         .await
     }
@@ -297,8 +318,10 @@ impl Http1 {
             }
             Framing::None | Framing::Length(_) => true,
         };
-        // A body that is not read yet might never be: the client is told in time.
-        now.keep = request.keep_alive && has_end && now.body.is_done() && !worker.bell.has_rung();
+        // A body that is not read yet might never be: the client is told in time. Another edge knows by itself: it keeps
+        // a connection only when all of its request is sent.
+        let has_body = now.body.is_done() || request.sender == Sender::Edge;
+        now.keep = request.keep_alive && has_end && has_body && !worker.bell.has_rung();
         if self.out.capacity() == 0 {
             self.out = self.buffers.take_head();
         }

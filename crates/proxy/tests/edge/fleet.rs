@@ -576,6 +576,29 @@ async fn where_connections_count_the_last_hop_keeps_none() {
     }
 }
 
+/// It answers before it has the body, which the edge holds until then.
+#[tokio::test]
+async fn an_early_answer_costs_no_connection_between_hosts() {
+    let address = serves(|mut stream| async move {
+        while read_head(&mut stream, Vec::new()).await.is_some() {
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+        }
+    })
+    .await;
+    let (_members, one, other) = two(&[on_h2(address)]);
+    let mut client = TcpStream::connect(one.http).await.unwrap();
+    for _ in 0..6 {
+        client.write_all(POST.as_bytes()).await.unwrap();
+        let answer = tokio::time::timeout(DEADLINE, read_answer(&mut client)).await.unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        if header(&answer.head, "connection") == Some("close") {
+            client = TcpStream::connect(one.http).await.unwrap();
+        }
+    }
+    assert!(metric(&other, "connections_total") <= 2, "at most one a core");
+    other.admitted(0).await;
+}
+
 /// Whatever an edge takes, the last hop takes with all that the edge adds.
 #[tokio::test]
 async fn the_biggest_head_goes_through() {
