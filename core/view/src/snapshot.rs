@@ -47,7 +47,13 @@ impl Snapshot {
         if config.generation < self.config.generation {
             return Err(Refused::OlderConfig { offered: config.generation, held: self.config.generation });
         }
-        Ok(Self { config, config_received_at_ms: Some(now_ms), ..self.clone() })
+        let mut next = Self { config, config_received_at_ms: Some(now_ms), ..self.clone() };
+        let removed = &next.config.removed_hosts;
+        if next.hosts.keys().any(|host| removed.contains(host)) || next.machines.values().any(|fact| removed.contains(&fact.host)) {
+            next.hosts.retain(|host, _| !removed.contains(host));
+            next.machines.retain(|_, fact| !removed.contains(&fact.host));
+        }
+        Ok(next)
     }
 
     /// The view with a newer fact of one machine.
@@ -164,6 +170,14 @@ mod tests {
         assert!(matches!(view.with_machine(fact(1)), Err(Refused::OlderFact { .. })));
         assert!(matches!(view.with_machine(fact(2)), Err(Refused::OlderFact { .. })));
         assert_eq!(view.with_machine(fact(3)).unwrap().machines.values().next().unwrap().sequence, 3);
+    }
+
+    #[test]
+    fn what_a_removed_host_said_is_gone_with_it() {
+        let view = Snapshot::default().with_machine(fact(1)).unwrap();
+        let removed = |host: &str| Arc::new(ConfigState { removed_hosts: [host.parse().unwrap()].into(), ..Default::default() });
+        assert_eq!(view.with_config(removed("h10"), 0).unwrap().machines.len(), 1);
+        assert!(view.with_config(removed("h1"), 0).unwrap().machines.is_empty());
     }
 
     #[test]

@@ -126,7 +126,8 @@ async fn join(args: &JoinArgs, data_dir: Option<&Path>, json: bool) -> anyhow::R
     }
     let said = Said {
         listen: Some(cluster),
-        advertise: Some(advertise),
+        // What was found is found again at each start: a computer's address changes, and so does that of a copied disk.
+        advertise: settings.advertise,
         zone: settings.zone.clone(),
         labels: settings.labels.clone(),
     };

@@ -93,6 +93,9 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
     if let Some(fleet) = &fleet {
         fleet.serve(host.clone(), &content, &edge_api, &registry);
         fleet.enrol(&enrolment);
+        if fleet.runs_control() {
+            tokio::spawn(fleet.clone().keep_certified(settings.clone(), stop.clone()));
+        }
     }
     if !settings.roles.contains(&Role::Control) {
         match &fleet {
@@ -136,8 +139,20 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
         domain = %settings.domain, "server runs"
     );
 
-    let drain_within = wait_for_end(sockets.keeper).await?;
-    tracing::info!("server stops; machines go on");
+    let ends = async {
+        match &fleet {
+            Some(fleet) => fleet.silenced().await,
+            None => std::future::pending().await,
+        }
+    };
+    let (drain_within, silenced) = tokio::select! {
+        asked = wait_for_end(sockets.keeper) => (asked?, None),
+        why = ends => (Duration::ZERO, Some(why)),
+    };
+    match &silenced {
+        None => tracing::info!("server stops; machines go on"),
+        Some(why) => tracing::error!("server stops, and its machines end: {why}"),
+    }
     stop.cancel();
     let (drained, ()) = tokio::join!(proxy.drain(drain_within), async {
         if let Some(control) = control {
@@ -155,6 +170,12 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
         fleet.cluster.shutdown().await;
     }
     tokio::task::spawn_blocking(move || view.flush()).await?.context("the view's snapshot could not be written")?;
+    if let Some(why) = silenced {
+        // What it would run, the host whose copy it is runs too.
+        let (data, prefix) = (settings.data_dir.clone(), settings.machine_prefix);
+        tokio::task::spawn_blocking(move || dunlin_host::clean_up(&data, &instance(&data), prefix)).await?.context("machines could not be ended")?;
+        return Err(DoNotRestart(why).into());
+    }
     tracing::info!("server stopped");
     Ok(())
 }

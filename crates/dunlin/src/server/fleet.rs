@@ -30,6 +30,7 @@ const RENEW: u8 = b'r';
 const MAX_ENROL_BYTES: usize = MAX_JOIN_BYTES + 1;
 const ENROLLED_WITHIN: Duration = Duration::from_secs(30);
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(3600);
+const LOOK_AT_IDENTITY: Duration = Duration::from_millis(500);
 const RENEW_RETRY: Duration = Duration::from_secs(10);
 /// Any address of the internet: nothing is sent there, the kernel only says by which of its own it would be reached.
 const SOMEWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 9);
@@ -51,14 +52,7 @@ pub async fn start(
     let Some(socket) = socket else { return Ok(None) };
     let dir = settings.data_dir.join("cluster");
     let member = if settings.roles.contains(&Role::Control) {
-        let authority = Authority::load_or_create(&authority_dir(&settings.data_dir), super::now_ms())?;
-        let of = ControlHost {
-            host: settings.host_id.clone(),
-            region: settings.region.clone(),
-            domain: settings.domain.clone(),
-            machine_prefix: settings.machine_prefix,
-        };
-        Member::of_control(&dir, &authority, &of, super::now_ms())?
+        of_control(settings, &dir)?
     } else {
         match Member::load(&dir)? {
             Some(member) => member,
@@ -74,6 +68,18 @@ pub async fn start(
     let cluster = Cluster::start(config, view.clone()).await.context("this server cannot take part in its cluster")?;
     tracing::info!(%listen, %advertise, host = %member.host, control = %member.control, "member of a cluster");
     Ok(Some(Fleet { cluster, member, dir, view: view.clone() }))
+}
+
+/// Control's own host, certified anew where that is due.
+fn of_control(settings: &Settings, dir: &Path) -> anyhow::Result<Member> {
+    let authority = Authority::load_or_create(&authority_dir(&settings.data_dir), super::now_ms())?;
+    let of = ControlHost {
+        host: settings.host_id.clone(),
+        region: settings.region.clone(),
+        domain: settings.domain.clone(),
+        machine_prefix: settings.machine_prefix,
+    };
+    Ok(Member::of_control(dir, &authority, &of, super::now_ms())?)
 }
 
 pub fn authority_dir(data: &Path) -> PathBuf {
@@ -228,6 +234,20 @@ impl Fleet {
         }
     }
 
+    /// The same for control's own host, which certifies itself.
+    pub async fn keep_certified(self, settings: Settings, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK_AT_CERTIFICATE) => {}
+            }
+            let renewed = of_control(&settings, &self.dir).and_then(|member| Ok(self.cluster.renew(member.issued)?));
+            if let Err(error) = renewed {
+                tracing::error!(error = format!("{error:#}"), "this host's certificate could not be renewed");
+            }
+        }
+    }
+
     async fn renew(&self, member: &Member, report: impl Fn(&Member) -> anyhow::Result<HostReport>) -> anyhow::Result<Member> {
         let report = serde_json::to_vec(&report(member)?)?;
         let answer = ask(&self.cluster, &member.control, RENEW, &report).await?;
@@ -238,6 +258,16 @@ impl Fleet {
         let renewed = Member { said: member.said.clone(), ..answer.member(member.host.clone(), member.keys.clone()) };
         self.cluster.renew(renewed.issued.clone())?;
         Ok(renewed)
+    }
+
+    /// Returns once another process has this host's identity, with what to do about it.
+    pub async fn silenced(&self) -> String {
+        loop {
+            if let Some(why) = self.cluster.status().silenced {
+                return why.to_string();
+            }
+            tokio::time::sleep(LOOK_AT_IDENTITY).await;
+        }
     }
 
     /// Control tells all members what should be.
