@@ -184,7 +184,6 @@ fn w1_leaves_and_w10_stays() {
 
 /// Two computers that say they are the same host: the copy is told, and the other goes on.
 #[test]
-#[ignore = "a copy that advertises the address of the one it was made of is not found out yet, and runs its machines twice"]
 fn a_copy_of_a_hosts_disk_is_told_that_it_is_one() {
     let mut fleet = Fleet::start(&["w1", "w2"]);
     app(&fleet, 2);
