@@ -289,8 +289,8 @@ async fn as_if_on_h2(data: &Path) {
         store.txn(vec![], vec![dunlin_store::Op::Put(row.key, machine.to_string().into())]).await.unwrap();
     }
     store.close().await;
-    let journal = std::fs::read_to_string(data.join("small-host.json")).unwrap();
-    std::fs::write(data.join("small-host.json"), journal.replace(r#""host":"h1""#, r#""host":"h2""#)).unwrap();
+    let journal = std::fs::read_to_string(data.join("small-host-h1.json")).unwrap();
+    std::fs::write(data.join("small-host-h1.json"), journal.replace(r#""host":"h1""#, r#""host":"h2""#)).unwrap();
 }
 
 /// (machines of the app, how many of them are on h2)

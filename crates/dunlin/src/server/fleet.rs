@@ -31,7 +31,9 @@ const MAX_ENROL_BYTES: usize = MAX_JOIN_BYTES + 1;
 const ENROLLED_WITHIN: Duration = Duration::from_secs(30);
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(3600);
 const LOOK_AT_IDENTITY: Duration = Duration::from_millis(500);
-const RENEW_RETRY: Duration = Duration::from_secs(10);
+const RENEW_RETRY: Duration = Duration::from_secs(5);
+/// So many failures in a row are not a start that takes its time.
+const WORTH_A_WORD: u32 = 6;
 /// Any address of the internet: nothing is sent there, the kernel only says by which of its own it would be reached.
 const SOMEWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 9);
 
@@ -207,14 +209,14 @@ impl Fleet {
     pub async fn keep_enrolled(self, report: impl Fn(&Member) -> anyhow::Result<HostReport>, stop: CancellationToken) {
         let dir = self.dir.clone();
         let mut member = self.member.clone();
-        let mut is_told = false;
+        let (mut is_told, mut failures) = (false, 0);
         loop {
             let pause = if is_told && !member.is_due(super::now_ms()) {
                 LOOK_AT_CERTIFICATE
             } else {
                 match self.renew(&member, &report).await {
                     Ok(renewed) => {
-                        is_told = true;
+                        (is_told, failures) = (true, 0);
                         if let Err(error) = renewed.save(&dir) {
                             tracing::error!(error = %error, "this host's new certificate is not on disk; it is asked for again after a restart");
                         }
@@ -222,7 +224,11 @@ impl Fleet {
                         LOOK_AT_CERTIFICATE
                     }
                     Err(error) => {
-                        tracing::warn!(error = format!("{error:#}"), "control was not told of this host; apps go on, tried again in {} s", RENEW_RETRY.as_secs());
+                        failures += 1;
+                        // Control may be starting, too; and a line each time would say nothing new.
+                        if failures == WORTH_A_WORD {
+                            tracing::warn!(error = format!("{error:#}"), "control was not told of this host; apps go on, tried again every {} s", RENEW_RETRY.as_secs());
+                        }
                         RENEW_RETRY
                     }
                 }
