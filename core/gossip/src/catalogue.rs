@@ -101,8 +101,8 @@ impl Catalogue {
                 return self.found_contradiction(certificate, [other, head]);
             }
         }
-        let is_trusted_unseen = planted!(TrustHeads) || planted!(OldEpoch);
-        if !is_trusted_unseen && !head.verify(&certificate) {
+        let is_taken_as_sound = [planted!(TrustHeads), planted!(OldEpoch), head.verify(&certificate)];
+        if !is_taken_as_sound.contains(&true) {
             return Taken::Bad { id, why: Bad::Signature };
         }
         let taken = match log {

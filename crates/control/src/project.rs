@@ -80,14 +80,15 @@ async fn load(ctx: &Ctx, cache: &mut Sealed) -> Result<(Desired, Vec<String>), F
         .filter_map(|(key, row)| Some((key.strip_prefix("secrets_version/")?.parse().ok()?, row.value.sets)))
         .filter(|(app, _)| exists(app))
         .collect();
+    let machines = machines.machines(generation.incarnation)?;
     let revoked: Vec<String> = revoked.keys().filter_map(|key| Some(key.strip_prefix("revoked/")?.to_owned())).collect();
     let certificates = certificates.values::<StoredCertificate>()?;
     let desired = Desired {
         generation,
         domain: ctx.domain.clone(),
-        secrets: cache.secrets.facts(ctx, &sets, &hosts).await?,
+        secrets: cache.secrets.facts(ctx, &sets, (&hosts, &machines)).await?,
         apps,
-        machines: machines.machines(generation.incarnation)?,
+        machines,
         tombstones: tombstones.values::<TombstoneRow>()?,
         volumes: volumes.values()?,
         volume_tombstones: volume_tombstones.values()?,

@@ -5,7 +5,7 @@ use crate::Ctx;
 use crate::failure::{Failure, chain};
 use crate::keys::random;
 use crate::rows::{Change, Row, SecretsSetRow, SecretsVersionRow, key};
-use dunlin_model::desired::{AppRow, HostRow, ReleaseRow};
+use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow};
 use dunlin_model::seal::SealingKey;
 use dunlin_model::{AppName, HostId};
 use dunlin_view::SecretsFact;
@@ -85,19 +85,21 @@ type Place = (AppName, u64, HostId);
 type Sealed = (String, SecretsFact);
 
 impl SealedCache {
-    /// The sets of each app for each host, by app.
+    /// The sets of each app, for each host that has a machine of it: no other host has anything to open.
     pub async fn facts(
         &mut self,
         ctx: &Ctx,
         sets: &BTreeMap<AppName, BTreeSet<u64>>,
-        hosts: &[HostRow],
+        (hosts, machines): (&[HostRow], &[MachineRow]),
     ) -> Result<BTreeMap<AppName, Vec<SecretsFact>>, Failure> {
         let mut fresh = BTreeMap::new();
         let mut facts: BTreeMap<AppName, Vec<SecretsFact>> = BTreeMap::new();
+        let has_machines: BTreeSet<(&AppName, &HostId)> = machines.iter().map(|row| (&row.spec.app, &row.host)).collect();
         for (app, versions) in sets {
+            let hosts: Vec<&HostRow> = hosts.iter().filter(|host| has_machines.contains(&(app, &host.id))).collect();
             for version in versions {
                 let of_app = facts.entry(app.clone()).or_default();
-                for (place, sealed) in self.seal(ctx, app, *version, hosts).await? {
+                for (place, sealed) in self.seal(ctx, app, *version, &hosts).await? {
                     of_app.push(sealed.1.clone());
                     fresh.insert(place, sealed);
                 }
@@ -109,7 +111,7 @@ impl SealedCache {
     }
 
     /// One set, for each host that it can be sealed to.
-    async fn seal(&mut self, ctx: &Ctx, app: &AppName, version: u64, hosts: &[HostRow]) -> Result<Vec<(Place, Sealed)>, Failure> {
+    async fn seal(&mut self, ctx: &Ctx, app: &AppName, version: u64, hosts: &[&HostRow]) -> Result<Vec<(Place, Sealed)>, Failure> {
         let mut opened = None;
         let mut sealed = Vec::new();
         for host in hosts {

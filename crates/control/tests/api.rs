@@ -237,6 +237,9 @@ async fn a_lost_master_key_is_not_replaced_in_silence() {
     let all = world.post("/v1/apps/web/secrets", json!({ "values": { "A": "new", "B": null } })).await;
     assert_eq!(all.status, 200, "{}", all.text);
     let version = all.json()["version"].as_u64().unwrap();
+    let is_told = || world.view.current().config.secrets.contains_key(&"web".parse().unwrap());
+    assert!(!is_told(), "no host has a machine of it, and so none has its secrets");
+    world.release("web", 'a', "good").await;
     world.eventually("published", async || world.secrets("web", version) == Some(json!({ "A": "new" }))).await;
     world.control.shutdown().await;
 }
