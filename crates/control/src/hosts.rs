@@ -161,6 +161,8 @@ pub(crate) async fn with_volume_room(ctx: &Ctx, wanted: &VolumeWanted<'_>) -> Re
         let id = host.id.clone();
         let why = match refusal {
             Refusal::InsufficientCapacity { why, .. } => format!("host {id}: {why}"),
+            // Room is not what it lacks, and there is no other to ask.
+            other if asked.len() == 1 => return Err(other.into()),
             other => other.to_string(),
         };
         observed.refused.insert(id, why);
