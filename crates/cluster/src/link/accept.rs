@@ -19,6 +19,9 @@ const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 const JOIN_DEADLINE: Duration = Duration::from_secs(60);
 /// For the answer to arrive: whoever has it closes.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+/// What a host does for others may begin so long after its first sign of life.
+const STARTS_WITHIN: Duration = Duration::from_secs(3);
+const LOOK_FOR_HANDLER: Duration = Duration::from_millis(20);
 /// For the byte that says what a stream is for.
 const FIRST_BYTE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -136,12 +139,28 @@ impl Links {
             let _ = tokio::time::timeout(FIRST_BYTE_DEADLINE, answer_ping(&mut stream)).await;
             return;
         }
-        match service.and_then(|service| self.handler(service)) {
+        let handler = match service {
+            Some(service) => self.handler_soon(service).await,
+            None => None,
+        };
+        match handler {
             Some(handler) => handler(Some(host), stream).await,
             None => {
                 tracing::debug!(%host, byte, "a host asks for what nobody serves here");
                 stream.refuse(NOT_SERVED);
             }
+        }
+    }
+
+    /// A host is heard of a moment before all of it has started: what comes in that moment waits.
+    async fn handler_soon(&self, service: Service) -> Option<Handler> {
+        let soon = tokio::time::Instant::now() + STARTS_WITHIN;
+        loop {
+            let found = self.handler(service);
+            if found.is_some() || tokio::time::Instant::now() >= soon {
+                return found;
+            }
+            tokio::time::sleep(LOOK_FOR_HANDLER).await;
         }
     }
 
