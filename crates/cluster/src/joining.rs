@@ -10,8 +10,6 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::str::FromStr;
 
-/// A request to join may be as long; it comes from anybody.
-pub const MAX_JOIN_BYTES: usize = 16 * 1024;
 const PREFIX: &str = "dnj1";
 const ID_BYTES: usize = 8;
 

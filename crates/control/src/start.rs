@@ -11,7 +11,7 @@ use crate::{Ctx, api, ended, forget, grow, launch, members, now_ms, project, rec
 use axum::Router;
 use dunlin_api::{ErrorCode, HostApi};
 use dunlin_api::wire::HostCost;
-use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, MAX_JOIN_BYTES, View};
+use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, MAX_JOIN_REQUEST_BYTES, View};
 use dunlin_model::{HostId, OrgName};
 use dunlin_model::desired::HostRow;
 use dunlin_registry::ContentStore;
@@ -280,8 +280,8 @@ impl Enrolment {
 }
 
 fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
-    if bytes.len() > MAX_JOIN_BYTES {
-        return Err(Failure::new(ErrorCode::TooLarge, format!("a request to join has at most {MAX_JOIN_BYTES} bytes")));
+    if bytes.len() > MAX_JOIN_REQUEST_BYTES {
+        return Err(Failure::new(ErrorCode::TooLarge, format!("a request to join has at most {MAX_JOIN_REQUEST_BYTES} bytes")));
     }
     serde_json::from_slice(bytes).map_err(|error| {
         Failure::bad_request(format!("the request to join cannot be read: {error}")).hint("are both hosts of a similar version? see `dunlin version`")

@@ -3,7 +3,7 @@
 mod world;
 
 use axum::http::Method;
-use dunlin_cluster::{Authority, HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_BYTES, MemberKeys};
+use dunlin_cluster::{Authority, HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_REQUEST_BYTES, MemberKeys};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::HostId;
@@ -142,7 +142,7 @@ async fn what_is_wrong_with_a_join_is_said_and_uses_no_token_up() {
     }
     let enrolment = world.control.enrolment();
     refused(answered(enrolment.join(b"{").await), "bad_request", "cannot be read");
-    let long = vec![b' '; MAX_JOIN_BYTES + 1];
+    let long = vec![b' '; MAX_JOIN_REQUEST_BYTES + 1];
     assert_eq!(answered(enrolment.join(&long).await).err().unwrap()["status"], "too_large");
     join(&world, &request(&token, "h3", &keys)).await.unwrap_or_else(|error| panic!("the token is as good as before: {error}"));
     world.control.shutdown().await;

@@ -248,7 +248,7 @@ fn token(given: &str) -> anyhow::Result<JoinToken> {
 }
 
 /// The address that the kernel would send from; nothing is sent.
-fn address_towards(addr: SocketAddr, cluster: SocketAddr) -> anyhow::Result<SocketAddr> {
+pub fn address_towards(addr: SocketAddr, cluster: SocketAddr) -> anyhow::Result<SocketAddr> {
     if !cluster.ip().is_unspecified() {
         return Ok(cluster);
     }
@@ -271,7 +271,8 @@ fn as_host_id(name: &str) -> Option<String> {
     text.parse::<HostId>().ok().map(|id| id.to_string())
 }
 
-fn read(answer: &[u8]) -> anyhow::Result<JoinAnswer> {
+/// What control answers to a host that joins, or says anew who it is.
+pub fn read(answer: &[u8]) -> anyhow::Result<JoinAnswer> {
     let value: Value = serde_json::from_slice(answer).context("the cluster's answer could not be read")?;
     if value.get("error").is_some() {
         let refused: ErrorBody = serde_json::from_value(value).context("the cluster's refusal could not be read")?;

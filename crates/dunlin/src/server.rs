@@ -100,7 +100,7 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
     if !settings.roles.contains(&Role::Control) {
         match &fleet {
             Some(fleet) => {
-                fleet.relay(&api, &[&edge_api], &registry);
+                fleet.relay(&api, &edge_api, &registry);
                 let report = fleet::report(settings.clone(), host_key.sealing_key().to_base64(), fleet.cluster.advertised());
                 tokio::spawn(fleet.clone().keep_enrolled(report, stop.clone()));
                 tokio::spawn(sweep::of_member(host.clone(), content.clone(), images.clone(), stop.clone()));

@@ -3,7 +3,7 @@
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use dunlin_model::desired::Ipv4Prefix;
+use dunlin_model::desired::{HOST_LABELS_MAX, Ipv4Prefix, is_host_label};
 use dunlin_model::disk::{ROOTFS_DEFAULT_GB, ROOTFS_GB};
 use dunlin_model::{HostId, Region, Zone};
 use serde::Deserialize;
@@ -15,8 +15,6 @@ use std::path::{Path, PathBuf};
 /// Of looking at a machine before it is put to sleep.
 const AUTOSTOP_AFTER_S: u64 = 60;
 const READY_MACHINES: u16 = 16;
-const MAX_LABELS: usize = 16;
-const MAX_LABEL_BYTES: usize = 63;
 
 pub const DEFAULT_MACHINE_PREFIX: &str = "10.201.0.0/16";
 /// Where members of a cluster meet: UDP and TCP.
@@ -388,9 +386,8 @@ impl Parse<'_> {
     fn labels(&mut self, given: &[String]) -> BTreeMap<String, String> {
         let mut labels = BTreeMap::new();
         for text in given {
-            let is_part = |part: &str| (1..=MAX_LABEL_BYTES).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_graphic());
-            let parsed = text.split_once('=').filter(|(key, value)| is_part(key) && is_part(value));
-            let parsed = parsed.filter(|_| labels.len() < MAX_LABELS).ok_or("expected KEY=VALUE of at most 63 visible characters each, and 16 of them");
+            let parsed = text.split_once('=').filter(|(key, value)| is_host_label(key) && is_host_label(value));
+            let parsed = parsed.filter(|_| labels.len() < HOST_LABELS_MAX).ok_or("expected KEY=VALUE of at most 63 visible characters each, and 16 of them");
             if let Some((key, value)) = self.keep("label", text, parsed) {
                 labels.insert(key.to_owned(), value.to_owned());
             }
@@ -413,9 +410,8 @@ impl Parse<'_> {
 
 pub fn parse_prefix(text: &str) -> Option<Ipv4Prefix> {
     let (network, length) = text.split_once('/')?;
-    let (network, length): (std::net::Ipv4Addr, u8) = (network.parse().ok()?, length.parse().ok()?);
-    let mask = u32::MAX.checked_shl(32 - u32::from(length)).filter(|_| (8..=24).contains(&length))?;
-    (u32::from(network) & !mask == 0 && network.is_private()).then_some(Ipv4Prefix { network, length })
+    let prefix = Ipv4Prefix { network: network.parse().ok()?, length: length.parse().ok()? };
+    prefix.is_for_machines().then_some(prefix)
 }
 
 /// Ordinary users listen above `net.ipv4.ip_unprivileged_port_start` only.

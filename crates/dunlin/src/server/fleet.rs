@@ -8,7 +8,7 @@ use axum::routing::get;
 use dunlin_api::{ErrorBody, ErrorCode, HostApi};
 use dunlin_api::remote::{self, Duplex, RemoteHost};
 use dunlin_cluster::{
-    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, JoinAnswer, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_BYTES, Member, Service, View,
+    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, Service, View,
     read_frame, write_frame,
 };
 use dunlin_control::{Enrolment, FleetQuestion};
@@ -27,7 +27,7 @@ const PROBE_WITHIN: Duration = Duration::from_secs(1);
 /// What a frame on a stream to join begins with, if a member sends it: somebody else's request, or its own report.
 const PASSED_ON: u8 = b'j';
 const RENEW: u8 = b'r';
-const MAX_ENROL_BYTES: usize = MAX_JOIN_BYTES + 1;
+const MAX_ENROL_BYTES: usize = MAX_JOIN_REQUEST_BYTES + 1;
 const ENROLLED_WITHIN: Duration = Duration::from_secs(30);
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(3600);
 const LOOK_AT_IDENTITY: Duration = Duration::from_millis(500);
@@ -84,31 +84,24 @@ fn of_control(settings: &Settings, dir: &Path) -> anyhow::Result<Member> {
     Ok(Member::of_control(dir, &authority, &of, super::now_ms())?)
 }
 
-pub fn authority_dir(data: &Path) -> PathBuf {
+fn authority_dir(data: &Path) -> PathBuf {
     data.join("control/cluster")
 }
 
 /// The address by which this computer reaches the others is the one by which they reach it, if nobody says otherwise.
 fn advertised(listen: SocketAddr, member: &Member) -> SocketAddr {
-    if !listen.ip().is_unspecified() {
-        return listen;
-    }
     let towards = member.peers.iter().find(|(host, _)| *host != member.host).map_or(SOMEWHERE, |(_, address)| *address);
-    let found = UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
-        socket.connect(towards)?;
-        socket.local_addr()
-    });
-    match found {
-        Ok(own) => SocketAddr::new(own.ip(), listen.port()),
+    match crate::join::address_towards(towards, listen) {
+        Ok(own) => own,
         Err(error) => {
-            tracing::warn!(%error, "no way to others is known; only servers on this computer reach this one, unless --advertise says where");
+            tracing::warn!(error = format!("{error:#}"), "no way to others is known; only servers on this computer reach this one, unless --advertise says where");
             SocketAddr::new(Ipv4Addr::LOCALHOST.into(), listen.port())
         }
     }
 }
 
 impl Fleet {
-    /// What other members ask of this one. `control`: this server is the one that all API requests are for.
+    /// What other members ask of this one; where control is, the API and the registry as well.
     pub fn serve(&self, host: Arc<dyn HostApi>, content: &ContentStore, api: &Arc<Front>, registry: &Arc<Front>) {
         let content = content.clone();
         let control = self.member.control.clone();
@@ -143,11 +136,12 @@ impl Fleet {
     }
 
     /// A member's doors: what it is asked of the API and the registry, control answers.
-    pub fn relay(&self, root: &Arc<Front>, api: &[&Arc<Front>], registry: &Arc<Front>) {
+    pub fn relay(&self, root: &Arc<Front>, edge: &Arc<Front>, registry: &Arc<Front>) {
         let to_control = |service| relay::router(self.cluster.clone(), self.member.control.clone(), service);
-        api.iter().for_each(|front| front.open(to_control(Service::Api)));
+        edge.open(to_control(Service::Api));
         // What this host itself knows is told here: it is what helps when control is not reached.
-        let (status, verify) = (self.lend().ask, self.lend().ask);
+        let status = self.lend().ask;
+        let verify = status.clone();
         let own = to_control(Service::Api)
             .route("/v1/cluster/status", get(move || async move { axum::Json(status(FleetQuestion::Status).await) }))
             .route("/v1/cluster/verify", get(move || async move { axum::Json(verify(FleetQuestion::Verify).await) }));
@@ -257,10 +251,7 @@ impl Fleet {
     async fn renew(&self, member: &Member, report: impl Fn(&Member) -> anyhow::Result<HostReport>) -> anyhow::Result<Member> {
         let report = serde_json::to_vec(&report(member)?)?;
         let answer = ask(&self.cluster, &member.control, RENEW, &report).await?;
-        if let Ok(refused) = serde_json::from_slice::<ErrorBody>(&answer) {
-            anyhow::bail!("{}", refused.error);
-        }
-        let answer: JoinAnswer = serde_json::from_slice(&answer).context("control's answer cannot be read")?;
+        let answer = crate::join::read(&answer)?;
         let renewed = Member { said: member.said.clone(), ..answer.member(member.host.clone(), member.keys.clone()) };
         self.cluster.renew(renewed.issued.clone())?;
         Ok(renewed)
@@ -269,7 +260,9 @@ impl Fleet {
     /// Returns once another process has this host's identity, with what to do about it.
     pub async fn silenced(&self) -> String {
         loop {
-            if let Some(why) = self.cluster.status().silenced {
+            if self.cluster.is_silenced()
+                && let Some(why) = self.cluster.status().silenced
+            {
                 return why.to_string();
             }
             tokio::time::sleep(LOOK_AT_IDENTITY).await;
