@@ -235,13 +235,12 @@ impl Cluster {
         }
     }
 
-    /// Compares all that is held with what its writers signed; gives the names of logs that are not sound.
-    pub async fn verify(&self) -> Vec<String> {
+    /// Compares all that is held with what its writers signed; gives the names of logs that are not sound. `None`: the
+    /// driver has ended, and nobody can tell.
+    pub async fn verify(&self) -> Option<Vec<String>> {
         let (reply, answer) = oneshot::channel();
-        if self.inner.commands.send(Command::Verify(reply)).await.is_err() {
-            return vec![];
-        }
-        answer.await.unwrap_or_default() // the driver has ended
+        self.inner.commands.send(Command::Verify(reply)).await.ok()?;
+        answer.await.ok()
     }
 
     pub fn render_metrics(&self, out: &mut String) {

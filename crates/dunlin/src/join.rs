@@ -1,19 +1,18 @@
 //! `dunlin host join` and `dunlin host leave`: what makes this computer a host of a cluster, and what ends that.
 
-use crate::server::keys;
+use crate::server::{fleet, keys};
 use crate::settings::{ServerArgs, Settings};
 use crate::{doctor, keeper};
 use anyhow::{Context, bail};
 use dunlin_api::ErrorBody;
 use dunlin_cli::{Exit, Globals};
-use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, JoinToken, Member, MemberKeys, Said};
+use dunlin_cluster::{JoinAnswer, JoinRequest, JoinToken, Member, MemberKeys, Said};
 use dunlin_model::HostId;
 use serde_json::{Value, json};
 use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Less would be full with the first images.
 const MIN_FREE_GB: u64 = 2;
@@ -105,17 +104,7 @@ async fn join(args: &JoinArgs, data_dir: Option<&Path>, json: bool) -> anyhow::R
         host: settings.host_id.clone(),
         region: settings.region.clone(),
         machine_prefix: args.machine_prefix.as_ref().map(|_| settings.machine_prefix),
-        report: HostReport {
-            zone: settings.zone.clone(),
-            labels: settings.labels.clone(),
-            cpus: settings.cpus,
-            memory_mb: settings.memory_mb,
-            sealing_key: host_key.sealing_key().to_base64(),
-            keys: keys.public()?,
-            addr: advertise,
-            version: crate::VERSION.into(),
-            clock_ms: SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64,
-        },
+        report: fleet::report(&settings, host_key.sealing_key().to_base64(), &keys, advertise)?,
     };
     say(&format!("asking the cluster at {addr} to take host {} in", settings.host_id));
     let answer = dunlin_cluster::join(addr, token.ca_sha256, &serde_json::to_vec(&request)?).await?;

@@ -4,7 +4,7 @@
 //! control is there, and without it. Control that cannot start is tried again; meanwhile its API says why.
 
 mod certs;
-mod fleet;
+pub mod fleet;
 mod front;
 pub mod keys;
 mod machines;
@@ -101,8 +101,8 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
         match &fleet {
             Some(fleet) => {
                 fleet.relay(&api, &edge_api, &registry);
-                let report = fleet::report(settings.clone(), host_key.sealing_key().to_base64(), fleet.cluster.advertised());
-                tokio::spawn(fleet.clone().keep_enrolled(report, stop.clone()));
+                let sealing_key = host_key.sealing_key().to_base64();
+                tokio::spawn(fleet.clone().keep_enrolled(settings.clone(), sealing_key, stop.clone()));
                 tokio::spawn(sweep::of_member(host.clone(), content.clone(), images.clone(), stop.clone()));
             }
             None => {

@@ -8,7 +8,7 @@ use axum::routing::get;
 use dunlin_api::{ErrorBody, ErrorCode, HostApi};
 use dunlin_api::remote::{self, Duplex, RemoteHost};
 use dunlin_cluster::{
-    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, Service, View,
+    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, MemberKeys, Service, View,
     read_frame, write_frame,
 };
 use dunlin_control::{Enrolment, FleetQuestion};
@@ -200,7 +200,7 @@ impl Fleet {
     }
 
     /// Tells control what this host is now, and takes its certificate anew: at the start, and when it is due.
-    pub async fn keep_enrolled(self, report: impl Fn(&Member) -> anyhow::Result<HostReport>, stop: CancellationToken) {
+    pub async fn keep_enrolled(self, settings: Settings, sealing_key: String, stop: CancellationToken) {
         let dir = self.dir.clone();
         let mut member = self.member.clone();
         let (mut is_told, mut failures) = (false, 0);
@@ -208,7 +208,7 @@ impl Fleet {
             let pause = if is_told && !member.is_due(super::now_ms()) {
                 LOOK_AT_CERTIFICATE
             } else {
-                match self.renew(&member, &report).await {
+                match self.renew(&member, &settings, &sealing_key).await {
                     Ok(renewed) => {
                         (is_told, failures) = (true, 0);
                         if let Err(error) = renewed.save(&dir) {
@@ -248,8 +248,9 @@ impl Fleet {
         }
     }
 
-    async fn renew(&self, member: &Member, report: impl Fn(&Member) -> anyhow::Result<HostReport>) -> anyhow::Result<Member> {
-        let report = serde_json::to_vec(&report(member)?)?;
+    async fn renew(&self, member: &Member, settings: &Settings, sealing_key: &str) -> anyhow::Result<Member> {
+        let report = report(settings, sealing_key.to_owned(), &member.keys, self.cluster.advertised())?;
+        let report = serde_json::to_vec(&report)?;
         let answer = ask(&self.cluster, &member.control, RENEW, &report).await?;
         let answer = crate::join::read(&answer)?;
         let renewed = Member { said: member.said.clone(), ..answer.member(member.host.clone(), member.keys.clone()) };
@@ -334,21 +335,19 @@ impl Fleet {
     }
 }
 
-/// What this host says of itself to control.
-pub fn report(settings: Settings, sealing_key: String, addr: SocketAddr) -> impl Fn(&Member) -> anyhow::Result<HostReport> {
-    move |member| {
-        Ok(HostReport {
-            zone: settings.zone.clone(),
-            labels: settings.labels.clone(),
-            cpus: settings.cpus,
-            memory_mb: settings.memory_mb,
-            sealing_key: sealing_key.clone(),
-            keys: member.keys.public()?,
-            addr,
-            version: crate::VERSION.into(),
-            clock_ms: super::now_ms(),
-        })
-    }
+/// What this host says of itself to control: when it joins, and at each start after that.
+pub fn report(settings: &Settings, sealing_key: String, keys: &MemberKeys, addr: SocketAddr) -> anyhow::Result<HostReport> {
+    Ok(HostReport {
+        zone: settings.zone.clone(),
+        labels: settings.labels.clone(),
+        cpus: settings.cpus,
+        memory_mb: settings.memory_mb,
+        sealing_key,
+        keys: keys.public()?,
+        addr,
+        version: crate::VERSION.into(),
+        clock_ms: super::now_ms(),
+    })
 }
 
 enum Ask<'a> {
