@@ -395,7 +395,7 @@ pub fn clean_up(shared: &Shared, id: &MachineId) -> bool {
 }
 
 fn acknowledge(shared: &Shared, id: &MachineId, attempt: u64) {
-    if let Err(error) = dunlin_runtime::remove_exit(&shared.machine_dir(id.as_str()), attempt) {
+    if let Err(error) = dunlin_runtime::remove_exits(&shared.machine_dir(id.as_str()), attempt) {
         tracing::warn!(machine = %id, attempt, %error, "its exit record stays");
     }
 }

@@ -5,6 +5,7 @@
 //! holder would drop it.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
@@ -123,28 +124,37 @@ pub fn read_exit(machine_dir: &Path, attempt: u64) -> io::Result<Option<ExitReco
 
 /// All records that are kept, the oldest attempt first.
 pub fn list_exits(machine_dir: &Path) -> io::Result<Vec<ExitRecord>> {
-    let entries = match fs::read_dir(machine_dir.join("exit")) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
-        Err(e) => return Err(e),
-    };
     let mut records = Vec::new();
-    for entry in entries {
-        // Others are halves of records whose supervisor was killed.
-        if let Some(attempt) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) {
-            records.extend(read_exit(machine_dir, attempt)?);
-        }
+    for attempt in attempts_with_exits(machine_dir)? {
+        records.extend(read_exit(machine_dir, attempt)?);
     }
-    records.sort_by_key(|record| record.attempt);
     Ok(records)
 }
 
-/// Acknowledges a record: it has been journalled.
-pub fn remove_exit(machine_dir: &Path, attempt: u64) -> io::Result<()> {
-    match fs::remove_file(exit_path(machine_dir, attempt)) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
+/// Acknowledges the record of an attempt, which has been journalled, and those of all attempts before it: an agent
+/// that was killed between the two has left its own behind.
+pub fn remove_exits(machine_dir: &Path, up_to: u64) -> io::Result<()> {
+    for attempt in attempts_with_exits(machine_dir)?.into_iter().filter(|attempt| *attempt <= up_to) {
+        match fs::remove_file(exit_path(machine_dir, attempt)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
     }
+    Ok(())
+}
+
+fn attempts_with_exits(machine_dir: &Path) -> io::Result<BTreeSet<u64>> {
+    let entries = match fs::read_dir(machine_dir.join("exit")) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        Err(e) => return Err(e),
+    };
+    let mut attempts = BTreeSet::new();
+    for entry in entries {
+        // Others are halves of records whose supervisor was killed.
+        attempts.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u64>().ok()));
+    }
+    Ok(attempts)
 }
 
 fn exit_path(machine_dir: &Path, attempt: u64) -> PathBuf {

@@ -34,7 +34,7 @@ pub use agent::{
     Client, ExecHandle, PERSONALITY, Result, RuntimeError, SealedExe, cleanup, is_personality, resize, spawn,
     supervisor_pidfd,
 };
-pub use files::{ExitRecord, list_exits, lock_holder, read_exit, remove_exit};
+pub use files::{ExitRecord, list_exits, lock_holder, read_exit, remove_exits};
 pub use remove::remove_tree;
 pub use spec::{
     Bind, ContainerRules, ContainerSpec, GuestFile, Ids, LogLimits, ProcessSpec, Profile, Rootfs, SupervisorSpec, TempDir,

@@ -270,7 +270,9 @@ fn a_machine_outlives_the_process_that_started_it() {
     machine.client().kill().unwrap();
     assert!(machine.exit().requested_stop);
     assert_eq!(list_exits(machine.dir()).unwrap().len(), 1);
-    remove_exit(machine.dir(), 1).unwrap();
+    // An earlier attempt's was journalled, and the agent killed before it said so.
+    std::fs::copy(machine.dir().join("exit/1"), machine.dir().join("exit/0")).unwrap();
+    remove_exits(machine.dir(), 1).unwrap();
     assert!(list_exits(machine.dir()).unwrap().is_empty());
 }
 
