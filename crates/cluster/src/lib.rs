@@ -17,6 +17,8 @@ pub mod config_rows;
 mod disk;
 mod facts;
 mod flock;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod join;
 mod joining;
 mod link;

@@ -28,6 +28,8 @@ mod downstream;
 mod exchange;
 mod fields;
 mod framing;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod hop;
 mod http1;
 mod http2;

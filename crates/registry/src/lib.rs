@@ -16,6 +16,8 @@
 
 pub mod bootstrap;
 mod digest;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod manifest;
 pub mod peer;
 mod pull;

@@ -13,6 +13,8 @@
 mod call;
 mod client;
 mod frame;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod server;
 mod session;
 
