@@ -52,6 +52,7 @@ pub enum For {
     Demo,
     Test,
     Bench,
+    Flock,
     Vm,
     Fuzz,
 }
@@ -66,6 +67,7 @@ fn missing(purpose: For) -> Vec<Package> {
         For::Demo => RUN.to_vec(),
         For::Test => [RUN, TEST].concat(),
         For::Bench => [RUN, TEST, BENCH].concat(),
+        For::Flock => TEST.iter().filter(|(_, package, _)| *package == "iproute2").copied().collect(),
         For::Vm => [RUN, VM].concat(),
         For::Fuzz => FUZZ.to_vec(),
     };

@@ -5,7 +5,7 @@
 
 use crate::beat::Beat;
 use crate::catalogue::{Bad, Taken};
-use crate::head::{Head, Scope};
+use crate::head::{Certificate, Head, Scope};
 use crate::id::{Addr, OriginId};
 use crate::log::{Cursor, ROW_COST_BYTES};
 use crate::message::{Batch, Fork, MAX_BEATS, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Wanted};
@@ -17,6 +17,12 @@ use std::sync::Arc;
 
 const PUSH_IN_REGION: usize = 4;
 const PUSH_ANYWHERE: usize = 2;
+/// Where so few others are to hear it, the writer tells all of them itself, and whoever hears it tells one more, in case a
+/// message was lost: two messages a host instead of six.
+const FEW: usize = 16;
+const PUSH_AMONG_FEW: usize = 1;
+/// What does not fit a datagram goes as a message up to here; of more only the head is told, and the rows are asked for.
+const MAX_PUSHED_BYTES: usize = 32 << 10;
 /// Batches to be sent; the oldest is dropped, because anti-entropy repairs it.
 const MAX_QUEUED: usize = 4_096;
 /// Datagrams a flush: more would fill socket buffers only to be lost there.
@@ -95,7 +101,10 @@ impl Node {
         if certificate.scope == Scope::Region && certificate.region != self.me.region {
             return;
         }
-        let targets = self.targets(certificate.scope, except);
+        let (targets, among_few) = match self.few_targets(&certificate, except) {
+            Some(few) => (few, true),
+            None => (self.targets(certificate.scope, except), false),
+        };
         let most = MAX_DATAGRAM_BYTES - OVERHEAD_BYTES;
         let mut bytes = Vec::new();
         // A head without its rows says that there is something to ask for.
@@ -104,6 +113,10 @@ impl Node {
         // What begins a log comes with its certificate: nobody can know it yet.
         let certificate = Some(certificate).filter(|_| batch.after == Cursor::START);
         let batch = Batch { certificate, ..batch };
+        if among_few && batch.length() > most && batch.length() <= MAX_PUSHED_BYTES {
+            let message = Message::Push(vec![batch]);
+            return targets.into_iter().for_each(|to| self.stream(to, &message));
+        }
         if batch.length() > most { bare(batch).write(&mut bytes) } else { batch.write(&mut bytes) }
         let bytes: Arc<[u8]> = bytes.into();
         for to in targets {
@@ -113,6 +126,20 @@ impl Node {
             }
             self.pushes.queue.push_back((to, bytes.clone()));
         }
+    }
+
+    /// Whom to tell where few are to hear it. `except` is who has told it here; a writer has heard it from nobody.
+    fn few_targets(&mut self, certificate: &Certificate, except: Option<&Addr>) -> Option<Vec<Addr>> {
+        let others = self.members.others();
+        let count = if certificate.scope == Scope::Global { others.all.len() } else { others.near.len() };
+        if count > FEW {
+            return None;
+        }
+        let in_scope = others.all.iter().filter(|peer| certificate.scope == Scope::Global || peer.region == self.me.region);
+        let unaware = in_scope.filter(|peer| Some(&peer.addr) != except && (except.is_none() || peer.id != certificate.id));
+        let unaware: Vec<Addr> = unaware.map(|peer| peer.addr.clone()).collect();
+        let Some(_) = except else { return Some(unaware) };
+        Some(self.rng.choose(PUSH_AMONG_FEW, unaware.len()).into_iter().map(|at| unaware[at].clone()).collect())
     }
 
     fn targets(&mut self, scope: Scope, except: Option<&Addr>) -> Vec<Addr> {
@@ -255,6 +282,7 @@ impl Node {
             taken @ (Taken::Gap { .. } | Taken::Stranger { .. }) if route == Route::Push => {
                 if matches!(taken, Taken::Gap { .. }) {
                     self.note_behind(&copy.head.is);
+                    self.ask_for_bare(from, &copy);
                 }
                 self.hold(from, copy);
             }
@@ -331,7 +359,22 @@ impl Node {
 
     // ---- too early
 
+    /// A head without its rows waits for nothing that is still on its way: the first who tells it is asked at once.
+    fn ask_for_bare(&mut self, from: &Addr, batch: &Batch) {
+        let is = &batch.head.is;
+        let soon_ms = self.now_ms.saturating_sub(self.config.hold_ms);
+        let is_asked = self.pushes.asked.values().any(|asked| asked.get(&is.id).is_some_and(|(at_ms, _)| *at_ms > soon_ms));
+        if batch.rows.is_empty() && batch.after == Cursor::after(is.seq) && !is_asked {
+            let seq = self.catalogue.log(is.id).filter(|log| log.head.is.epoch == is.epoch).map_or(0, |log| log.head.is.seq);
+            let after = if is.floor > seq { Cursor::START } else { Cursor::after(seq) };
+            self.want(from, Wanted { id: is.id, epoch: is.epoch, after });
+        }
+    }
+
     fn hold(&mut self, from: &Addr, batch: Batch) {
+        // What waits is as short as a datagram, whoever sends it how: of more only the head is kept.
+        let after = Cursor::after(batch.head.is.seq);
+        let batch = if batch.length() > MAX_DATAGRAM_BYTES { Batch { rows: vec![], after, ..batch } } else { batch };
         let held = &self.pushes.held;
         let of_it = held.iter().filter(|held| held.from == *from).count();
         let oldest = held.iter().position(|held| of_it < MAX_HELD_A_PEER || held.from == *from);

@@ -6,32 +6,33 @@ use dunlin_model::{
     AppName, ExitInfo, Generation, HostId, MachineId, MachineSpec, MachineState, MachineVersion, OrgName, Region, VolumeId,
 };
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use imbl::{OrdMap, OrdSet, Vector};
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-/// All config facts of one store revision.
+/// All config facts of one store revision. A copy shares what it does not change.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ConfigState {
     pub generation: Generation,
-    pub apps: BTreeMap<AppName, AppFact>,
-    pub machines: BTreeMap<MachineId, MachineAssignment>,
+    pub apps: OrdMap<AppName, AppFact>,
+    pub machines: OrdMap<MachineId, MachineAssignment>,
     /// Only a tombstone lets a host destroy a machine; absence never does.
-    pub tombstones: BTreeMap<MachineId, HostId>,
+    pub tombstones: OrdMap<MachineId, HostId>,
     /// Those of them that a person asked for, by the machine or by its app.
     #[serde(default)]
-    pub asked_for: BTreeSet<MachineId>,
+    pub asked_for: OrdSet<MachineId>,
     #[serde(default)]
-    pub volumes: BTreeMap<VolumeId, VolumeRow>,
+    pub volumes: OrdMap<VolumeId, VolumeRow>,
     /// Only they let a host remove a volume's files.
     #[serde(default)]
-    pub volume_tombstones: BTreeMap<VolumeId, HostId>,
-    pub secrets: BTreeMap<AppName, Vec<SecretsFact>>,
-    pub certificates: Vec<CertificateFact>,
+    pub volume_tombstones: OrdMap<VolumeId, HostId>,
+    pub secrets: OrdMap<AppName, Vec<SecretsFact>>,
+    pub certificates: Vector<CertificateFact>,
     /// Ids of revoked tokens.
-    pub revoked_tokens: Vec<String>,
+    pub revoked_tokens: Vector<String>,
     /// Hosts that were removed for good: nobody talks to them any more, and their names are never used again.
     #[serde(default)]
-    pub removed_hosts: BTreeSet<HostId>,
+    pub removed_hosts: OrdSet<HostId>,
 }
 
 /// How lately anything was heard of a host, as readers judge its facts.

@@ -61,10 +61,10 @@ pub fn project(desired: Desired) -> ConfigState {
         tombstones: desired.tombstones.into_iter().map(|t| (t.machine, t.host)).collect(),
         volumes: desired.volumes.into_iter().map(|row| (row.id.clone(), row)).collect(),
         volume_tombstones: desired.volume_tombstones.into_iter().map(|t| (t.volume, t.host)).collect(),
-        secrets: desired.secrets,
+        secrets: desired.secrets.into_iter().collect(),
         certificates: certificates.collect(),
-        revoked_tokens: desired.revoked_tokens,
-        removed_hosts: desired.removed_hosts,
+        revoked_tokens: desired.revoked_tokens.into_iter().collect(),
+        removed_hosts: desired.removed_hosts.into_iter().collect(),
     }
 }
 

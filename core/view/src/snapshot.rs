@@ -2,17 +2,19 @@
 
 use crate::{ConfigState, Freshness, HostFact, MachineFact};
 use dunlin_model::{AppName, Generation, HostId, MachineId};
+use imbl::OrdMap;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// One immutable view: config facts of one revision, and the newest fact of each machine and host.
+/// One immutable view: config facts of one revision, and the newest fact of each machine and host. A copy shares what it does
+/// not change.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     pub config: Arc<ConfigState>,
     /// When the config facts were received; `None` = never in this process (from disk, or nothing yet).
     pub config_received_at_ms: Option<u64>,
-    pub machines: BTreeMap<MachineId, Arc<MachineFact>>,
-    pub hosts: BTreeMap<HostId, Arc<HostFact>>,
+    pub machines: OrdMap<MachineId, Arc<MachineFact>>,
+    pub hosts: OrdMap<HostId, Arc<HostFact>>,
     /// Of the other hosts; this process's own is always fresh.
     pub heard: Arc<BTreeMap<HostId, Freshness>>,
 }
@@ -48,10 +50,9 @@ impl Snapshot {
             return Err(Refused::OlderConfig { offered: config.generation, held: self.config.generation });
         }
         let mut next = Self { config, config_received_at_ms: Some(now_ms), ..self.clone() };
-        let removed = &next.config.removed_hosts;
-        if next.hosts.keys().any(|host| removed.contains(host)) || next.machines.values().any(|fact| removed.contains(&fact.host)) {
-            next.hosts.retain(|host, _| !removed.contains(host));
-            next.machines.retain(|_, fact| !removed.contains(&fact.host));
+        let removed = next.config.removed_hosts.clone();
+        if removed != self.config.removed_hosts {
+            next.forget_hosts(|host| removed.contains(host));
         }
         Ok(next)
     }
@@ -70,7 +71,7 @@ impl Snapshot {
         for HostFacts { host, said, machines, gone, whole } in facts {
             if whole {
                 let named: BTreeSet<&MachineId> = machines.iter().map(|fact| &fact.id).collect();
-                next.machines.retain(|id, fact| fact.host != host || named.contains(id));
+                remove_if(&mut next.machines, |id, fact| fact.host == host && !named.contains(id));
             }
             for id in gone {
                 if next.machines.get(&id).is_some_and(|fact| fact.host == host) {
@@ -117,6 +118,12 @@ impl Snapshot {
         next
     }
 
+    /// What hosts said that were removed for good goes with them.
+    pub fn forget_hosts(&mut self, is_removed: impl Fn(&HostId) -> bool) {
+        remove_if(&mut self.hosts, |host, _| is_removed(host));
+        remove_if(&mut self.machines, |_, fact| is_removed(&fact.host));
+    }
+
     pub fn with_host(&self, fact: Arc<HostFact>) -> Self {
         let mut next = self.clone();
         next.hosts.insert(fact.id.clone(), fact);
@@ -131,6 +138,14 @@ impl Snapshot {
     /// Facts of an app's machines, in the order of their ids.
     pub fn machines_of<'a>(&'a self, app: &'a AppName) -> impl Iterator<Item = &'a Arc<MachineFact>> {
         self.machines.values().filter(move |fact| fact.app == *app)
+    }
+}
+
+/// Those that stay are not copied.
+fn remove_if<K: Ord + Clone, V: Clone>(map: &mut OrdMap<K, V>, goes: impl Fn(&K, &V) -> bool) {
+    let gone: Vec<K> = map.iter().filter(|(key, value)| goes(key, value)).map(|(key, _)| key.clone()).collect();
+    for key in gone {
+        map.remove(&key);
     }
 }
 
@@ -175,7 +190,7 @@ mod tests {
     #[test]
     fn what_a_removed_host_said_is_gone_with_it() {
         let view = Snapshot::default().with_machine(fact(1)).unwrap();
-        let removed = |host: &str| Arc::new(ConfigState { removed_hosts: [host.parse().unwrap()].into(), ..Default::default() });
+        let removed = |host: &str| Arc::new(ConfigState { removed_hosts: [host.parse().unwrap()].into_iter().collect(), ..Default::default() });
         assert_eq!(view.with_config(removed("h10"), 0).unwrap().machines.len(), 1);
         assert!(view.with_config(removed("h1"), 0).unwrap().machines.is_empty());
     }

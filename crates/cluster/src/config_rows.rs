@@ -1,14 +1,23 @@
 //! Desired state as rows of the log `config/0`: one entry of the projection a row, in numbered pieces where it is longer.
 //!
-//! The row `at` says which generation the others are, how many they are, and a sum over them, so that readers take whole states
-//! only. Where they come from is the log's signature's business.
+//! ```text
+//! writer: state, next state --> entries that differ --> changed rows and the row `at` --> one signed head of the log
+//! reader: changed rows --> the sum is that of `at`? --> decodes the entries that differ, shares all others
+//! ```
+//!
+//! The row `at` says which generation the others are, how many they are, and a sum of their hashes, which follows each change
+//! without looking at the rest; so readers take whole states only. The sum finds mistakes, not forgers: where rows come from,
+//! and that they are those that were signed, is the log's business.
 
-use dunlin_gossip::{Change, Key, MAX_VALUE_BYTES, Topic};
+use dunlin_gossip::{Change, Key, MAX_VALUE_BYTES, Row, Topic};
 use dunlin_model::{AppName, Generation, HostId, MachineId, VolumeId};
 use dunlin_view::{CertificateFact, ConfigState};
+use imbl::ordmap::DiffItem;
+use imbl::{OrdMap, OrdSet, Vector};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::str::FromStr;
 
 const AT: &str = "at";
@@ -16,9 +25,9 @@ const AT: &str = "at";
 const PIECE: char = '#';
 /// So many pieces are 40 MB: a longer entry is an error of whoever wrote it.
 const MAX_PIECES: usize = 10_000;
-
-/// Entries that this version cannot read. They are left out, and the rest is taken.
-pub type Unreadable = Vec<String>;
+/// Kinds that have an order: one change reads all of them again. The state's is that of their keys.
+const CERTIFICATE: &str = "certificate";
+const REVOKED: &str = "revoked";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct At {
@@ -27,10 +36,68 @@ struct At {
     digest: String,
 }
 
-/// A config state as entries: key to JSON. The generation is not among them.
-pub fn entries(config: &ConfigState) -> BTreeMap<String, Vec<u8>> {
-    let mut entries = BTreeMap::new();
-    let mut put = |key: String, value: Vec<u8>| drop(entries.insert(key, value));
+/// Of a set of rows, whatever their order.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Sum {
+    rows: usize,
+    hashes: u128,
+}
+
+impl Sum {
+    fn add(&mut self, hash: u128) {
+        (self.rows, self.hashes) = (self.rows + 1, self.hashes.wrapping_add(hash));
+    }
+
+    fn remove(&mut self, hash: u128) {
+        (self.rows, self.hashes) = (self.rows - 1, self.hashes.wrapping_sub(hash));
+    }
+
+    fn at(&self, generation: Generation) -> At {
+        At { generation, entries: self.rows, digest: format!("{:032x}", self.hashes) }
+    }
+}
+
+// ---- the writer
+
+/// What a writer has said: of the next state it says what differs.
+#[derive(Clone, Default)]
+pub(crate) struct Published {
+    config: ConfigState,
+    sum: Sum,
+}
+
+impl Published {
+    /// The changes of rows that make `next` out of it, and what is published then.
+    pub fn next(&self, next: &ConfigState) -> (Vec<Change>, Self) {
+        let mut sum = self.sum;
+        let mut changes = vec![];
+        for Entry { key, old, new } in differences(&self.config, next) {
+            let (old, new) = (pieces(&key, old), pieces(&key, new));
+            for (key, value) in old.iter().filter(|(key, value)| new.get(*key) != Some(value)) {
+                sum.remove(hash(key, value));
+                if !new.contains_key(key) {
+                    changes.push(change(key, None));
+                }
+            }
+            for (key, value) in new.into_iter().filter(|(key, value)| old.get(key) != Some(value)) {
+                sum.add(hash(&key, &value));
+                changes.push(change(&key, Some(value)));
+            }
+        }
+        changes.push(change(AT, Some(json(&sum.at(next.generation)))));
+        (changes, Self { config: next.clone(), sum })
+    }
+}
+
+/// One that differs between two states, as JSON; `None` where it is not there.
+struct Entry {
+    key: String,
+    old: Option<Vec<u8>>,
+    new: Option<Vec<u8>>,
+}
+
+/// What two states share is not looked at. The generation is no entry.
+fn differences(old: &ConfigState, new: &ConfigState) -> Vec<Entry> {
     // Whoever adds a field is told here: what is no entry does not reach other hosts.
     let ConfigState {
         generation: _,
@@ -44,34 +111,168 @@ pub fn entries(config: &ConfigState) -> BTreeMap<String, Vec<u8>> {
         certificates,
         revoked_tokens,
         removed_hosts,
-    } = config;
-    apps.iter().for_each(|(name, app)| put(format!("app/{name}"), json(app)));
-    machines.iter().for_each(|(id, machine)| put(format!("machine/{id}"), json(machine)));
-    tombstones.iter().for_each(|(id, host)| put(format!("tombstone/{id}"), json(host)));
-    asked_for.iter().for_each(|id| put(format!("asked/{id}"), json(&())));
-    volumes.iter().for_each(|(id, volume)| put(format!("volume/{id}"), json(volume)));
-    volume_tombstones.iter().for_each(|(id, host)| put(format!("volume_tombstone/{id}"), json(host)));
-    secrets.iter().for_each(|(app, facts)| put(format!("secrets/{app}"), json(facts)));
-    certificates.iter().enumerate().for_each(|(at, certificate)| put(format!("certificate/{at:06}"), json(certificate)));
-    revoked_tokens.iter().for_each(|id| put(format!("revoked/{}", short(id)), json(id)));
-    removed_hosts.iter().for_each(|host| put(format!("removed_host/{host}"), json(&())));
-    entries
+    } = new;
+    let mut found = vec![];
+    of_map("app", &old.apps, apps, &mut found);
+    of_map("machine", &old.machines, machines, &mut found);
+    of_map("tombstone", &old.tombstones, tombstones, &mut found);
+    of_set("asked", &old.asked_for, asked_for, &mut found);
+    of_map("volume", &old.volumes, volumes, &mut found);
+    of_map("volume_tombstone", &old.volume_tombstones, volume_tombstones, &mut found);
+    of_map("secrets", &old.secrets, secrets, &mut found);
+    if old.certificates != *certificates {
+        let numbered = |all: &Vector<CertificateFact>| -> OrdMap<String, CertificateFact> { all.iter().enumerate().map(|(at, fact)| (format!("{at:06}"), fact.clone())).collect() };
+        of_map(CERTIFICATE, &numbered(&old.certificates), &numbered(certificates), &mut found);
+    }
+    if old.revoked_tokens != *revoked_tokens {
+        let named = |all: &Vector<String>| -> OrdMap<String, String> { all.iter().map(|id| (short(id), id.clone())).collect() };
+        of_map(REVOKED, &named(&old.revoked_tokens), &named(revoked_tokens), &mut found);
+    }
+    of_set("removed_host", &old.removed_hosts, removed_hosts, &mut found);
+    found
 }
 
-/// The counterpart of [`entries`]. Revoked tokens come in the order of their keys.
-pub fn from_entries(generation: Generation, entries: &BTreeMap<String, Vec<u8>>) -> (ConfigState, Unreadable) {
-    let mut config = ConfigState { generation, ..ConfigState::default() };
-    let mut unreadable = vec![];
-    for (key, value) in entries {
-        if take(&mut config, key, value).is_none() {
-            unreadable.push(key.clone());
+fn of_map<K: Ord + Display, V: PartialEq + Serialize>(kind: &str, old: &OrdMap<K, V>, new: &OrdMap<K, V>, found: &mut Vec<Entry>) {
+    found.extend(old.diff(new).map(|item| {
+        let (id, old, new) = match item {
+            DiffItem::Add(id, value) => (id, None, Some(value)),
+            DiffItem::Update { old: (id, old), new: (_, new) } => (id, Some(old), Some(new)),
+            DiffItem::Remove(id, value) => (id, Some(value), None),
+        };
+        Entry { key: format!("{kind}/{id}"), old: old.map(json), new: new.map(json) }
+    }));
+}
+
+fn of_set<K: Ord + Clone + Display>(kind: &str, old: &OrdSet<K>, new: &OrdSet<K>, found: &mut Vec<Entry>) {
+    if old != new {
+        let with_nothing = |set: &OrdSet<K>| -> OrdMap<K, ()> { set.iter().map(|id| (id.clone(), ())).collect() };
+        of_map(kind, &with_nothing(old), &with_nothing(new), found);
+    }
+}
+
+/// The rows of an entry.
+fn pieces(key: &str, value: Option<Vec<u8>>) -> BTreeMap<String, Vec<u8>> {
+    match value {
+        None => BTreeMap::new(),
+        Some(value) if value.len() <= MAX_VALUE_BYTES => BTreeMap::from([(key.to_owned(), value)]),
+        Some(value) => value.chunks(MAX_VALUE_BYTES).enumerate().map(|(at, piece)| (format!("{key}{PIECE}{at:04}"), piece.to_vec())).collect(),
+    }
+}
+
+fn change(key: &str, value: Option<Vec<u8>>) -> Change {
+    let topic = Topic::new("").expect("it is short");
+    let value = value.map(|value| (topic, value));
+    Change { key: Key::new(key).expect("ids are shorter than a key may be"), value, seq: None }
+}
+
+// ---- the reader
+
+/// The last whole state, and what has come since.
+#[derive(Default)]
+pub(crate) struct Reader {
+    at: Option<At>,
+    /// The hash of each row that the log has, but for `at`.
+    hashes: BTreeMap<String, u128>,
+    sum: Sum,
+    /// Entries whose rows are others than those that `config` was read from.
+    changed: BTreeSet<String>,
+    config: ConfigState,
+    unreadable: BTreeSet<String>,
+}
+
+/// A whole state, with the entries that this version cannot read and that it could, or that were not there, before. They are
+/// left out.
+pub(crate) struct Whole {
+    pub config: ConfigState,
+    pub unreadable: Vec<String>,
+}
+
+impl Reader {
+    /// What the log says is new. With `whole`, what is not among the rows is not there any more.
+    pub fn take(&mut self, whole: bool, rows: &[Row]) {
+        if whole {
+            let named: BTreeSet<&[u8]> = rows.iter().map(|row| row.key().as_bytes()).collect();
+            let gone: Vec<String> = self.hashes.keys().filter(|key| !named.contains(key.as_bytes())).cloned().collect();
+            gone.iter().for_each(|key| self.put(key, None));
+            self.at = self.at.take().filter(|_| named.contains(AT.as_bytes()));
+        }
+        for row in rows {
+            let Ok(key) = std::str::from_utf8(row.key().as_bytes()) else { continue };
+            let value = row.body().filter(|_| !row.is_dead()).map(|body| body.value);
+            if key == AT {
+                self.at = value.and_then(read);
+            } else {
+                self.put(key, value.map(|value| hash(key, value)));
+            }
         }
     }
-    (config, unreadable)
+
+    fn put(&mut self, key: &str, hash: Option<u128>) {
+        let held = match hash {
+            Some(hash) => self.hashes.insert(key.to_owned(), hash),
+            None => self.hashes.remove(key),
+        };
+        if held != hash {
+            held.into_iter().for_each(|held| self.sum.remove(held));
+            hash.into_iter().for_each(|hash| self.sum.add(hash));
+            self.changed.insert(entry_of(key).to_owned());
+        }
+    }
+
+    /// The state that the rows are, if they are one whole state. `value` gives what a row says.
+    pub fn read<'a>(&mut self, value: impl Fn(&str) -> Option<&'a [u8]>) -> Option<Whole> {
+        let at = self.at.as_ref().filter(|at| **at == self.sum.at(at.generation))?;
+        self.config.generation = at.generation;
+        let changed = std::mem::take(&mut self.changed);
+        let of_kind = |kind: &str| changed.iter().any(|entry| entry.split('/').next() == Some(kind));
+        let in_order = [CERTIFICATE, REVOKED].into_iter().filter(|kind| of_kind(kind)).flat_map(|kind| self.entries_of(kind));
+        let changed: BTreeSet<String> = in_order.chain(changed.iter().cloned()).collect();
+        if of_kind(CERTIFICATE) {
+            self.config.certificates.clear();
+        }
+        if of_kind(REVOKED) {
+            self.config.revoked_tokens.clear();
+        }
+        let mut unreadable = vec![];
+        for entry in changed {
+            let told = self.unreadable.remove(&entry);
+            let Some(value) = self.value_of(&entry, &value) else {
+                remove(&mut self.config, &entry);
+                continue;
+            };
+            if insert(&mut self.config, &entry, &value).is_none() {
+                remove(&mut self.config, &entry);
+                self.unreadable.insert(entry.clone());
+                unreadable.extend(Some(entry).filter(|_| !told));
+            }
+        }
+        Some(Whole { config: self.config.clone(), unreadable })
+    }
+
+    /// In the order of their keys.
+    fn entries_of(&self, kind: &str) -> BTreeSet<String> {
+        let of_kind = self.hashes.range(format!("{kind}/")..).map(|(key, _)| entry_of(key));
+        of_kind.take_while(|entry| entry.split('/').next() == Some(kind)).map(str::to_owned).collect()
+    }
+
+    /// `None`: it has no rows. Pieces come in the order of their numbers, which is that of their keys.
+    fn value_of<'a>(&self, entry: &str, value: &impl Fn(&str) -> Option<&'a [u8]>) -> Option<Vec<u8>> {
+        if self.hashes.contains_key(entry) {
+            return value(entry).map(<[u8]>::to_vec);
+        }
+        let first = format!("{entry}{PIECE}");
+        let pieces = self.hashes.range(first.clone()..).map(|(key, _)| key).take_while(|key| key.starts_with(&first));
+        let pieces: Vec<&[u8]> = pieces.take(MAX_PIECES).filter_map(|key| value(key)).collect();
+        (!pieces.is_empty()).then(|| pieces.concat())
+    }
 }
 
-fn take(config: &mut ConfigState, key: &str, value: &[u8]) -> Option<()> {
-    let (kind, id) = key.split_once('/')?;
+fn entry_of(key: &str) -> &str {
+    key.split_once(PIECE).map_or(key, |(entry, _)| entry)
+}
+
+fn insert(config: &mut ConfigState, entry: &str, value: &[u8]) -> Option<()> {
+    let (kind, id) = entry.split_once('/')?;
     match kind {
         "app" => drop(config.apps.insert(parse::<AppName>(id)?, read(value)?)),
         "machine" => drop(config.machines.insert(parse::<MachineId>(id)?, read(value)?)),
@@ -80,70 +281,35 @@ fn take(config: &mut ConfigState, key: &str, value: &[u8]) -> Option<()> {
         "volume" => drop(config.volumes.insert(parse::<VolumeId>(id)?, read(value)?)),
         "volume_tombstone" => drop(config.volume_tombstones.insert(parse::<VolumeId>(id)?, read(value)?)),
         "secrets" => drop(config.secrets.insert(parse::<AppName>(id)?, read(value)?)),
-        "certificate" => config.certificates.push(read::<CertificateFact>(value)?),
-        "revoked" => config.revoked_tokens.push(read(value)?),
+        CERTIFICATE => config.certificates.push_back(read::<CertificateFact>(value)?),
+        REVOKED => config.revoked_tokens.push_back(read(value)?),
         "removed_host" => drop(config.removed_hosts.insert(parse::<HostId>(id)?)),
         _ => return None,
     }
     Some(())
 }
 
-/// All rows of a config state, `at` included.
-pub(crate) fn rows(config: &ConfigState) -> BTreeMap<String, Vec<u8>> {
-    let mut rows = BTreeMap::new();
-    for (key, value) in entries(config) {
-        if value.len() <= MAX_VALUE_BYTES {
-            rows.insert(key, value);
-            continue;
-        }
-        let pieces = value.chunks(MAX_VALUE_BYTES).enumerate();
-        rows.extend(pieces.map(|(at, piece)| (format!("{key}{PIECE}{at:04}"), piece.to_vec())));
+/// Kinds that have an order were cleared before.
+fn remove(config: &mut ConfigState, entry: &str) -> Option<()> {
+    let (kind, id) = entry.split_once('/')?;
+    match kind {
+        "app" => drop(config.apps.remove(&parse::<AppName>(id)?)),
+        "machine" => drop(config.machines.remove(&parse::<MachineId>(id)?)),
+        "tombstone" => drop(config.tombstones.remove(&parse::<MachineId>(id)?)),
+        "asked" => drop(config.asked_for.remove(&parse::<MachineId>(id)?)),
+        "volume" => drop(config.volumes.remove(&parse::<VolumeId>(id)?)),
+        "volume_tombstone" => drop(config.volume_tombstones.remove(&parse::<VolumeId>(id)?)),
+        "secrets" => drop(config.secrets.remove(&parse::<AppName>(id)?)),
+        "removed_host" => drop(config.removed_hosts.remove(&parse::<HostId>(id)?)),
+        _ => {}
     }
-    let at = At { generation: config.generation, entries: rows.len(), digest: digest(&rows) };
-    rows.insert(AT.into(), json(&at));
-    rows
+    Some(())
 }
 
-/// What makes `new` out of `old`.
-pub(crate) fn difference(old: &BTreeMap<String, Vec<u8>>, new: &BTreeMap<String, Vec<u8>>) -> Vec<Change> {
-    let change = |key: &String, value: Option<&Vec<u8>>| {
-        let topic = Topic::new("").expect("it is short");
-        let value = value.map(|value| (topic, value.clone()));
-        Change { key: Key::new(key).expect("ids are shorter than a key may be"), value, seq: None }
-    };
-    let gone = old.keys().filter(|key| !new.contains_key(*key)).map(|key| change(key, None));
-    let changed = new.iter().filter(|(key, value)| old.get(*key) != Some(value)).map(|(key, value)| change(key, Some(value)));
-    gone.chain(changed).collect()
-}
-
-/// The state that rows are, if they are one whole state.
-pub(crate) fn assemble(mut rows: BTreeMap<String, Vec<u8>>) -> Option<(ConfigState, Unreadable)> {
-    let at: At = read(&rows.remove(AT)?)?;
-    if at.entries != rows.len() || at.digest != digest(&rows) {
-        return None;
-    }
-    let mut entries: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-    for (key, value) in rows {
-        match key.split_once(PIECE) {
-            None => drop(entries.insert(key, value)),
-            // In the order of their numbers, which is that of their keys.
-            Some((entry, number)) if number.parse::<usize>().is_ok_and(|number| number < MAX_PIECES) => {
-                entries.entry(entry.to_owned()).or_default().extend_from_slice(&value);
-            }
-            Some(_) => return None,
-        }
-    }
-    Some(from_entries(at.generation, &entries))
-}
-
-fn digest(rows: &BTreeMap<String, Vec<u8>>) -> String {
+fn hash(key: &str, value: &[u8]) -> u128 {
     let mut hasher = blake3::Hasher::new();
-    for (key, value) in rows {
-        for part in [key.as_bytes(), value] {
-            hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
-        }
-    }
-    hasher.finalize().to_hex()[..32].to_owned()
+    hasher.update(&(key.len() as u64).to_le_bytes()).update(key.as_bytes()).update(value);
+    u128::from_le_bytes(hasher.finalize().as_bytes()[..16].try_into().expect("a hash has 32 bytes"))
 }
 
 /// A token's id is whatever its maker took: bounded here.
@@ -212,66 +378,123 @@ mod tests {
                 tombstones: tombstones.iter().map(|byte| (machine(*byte), "h1".parse().unwrap())).collect(),
                 volume_tombstones: tombstones.iter().map(|byte| (VolumeId::from_random([*byte; 8]), "h2".parse().unwrap())).collect(),
                 secrets: secrets.into_iter().map(|(app, facts)| (app.parse().unwrap(), facts)).collect(),
-                certificates,
-                revoked_tokens,
+                certificates: certificates.into(),
+                revoked_tokens: revoked_tokens.into(),
                 removed_hosts: removed.into_iter().map(|host| host.parse().unwrap()).collect(),
                 ..ConfigState::default()
             }
         }
     }
 
-    fn apply(rows: &mut BTreeMap<String, Vec<u8>>, changes: Vec<Change>) {
-        for Change { key, value, .. } in changes {
-            let key = String::from_utf8(key.as_bytes().to_vec()).unwrap();
-            match value {
-                Some((_, value)) => drop(rows.insert(key, value)),
-                None => drop(rows.remove(&key)),
+    /// A log's rows at a reader.
+    #[derive(Default)]
+    struct Held {
+        rows: BTreeMap<String, Vec<u8>>,
+        reader: Reader,
+    }
+
+    impl Held {
+        fn take(&mut self, changes: Vec<Change>) {
+            for Change { key, value, .. } in changes {
+                let name = String::from_utf8(key.as_bytes().to_vec()).unwrap();
+                let row = match value {
+                    Some((topic, value)) => {
+                        let row = Row::live(key, 1, &topic, &value).unwrap();
+                        self.rows.insert(name, value);
+                        row
+                    }
+                    None => {
+                        self.rows.remove(&name);
+                        Row::tombstone(key, 1)
+                    }
+                };
+                self.reader.take(false, &[row]);
             }
         }
+
+        fn read(&mut self) -> Option<(ConfigState, Vec<String>)> {
+            let Self { rows, reader } = self;
+            reader.read(|key| rows.get(key).map(Vec::as_slice)).map(|whole| (whole.config, whole.unreadable))
+        }
+    }
+
+    fn whole(config: &ConfigState) -> Held {
+        let mut held = Held::default();
+        held.take(Published::default().next(config).0);
+        held
+    }
+
+    fn all_rows(rows: &BTreeMap<String, Vec<u8>>) -> Vec<Row> {
+        rows.iter().map(|(key, value)| Row::live(Key::new(key).unwrap(), 1, &Topic::new("").unwrap(), value).unwrap()).collect()
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn a_state_is_its_entries(config in config()) {
-            prop_assert_eq!(from_entries(config.generation, &entries(&config)), (config, vec![]));
-        }
-
-        #[test]
         fn readers_who_follow_the_differences_see_each_state_whole(states in vec(config(), 1..4)) {
-            let (mut held, mut published) = (BTreeMap::new(), BTreeMap::new());
+            let (mut held, mut published) = (Held::default(), Published::default());
             for state in states {
-                let next = rows(&state);
-                prop_assert!(next.iter().all(|(key, value)| key.len() <= 128 && value.len() <= MAX_VALUE_BYTES));
-                apply(&mut held, difference(&published, &next));
+                let (changes, next) = published.next(&state);
+                let short = |change: &Change| change.key.as_bytes().len() <= 128 && change.value.as_ref().is_none_or(|(_, value)| value.len() <= MAX_VALUE_BYTES);
+                prop_assert!(changes.iter().all(short));
+                held.take(changes);
                 published = next;
-                prop_assert_eq!(assemble(held.clone()), Some((state, vec![])));
+                prop_assert_eq!(held.read(), Some((state.clone(), vec![])));
+                prop_assert_eq!(&held.rows, &whole(&state).rows, "the rows are a function of the state");
             }
         }
 
         #[test]
+        fn who_is_given_the_whole_is_where_those_are_who_followed(before in config(), state in config()) {
+            let mut held = whole(&before);
+            prop_assert_eq!(held.read(), Some((before, vec![])));
+            held.rows = whole(&state).rows;
+            held.reader.take(true, &all_rows(&held.rows));
+            prop_assert_eq!(held.read(), Some((state, vec![])));
+        }
+
+        #[test]
         fn half_a_state_is_none(config in config(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
-            let whole = rows(&config);
-            let key = at.get(&whole.keys().cloned().collect::<Vec<_>>()).clone();
-            let mut without = whole.clone();
-            without.remove(&key);
-            prop_assert_eq!(assemble(without), None);
-            let mut other = whole.clone();
-            other.entry(key.clone()).or_default().push(byte);
-            // White space behind the row `at` changes nothing that it says.
-            prop_assume!(key != AT || !byte.is_ascii_whitespace());
-            prop_assert_eq!(assemble(other), None);
+            let rows = whole(&config).rows;
+            let key = at.get(&rows.keys().cloned().collect::<Vec<_>>()).clone();
+            let mut without = whole(&config);
+            without.take(vec![change(&key, None)]);
+            prop_assert_eq!(without.read(), None);
+            let mut value = rows[&key].clone();
+            value.pop();
+            value.push(byte);
+            prop_assume!(value != rows[&key]);
+            let mut other = whole(&config);
+            other.take(vec![change(&key, Some(value))]);
+            prop_assert_eq!(other.read(), None);
+            other.take(vec![change(&key, Some(rows[&key].clone()))]);
+            prop_assert_eq!(other.read(), Some((config, vec![])));
         }
     }
 
     #[test]
-    fn what_a_later_version_says_beside_it_is_left_out_and_named() {
-        let mut entries = entries(&ConfigState { removed_hosts: ["h9".parse().unwrap()].into(), ..ConfigState::default() });
-        entries.insert("moon/phase".into(), b"1".to_vec());
-        entries.insert("app/web".into(), b"{}".to_vec());
-        let (config, unreadable) = from_entries(Generation::default(), &entries);
-        assert_eq!(unreadable, ["app/web", "moon/phase"]);
-        assert!(config.apps.is_empty() && config.removed_hosts.len() == 1);
+    fn one_entry_of_many_is_two_rows() {
+        let mut state = ConfigState { removed_hosts: (0..1_000).map(|number| format!("h{number}").parse().unwrap()).collect(), ..ConfigState::default() };
+        let (all, published) = Published::default().next(&state);
+        state.removed_hosts.insert("moon".parse().unwrap());
+        assert_eq!((all.len(), published.next(&state).0.len()), (1_001, 2));
+    }
+
+    #[test]
+    fn what_a_later_version_says_beside_it_is_left_out_and_named_once() {
+        let config = ConfigState { removed_hosts: ["h9".parse().unwrap()].into_iter().collect(), ..ConfigState::default() };
+        let mut held = whole(&config);
+        let mut sum = held.reader.sum;
+        for (key, value) in [("moon/phase", "1"), ("app/web", "{}")] {
+            sum.add(hash(key, value.as_bytes()));
+            held.take(vec![change(key, Some(value.into()))]);
+        }
+        let at = |generation, sum: Sum| change(AT, Some(json(&sum.at(generation))));
+        held.take(vec![at(Generation::default(), sum)]);
+        assert_eq!(held.read(), Some((config.clone(), vec!["app/web".into(), "moon/phase".into()])));
+        let later = Generation { incarnation: 1, revision: 1 };
+        held.take(vec![at(later, sum)]);
+        assert_eq!(held.read(), Some((ConfigState { generation: later, ..config }, vec![])));
     }
 }

@@ -17,7 +17,7 @@ use crate::live::View;
 use crate::member::now_ms;
 use crate::status::{GossipCounts, LogStatus, Silenced};
 use crate::tls::Tls;
-use dunlin_gossip::{Addr, Certificate, Event, Input, Name, Node, Now, OriginId, Output, Peer, Row};
+use dunlin_gossip::{Addr, Certificate, Event, Input, Key, Name, Node, Now, OriginId, Output, Peer, Row};
 use dunlin_model::{Generation, HostId, Region};
 use dunlin_view::{ConfigState, Freshness, HostFacts};
 use ed25519_dalek::SigningKey;
@@ -101,11 +101,26 @@ pub(crate) struct Driver {
 struct Config {
     origin: OriginId,
     writes: bool,
-    published: BTreeMap<String, Vec<u8>>,
+    published: config_rows::Published,
+    reader: config_rows::Reader,
     published_generation: Generation,
     was_refused: bool,
     /// The log has changed since it was last read.
     is_news: bool,
+}
+
+impl Config {
+    fn of(origin: OriginId) -> Self {
+        Self {
+            origin,
+            writes: false,
+            published: config_rows::Published::default(),
+            reader: config_rows::Reader::default(),
+            published_generation: Generation::default(),
+            was_refused: false,
+            is_news: false,
+        }
+    }
 }
 
 impl Driver {
@@ -128,7 +143,7 @@ impl Driver {
             publish_at: None,
             news: vec![],
             heard: Arc::default(),
-            config: Config { origin, writes: false, published: BTreeMap::new(), published_generation: Generation::default(), was_refused: false, is_news: true },
+            config: Config::of(origin),
             removed: BTreeSet::new(),
             silenced: None,
             skipped: Skipped::default(),
@@ -187,8 +202,7 @@ impl Driver {
     fn obey(&mut self, command: Command) {
         match command {
             Command::PublishConfig { certificate, key } => {
-                self.config.writes = certificate.id == self.config.origin;
-                self.config.published.clear();
+                self.config = Config { writes: certificate.id == self.config.origin, ..Config::of(self.config.origin) };
                 self.handle(Input::Own { certificate, key });
                 self.publish_config();
             }
@@ -274,7 +288,10 @@ impl Driver {
 
     fn changed(&mut self, origin: OriginId, whole: bool, rows: &[Row]) {
         if origin == self.config.origin {
-            self.config.is_news = true;
+            if !self.config.writes {
+                self.config.reader.take(whole, rows);
+                self.config.is_news = true;
+            }
             return;
         }
         match self.host_of(origin) {
@@ -296,16 +313,15 @@ impl Driver {
             }
             self.old_facts += self.view.fold(news, self.heard.clone()) as u64;
         }
-        if std::mem::take(&mut self.config.is_news) && !self.config.writes {
+        if std::mem::take(&mut self.config.is_news) {
             self.read_config();
         }
     }
 
     fn read_config(&mut self) {
         let Some(log) = self.node.catalogue().log(self.config.origin) else { return };
-        let text = |row: &Row| Some((std::str::from_utf8(row.key().as_bytes()).ok()?.to_owned(), row.body()?.value.to_vec()));
-        let rows = log.rows().filter(|row| !row.is_dead()).filter_map(text).collect();
-        let Some((config, unreadable)) = config_rows::assemble(rows) else {
+        let value = |key: &str| Some(log.get(&Key::new(key).ok()?)?.body()?.value);
+        let Some(config_rows::Whole { config, unreadable }) = self.config.reader.read(value) else {
             tracing::debug!("desired state is not whole yet");
             return;
         };
@@ -351,13 +367,12 @@ impl Driver {
 
     fn publish_config(&mut self) {
         let config = self.view.current().config.clone();
-        let is_published = config.generation == self.config.published_generation && !self.config.published.is_empty();
+        let is_published = config.generation == self.config.published_generation;
         if !self.config.writes || is_published || config.generation == Generation::default() {
             return;
         }
-        let rows = config_rows::rows(&config);
-        let changes = config_rows::difference(&self.config.published, &rows);
-        let before = std::mem::replace(&mut self.config.published, rows);
+        let (changes, published) = self.config.published.next(&config);
+        let before = std::mem::replace(&mut self.config.published, published);
         self.config.published_generation = config.generation;
         self.handle(Input::Publish { origin: self.config.origin, schema: SCHEMA, changes, at: None });
         if std::mem::take(&mut self.config.was_refused) {
@@ -369,7 +384,7 @@ impl Driver {
 
     /// By control's word, which is signed: they are gone for good.
     fn obey_removals(&mut self, config: &ConfigState) {
-        let new: Vec<HostId> = config.removed_hosts.difference(&self.removed).filter(|host| **host != self.host).cloned().collect();
+        let new: Vec<HostId> = config.removed_hosts.iter().filter(|host| **host != self.host && !self.removed.contains(*host)).cloned().collect();
         if new.is_empty() {
             return;
         }

@@ -13,7 +13,7 @@
 
 mod authority;
 mod cluster;
-pub mod config_rows;
+mod config_rows;
 mod disk;
 mod facts;
 mod flock;

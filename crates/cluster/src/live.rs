@@ -126,12 +126,9 @@ impl View {
     pub(crate) fn forget_hosts(&self, removed: &BTreeSet<HostId>) {
         let _guard = self.lock();
         let current = self.current();
-        if current.hosts.keys().any(|host| removed.contains(host)) || current.machines.values().any(|fact| removed.contains(&fact.host)) {
-            let mut next = Snapshot::clone(&current);
-            next.hosts.retain(|host, _| !removed.contains(host));
-            next.machines.retain(|_, fact| !removed.contains(&fact.host));
-            self.set(next);
-        }
+        let mut next = Snapshot::clone(&current);
+        next.forget_hosts(|host| removed.contains(host));
+        self.set(next);
     }
 
     /// Rings for what this process says itself.

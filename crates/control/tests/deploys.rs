@@ -18,7 +18,7 @@ async fn a_release_is_planned_carried_out_and_published() {
     assert_eq!(end.ended, Some(ReleaseStatus::Succeeded), "{end:?}");
     assert_eq!(end.message, "release v1 is live on 1 machine");
     let view = world.view.current();
-    let (id, machine) = view.config.machines.first_key_value().unwrap();
+    let (id, machine) = view.config.machines.get_min().unwrap();
     assert_eq!(machine.spec.image.digest, format!("sha256:{}", "a".repeat(64)));
     assert_ne!(machine.placement.revision, 0, "readers get the revision of the assignment");
     assert!(view.machines[id].is_healthy());

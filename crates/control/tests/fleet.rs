@@ -175,7 +175,7 @@ async fn what_a_dead_host_ran_comes_back_elsewhere_and_nothing_runs_twice_when_i
     })
     .await;
     world.eventually("the other one is reached", async || world.get(&path).await.json()["host_status"] == "ok").await;
-    assert_eq!(world.view.current().machines[&stays.parse().unwrap()].state, MachineState::Started);
+    assert_eq!(world.view.current().machines[&stays.parse::<dunlin_model::MachineId>().unwrap()].state, MachineState::Started);
     assert_eq!(world.get(&path).await.json().get("problem"), None);
     assert_eq!(serving(&world)[&host_id()], 2, "nothing moved back");
     world.control.shutdown().await;

@@ -224,7 +224,7 @@ async fn every_member_can_serve_tls_and_open_its_secrets_and_a_removed_one_has_a
     world.post("/v1/apps/web/secrets", json!({ "values": { "KEY": "value" }, "stage": true })).await;
     let key_of = |id: &str, key: &OpeningKey| {
         let config = world.view.current().config.clone();
-        let certificate = config.certificates.first()?.clone();
+        let certificate = config.certificates.front()?.clone();
         let sealed = certificate.sealed.get(&id.parse().unwrap())?;
         Some(key.open(&format!("certificate/{}", certificate.names[0]), sealed).unwrap().to_vec())
     };

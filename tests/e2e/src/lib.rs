@@ -23,7 +23,7 @@ pub use census::{Census, Place, interface};
 pub use docker::Docker;
 pub use endure::{Endurance, Endured, endure, image_of, sleepers};
 pub use fleet::Fleet;
-pub use netns::Namespace;
+pub use netns::{Namespace, link};
 pub use pulse::{Heard, Pulse};
 pub use probe::{Probe, Seen};
 pub use random::Random;

@@ -4,6 +4,7 @@
 
 mod create;
 mod deploy;
+mod flock;
 mod idle;
 mod machines;
 mod neighbours;
@@ -19,6 +20,12 @@ use std::time::{Duration, Instant};
 
 type Bench = (&'static str, fn(&mut Table) -> anyhow::Result<()>);
 
+/// These look at no server.
+const WITHOUT_SERVER: [&str; 6] = ["placement", "flock-near", "flock-far", "flock-rows", "flock-desired", SIMULATED];
+/// Comes with `flock`, unless it is left out: it wants 5 GB and some minutes.
+const SIMULATED: &str = "flock-simulated";
+const WITHOUT_SIMULATED: &str = "--without-simulated";
+
 const BENCHES: &[Bench] = &[
     ("deploy", deploy::run),
     ("create", create::run),
@@ -28,26 +35,45 @@ const BENCHES: &[Bench] = &[
     ("idle", idle::run),
     ("scale", scale::run),
     ("placement", placement::run),
+    ("flock-near", flock::near),
+    ("flock-far", flock::far),
+    ("flock-rows", flock::many_rows),
+    ("flock-desired", flock::desired),
+    ("flock-join", flock::join),
+    (SIMULATED, flock::simulated),
 ];
 
-pub fn run(names: &[&str]) -> anyhow::Result<()> {
-    if let Some(unknown) = names.iter().find(|name| !BENCHES.iter().any(|(known, _)| known == *name)) {
+pub fn run(args: &[&str]) -> anyhow::Result<()> {
+    let (flags, names): (Vec<&str>, Vec<&str>) = args.iter().partition(|arg| arg.starts_with("--"));
+    if let Some(unknown) = flags.iter().find(|flag| **flag != WITHOUT_SIMULATED) {
+        bail!("{unknown} is unknown; there is {WITHOUT_SIMULATED}");
+    }
+    if let Some(unknown) = names.iter().find(|name| !BENCHES.iter().any(|(known, _)| is_of(known, name))) {
         let known: Vec<&str> = BENCHES.iter().map(|(name, _)| *name).collect();
         bail!("there is no bench {unknown:?}; there are {}", known.join(", "));
     }
-    packages::ensure(packages::For::Bench)?;
-    println!("building dunlin for release");
-    sh::run(sh::cargo().args(["build", "--release", "--package", "dunlin"]))?;
-    dunlin_e2e::use_binary(sh::target_dir().join("release/dunlin"));
+    let is_asked = |known: &str| names.is_empty() || names.iter().any(|name| is_of(known, name));
+    let wanted: Vec<&Bench> = BENCHES.iter().filter(|(known, _)| is_asked(known) && (*known != SIMULATED || flags.is_empty())).collect();
+    if wanted.iter().all(|(name, _)| WITHOUT_SERVER.contains(name)) {
+        packages::ensure(packages::For::Flock)?;
+    } else {
+        packages::ensure(packages::For::Bench)?;
+        println!("building dunlin for release");
+        sh::run(sh::cargo().args(["build", "--release", "--package", "dunlin"]))?;
+        dunlin_e2e::use_binary(sh::target_dir().join("release/dunlin"));
+    }
     let mut table = Table::default();
-    for (name, bench) in BENCHES {
-        if names.is_empty() || names.contains(name) {
-            println!("==> {name}");
-            bench(&mut table)?;
-        }
+    for (name, bench) in wanted {
+        println!("==> {name}");
+        bench(&mut table)?;
     }
     table.print();
     Ok(())
+}
+
+/// `flock` asks for all whose names begin with it.
+fn is_of(known: &str, asked: &str) -> bool {
+    known.strip_prefix(asked).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
 }
 
 /// Rows of the summary.

@@ -610,7 +610,7 @@ impl World {
     /// The secrets of a version, as the host would find and open them.
     pub fn secrets(&self, app: &str, version: u64) -> Option<Value> {
         let config = self.view.current().config.clone();
-        let facts = config.secrets.get(&app.parse().unwrap())?;
+        let facts = config.secrets.get(&app.parse::<dunlin_model::AppName>().unwrap())?;
         let fact = facts.iter().find(|fact| fact.version == version && fact.host == host_id())?;
         let plain = host_key().open(&format!("env/{app}/{version}"), &fact.sealed).unwrap();
         serde_json::from_slice(&plain).ok()

@@ -24,10 +24,10 @@ impl Served {
 
     /// Swaps other certificates in. One that cannot be used is left out and told of; the others are served.
     pub fn update(&mut self, snapshot: &Snapshot) {
-        if snapshot.config.certificates == self.facts {
+        if snapshot.config.certificates.iter().eq(&self.facts) {
             return;
         }
-        self.facts.clone_from(&snapshot.config.certificates);
+        self.facts = snapshot.config.certificates.iter().cloned().collect();
         let sources: Vec<CertSource> = self.facts.iter().filter_map(|fact| open(fact, &self.host, &self.key)).collect();
         match CertStore::build(&sources) {
             Ok(built) => self.store.store(Arc::new(built)),
