@@ -4,6 +4,8 @@
 //! plan(&Desired, &Observed, Pool) -> Plan      names every machine, address, version and command beforehand
 //! check(&Plan, &Desired, &Observed)            finds what a plan must never do
 //! advance(&Plan, &Progress, &Observed, now)    the next step, a wait, or the end
+//! Standing::purpose(now)                       whether an app wants a plan, and what for
+//! Watch::hear(probes, silent, now)             which hosts are dead
 //! ```
 //!
 //! Owns the deploy strategy (rolling, one machine at a time, those that do not serve first, gated by health that
@@ -21,6 +23,8 @@ mod placement;
 mod plan;
 mod rebalance;
 mod types;
+mod want;
+mod watch;
 
 pub use advance::{STEADY_MS, advance};
 pub use check::{Problem, check};
@@ -33,6 +37,8 @@ pub use types::{
     StepKind, VolumeTaken, command_id,
 };
 use types::kept_mounts;
+pub use want::{REPAIR_RETRY_MS, Standing};
+pub use watch::{FAILS_FOR_MS, Watch, Watched};
 
 /// Machines of one app; keeps a plan within the store's limits of one value.
 pub const MAX_MACHINES_PER_APP: u32 = 100;

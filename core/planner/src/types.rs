@@ -177,6 +177,23 @@ pub struct Left {
 }
 
 impl Plan {
+    /// One that does nothing: instead of one that cannot be made.
+    pub fn empty(desired: &Desired) -> Self {
+        Self {
+            app: desired.app.clone(),
+            sequence: desired.sequence,
+            purpose: desired.purpose,
+            release: desired.release,
+            from_release: desired.from_release,
+            wait_timeout_ms: desired.wait_timeout_ms,
+            strategy: desired.strategy,
+            specs: BTreeMap::new(),
+            mounts: BTreeMap::new(),
+            left: desired.left.clone(),
+            steps: vec![],
+        }
+    }
+
     /// The spec of one machine of the plan.
     pub fn spec(&self, group: &str, version: &MachineVersion) -> Option<MachineSpec> {
         let template = self.specs.get(group)?;

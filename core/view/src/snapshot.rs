@@ -3,7 +3,7 @@
 use crate::{ConfigState, Freshness, HostFact, MachineFact};
 use dunlin_model::{AppName, Generation, HostId, MachineId};
 use imbl::OrdMap;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// One immutable view: config facts of one revision, and the newest fact of each machine and host. A copy shares what it does
@@ -70,8 +70,9 @@ impl Snapshot {
         let (mut next, mut refused) = (self.clone(), 0);
         for HostFacts { host, said, machines, gone, whole } in facts {
             if whole {
-                let named: BTreeSet<&MachineId> = machines.iter().map(|fact| &fact.id).collect();
-                remove_if(&mut next.machines, |id, fact| fact.host == host && !named.contains(id));
+                // Its log begins anew, perhaps from an older disk or none, where sequences are lower: what it said before is no
+                // measure of what it says now.
+                remove_if(&mut next.machines, |_, fact| fact.host == host);
             }
             for id in gone {
                 if next.machines.get(&id).is_some_and(|fact| fact.host == host) {
@@ -204,6 +205,20 @@ mod tests {
         let view = Snapshot::default().with_config(at(1, 5), 0).unwrap();
         assert!(view.with_config(at(1, 4), 0).is_err());
         assert!(view.with_config(at(2, 1), 0).is_ok(), "a later incarnation wins with any revision");
+    }
+
+    #[test]
+    fn a_host_that_begins_anew_is_heard_whatever_it_said_before() {
+        let says = |sequence, whole| {
+            let machines = vec![MachineFact::clone(&fact(sequence))];
+            vec![HostFacts { host: "h1".parse().unwrap(), said: None, machines, gone: vec![], whole }]
+        };
+        let shown = |view: &Snapshot| view.machines.values().next().unwrap().sequence;
+        let (view, _) = Snapshot::default().with_facts(says(1 << 33, true));
+        let (view, refused) = view.with_facts(says(3, false));
+        assert_eq!((shown(&view), refused), (1 << 33, 1), "within a log what is older is old news");
+        let (view, refused) = view.with_facts(says(3, true));
+        assert_eq!((shown(&view), refused), (3, 0), "its disk was put back");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The end of a plan: the release succeeded, or the last good one comes back.
 
-use super::make::{desired, empty_plan, make, save};
+use super::make::{desired, make, save};
 use super::story::{followed, history, summary, tell};
 use super::want::{active, wants_plan};
 use super::{Turn, explain};
@@ -126,7 +126,7 @@ pub(crate) async fn refused(ctx: &Ctx, name: &AppName, failure: &Failure) -> Res
             let wanted = wants_plan(ctx, &app.value, &machines).await?;
             let Some((release, purpose)) = wanted else { return Ok(Turn::Settled) };
             let progress = ctx.state.get::<Progress>(&key::progress(name)).await?;
-            (empty_plan(&desired(ctx, &app.value, &release, purpose).await?), progress)
+            (Plan::empty(&desired(ctx, &app.value, &release, purpose).await?), progress)
         }
     };
     let reason = format!("it cannot be written down: {failure}");

@@ -72,23 +72,7 @@ fn checked(desired: &Desired, observed: &Observed, made: Result<Plan, PlanError>
     });
     match made {
         Ok(plan) => (plan, None),
-        Err(reason) => (empty_plan(desired), Some(reason)),
-    }
-}
-
-pub(crate) fn empty_plan(desired: &Desired) -> Plan {
-    Plan {
-        app: desired.app.clone(),
-        sequence: desired.sequence,
-        purpose: desired.purpose,
-        release: desired.release,
-        from_release: desired.from_release,
-        wait_timeout_ms: desired.wait_timeout_ms,
-        strategy: desired.strategy,
-        specs: BTreeMap::new(),
-        mounts: BTreeMap::new(),
-        left: desired.left.clone(),
-        steps: vec![],
+        Err(reason) => (Plan::empty(desired), Some(reason)),
     }
 }
 

@@ -6,11 +6,8 @@ use crate::rows::{Row, key};
 use crate::{Ctx, now_ms, spec};
 use dunlin_model::HostId;
 use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow, ReleaseStatus};
-use dunlin_planner::{Ended, Move, Observed, Plan, Progress, Purpose, drift, is_replaceable, stays};
-use std::collections::BTreeMap;
-
-/// A repair or a move that failed, for lack of room for example, is tried again after this.
-const REPAIR_RETRY_MS: u64 = 30_000;
+use dunlin_planner::{Move, Observed, Plan, Progress, Purpose, Standing, drift, stays};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// After the end of any plan, and after control has started, machines stay where they are for so long: what a person just
 /// did settles first, hosts that were away speak, and nobody's machines move all the time.
@@ -41,39 +38,22 @@ pub(crate) async fn wants_plan(
     let plan = ctx.state.get::<Plan>(&key::plan(&app.name)).await?.map(|row| row.value);
     let progress = ctx.state.get::<Progress>(&key::progress(&app.name)).await?.map(|row| row.value);
     let last = plan.zip(progress).filter(|(plan, progress)| plan.sequence == progress.sequence);
-    // A way back that was given up half-way, because the world was not what it was made for: until the release that
-    // failed has ended, the way has to be gone to its end. The good release is not `Running`, so nothing else asks.
-    if let Some((plan, progress)) = &last
-        && let Purpose::Return { failed_release } = plan.purpose
-        && plan.release == app.current_release
-        && progress.ended == Some(Ended::Superseded)
-    {
-        let failed = release(ctx, app, failed_release).await?;
+    let (wanted, rows, dead) = (spec::counts(&current.config, &app.scale), made_by_releases(app, machines), ctx.watched.dead());
+    let last = last.as_ref().map(|(plan, progress)| (plan, progress));
+    let standing = Standing { status: current.status, wanted: &wanted, machines: &rows, last, dead: &dead };
+    if let Some((failed, purpose)) = standing.broken_return(app.current_release) {
+        let failed = release(ctx, app, failed).await?;
         if failed.is_some_and(|failed| failed.status == ReleaseStatus::Running) {
-            return Ok(Some((current, plan.purpose)));
+            return Ok(Some((current, purpose)));
         }
     }
-    let is_resting = last.as_ref().is_some_and(|(plan, progress)| {
-        let retry_at_ms = progress.since_ms.saturating_add(REPAIR_RETRY_MS);
-        let failed = matches!(progress.ended, Some(Ended::Failed { .. }));
-        plan.purpose == Purpose::Repair && failed && now_ms() < retry_at_ms
-    });
-    if current.status != ReleaseStatus::Succeeded || is_resting {
+    if let Some(purpose) = standing.purpose(now_ms()) {
+        return Ok(Some((current, purpose)));
+    }
+    if current.status != ReleaseStatus::Succeeded || standing.has_failed_lately(Purpose::Repair, now_ms()) {
         return Ok(None);
     }
-    // A move that was given up half-way leaves a machine too many, and so does a lost host that came back meanwhile.
-    let moved_half = last.as_ref().is_some_and(|(plan, progress)| {
-        let moves = matches!(plan.purpose, Purpose::Rebalance | Purpose::Repair);
-        moves && progress.ended.as_ref().is_some_and(|ended| *ended != Ended::Done)
-    });
-    let is_short = !lacking(app, &current, machines).is_empty() || has_lost(ctx, app, machines);
-    if is_short || (moved_half && has_too_many(app, &current, machines)) {
-        return Ok(Some((current, Purpose::Repair)));
-    }
-    let failed_lately = last.as_ref().is_some_and(|(plan, progress)| {
-        let failed = matches!(progress.ended, Some(Ended::Failed { .. }));
-        plan.purpose == Purpose::Rebalance && failed && now_ms() < progress.since_ms.saturating_add(REPAIR_RETRY_MS)
-    });
+    let failed_lately = standing.has_failed_lately(Purpose::Rebalance, now_ms());
     // An operator waits for it: neither the rest nor what was found a moment ago keeps it from going on.
     if !failed_lately && is_moved_off(ctx, app, &current, machines).await? {
         return Ok(Some((current, Purpose::Rebalance)));
@@ -115,33 +95,15 @@ async fn is_moved_off(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, machines: &
     Ok(is_in_question && drift_now(ctx, app, release).await?.iter().any(|moved| drained.contains(&moved.from)))
 }
 
-/// Machines of a dead host that another host can run.
-fn has_lost(ctx: &Ctx, app: &AppRow, machines: &[Row<MachineRow>]) -> bool {
-    let dead = ctx.watched.dead();
-    let is_lost = |row: &MachineRow| dead.contains(&row.host) && row.spec.release != 0 && is_replaceable(&row.spec);
-    !dead.is_empty() && machines.iter().any(|row| row.value.spec.app == app.name && is_lost(&row.value))
+fn made_by_releases<'r>(app: &AppRow, machines: &'r [Row<MachineRow>]) -> Vec<&'r MachineRow> {
+    let rows = machines.iter().map(|row| &row.value);
+    rows.filter(|row| row.spec.app == app.name && row.spec.release != 0).collect()
 }
 
-fn has_too_many(app: &AppRow, release: &ReleaseRow, machines: &[Row<MachineRow>]) -> bool {
-    let wanted = spec::counts(&release.config, &app.scale);
-    let count = |group: &str| count(app, group, machines);
-    wanted.into_iter().any(|(group, wanted)| count(&group) > wanted as usize)
-}
-
-/// Of those that releases made.
-fn count(app: &AppRow, group: &str, machines: &[Row<MachineRow>]) -> usize {
-    let of_app = |row: &&Row<MachineRow>| row.value.spec.app == app.name && row.value.spec.release != 0;
-    machines.iter().filter(of_app).filter(|row| row.value.spec.process_group == group).count()
-}
-
-/// The process groups that have fewer machines than they should.
-///
-/// How many there should be is what `scale` says and nothing else. A machine that a person destroys therefore comes
-/// back: reconcilers compare existence and count, an app does not end because its only machine was destroyed to be rid
-/// of its state, and to want fewer machines is said with `scale count`. The answer to the destroy says so.
+/// As [`Standing::lacking`], for an app whatever it does.
 pub(crate) fn lacking(app: &AppRow, release: &ReleaseRow, machines: &[Row<MachineRow>]) -> BTreeMap<String, u32> {
-    let wanted = spec::counts(&release.config, &app.scale);
-    wanted.into_iter().filter(|(group, wanted)| count(app, group, machines) < *wanted as usize).collect()
+    let (wanted, rows, dead) = (spec::counts(&release.config, &app.scale), made_by_releases(app, machines), BTreeSet::new());
+    Standing { status: release.status, wanted: &wanted, machines: &rows, last: None, dead: &dead }.lacking()
 }
 
 async fn release(ctx: &Ctx, app: &AppRow, number: u32) -> Result<Option<ReleaseRow>, Failure> {
