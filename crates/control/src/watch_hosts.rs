@@ -7,7 +7,7 @@
 
 use crate::failure::{Failure, chain};
 use crate::start::{Fleet, Probe};
-use crate::{Ctx, now_ms};
+use crate::{Ctx, now_ms, standbys};
 use dunlin_model::HostId;
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_planner::is_replaceable;
@@ -54,6 +54,11 @@ impl Watched {
         if known.cut_off { BTreeSet::new() } else { known.dead.clone() }
     }
 
+    /// It answered in the last round.
+    pub fn answers(&self, host: &HostId) -> bool {
+        !self.lock().failing_since_ms.contains_key(host)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -91,7 +96,7 @@ async fn look(ctx: &Ctx, probe: &Probe, fleet: &Fleet) -> Result<(), Failure> {
         tell_of_those_who_stay(ctx, &before).await?;
         ctx.work.notify_one();
     }
-    Ok(())
+    standbys::look(ctx).await
 }
 
 /// Machines that may not run twice stay with their host, until it is back or an operator knows that it is off.
