@@ -2,7 +2,7 @@
 
 use crate::containers::{Container, Program, default_container};
 use crate::disk::{MachineRootfs, TempDir};
-use crate::{AppName, MachineFile, MachineVersion, OrgName, Schedule};
+use crate::{AppName, MachineFile, MachineId, MachineVersion, OrgName, Schedule};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -57,6 +57,9 @@ pub struct MachineSpec {
     /// When the clock starts it, whoever has stopped it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedule: Option<Schedule>,
+    /// Machines of the app that it stands in for: it rests, and runs while the host of one of them is dead.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub standbys: Vec<MachineId>,
     /// Programs in its one root file system; none = the image's one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub processes: Vec<Program>,
@@ -94,6 +97,7 @@ impl MachineSpec {
             mounts: vec![],
             auto_destroy: false,
             schedule: None,
+            standbys: vec![],
             processes: vec![],
             containers: vec![],
             rootfs: MachineRootfs::default(),

@@ -50,6 +50,11 @@ impl Watch {
         self.cut_off
     }
 
+    /// It answered in the last round.
+    pub fn answers(&self, host: &HostId) -> bool {
+        !self.failing_since_ms.contains_key(host)
+    }
+
     /// What the probes of a round have said of the other hosts. `all_hosts` counts control's own, which is reachable;
     /// `is_silent` says of a host whether nobody else hears of it.
     pub fn hear(&mut self, answers: &[(HostId, bool)], all_hosts: usize, is_silent: impl Fn(&HostId) -> bool, now_ms: u64) -> Watched {

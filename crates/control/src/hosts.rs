@@ -7,6 +7,7 @@ use dunlin_api::{ErrorCode, HostApi, Refusal, Reserve};
 use dunlin_model::desired::{HostRow, MachineRow, TombstoneRow};
 use dunlin_model::{AppName, HostId, MachineId, MachineSpec, Region, RegionExpr};
 use dunlin_planner::{Ask, Capacity, Demand, For, Observed};
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,12 +66,14 @@ pub(crate) struct Wanted<'w> {
     pub regions: &'w RegionExpr,
     /// Where its volume is.
     pub only: Option<&'w HostId>,
+    /// Where what it stands in for is.
+    pub not: &'w BTreeSet<HostId>,
 }
 
 /// A host that has promised the room, and an address there. The best one is asked first; who refuses is left out.
 pub(crate) async fn promised(ctx: &Ctx, wanted: &Wanted<'_>) -> Result<(HostRow, Ipv4Addr), Failure> {
     let hosts = ctx.state.list::<HostRow>("hosts/").await?;
-    let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).collect();
+    let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).filter(|host| !wanted.not.contains(&host.id)).collect();
     some_are_there(&hosts, wanted.regions)?;
     let used = reconcile::addresses_in_use(ctx).await?;
     let machines = ctx.state.machines_of(wanted.app).await?;

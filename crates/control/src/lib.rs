@@ -38,6 +38,7 @@ mod rows;
 mod secret_sets;
 mod secrets;
 mod spec;
+mod standbys;
 mod start;
 mod tokens;
 mod volumes;

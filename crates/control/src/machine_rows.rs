@@ -5,7 +5,7 @@ use crate::fly::{self, Asked, Named};
 use crate::launch::{LAUNCH_MS, LaunchRow};
 use crate::releases::{busy, load_app};
 use crate::rows::{AddressRow, Change, Outcome, Row, SecretsVersionRow, key};
-use crate::{Ctx, hosts, now_ms, removal, volumes};
+use crate::{Ctx, hosts, now_ms, removal, standbys, volumes};
 use dunlin_api::{ErrorCode, Refusal};
 use dunlin_model::desired::{MachineRow, TombstoneRow};
 use dunlin_model::volume::VolumeRow;
@@ -156,9 +156,10 @@ async fn images(ctx: &Ctx, app: &AppName, asked: &Asked) -> Result<(ImageRef, Ve
 }
 
 /// Makes a machine that no release knows. The same id gives the same machine.
-pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish) -> Result<Row<MachineRow>, Failure> {
+pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, mut wish: Wish) -> Result<Row<MachineRow>, Failure> {
     let config = wish.config.clone().ok_or_else(|| Failure::invalid("config is missing"))?;
     let asked = fly::read(config.clone())?;
+    wish.skip_launch |= !asked.standbys.is_empty();
     if wish.current_version.is_some() {
         return Err(Failure::invalid("current_version cannot be used: a new machine has none"));
     }
@@ -190,9 +191,10 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
                 .hint("destroy some, or use another app"));
         }
         wish.check_name(&machines, None)?;
+        let not = standbys::hosts_of_watched(&spec, &machines)?;
         let regions = wish.regions.clone().unwrap_or_else(RegionExpr::any);
         let only = beside.as_ref().map(|volume| &volume.host);
-        let wanted = hosts::Wanted { app: name, id: &id, spec: &spec, regions: &regions, only };
+        let wanted = hosts::Wanted { app: name, id: &id, spec: &spec, regions: &regions, only, not: &not };
         let (host, address) = hosts::promised(ctx, &wanted).await?;
         let Some(there) = removal::still_takes(ctx, &host.id).await? else { continue };
         let held = ctx.state.get::<AddressRow>(&key::address(address)).await?;
@@ -230,10 +232,11 @@ pub(crate) async fn create(ctx: &Ctx, name: &AppName, id: MachineId, wish: Wish)
 }
 
 /// Gives a machine a new version, in its place.
-pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, wish: Wish) -> Result<Row<MachineRow>, Failure> {
+pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, mut wish: Wish) -> Result<Row<MachineRow>, Failure> {
     let (name, id) = (row.value.spec.app.clone(), row.value.id.clone());
     let config = wish.config.clone().ok_or_else(|| Failure::invalid("config is missing"))?;
     let asked = fly::read(config.clone())?;
+    wish.skip_launch |= !asked.standbys.is_empty() && !standbys::stands_in(ctx, &id).await?;
     wish.check_region(&row.value.region)?;
     if let Some(expected) = wish.current_version.as_ref().filter(|version| **version != row.value.spec.version) {
         let found = row.value.spec.version.clone();
@@ -261,11 +264,13 @@ pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, wish: Wish) -> Resul
         return Err(Failure::new(ErrorCode::FailedPrecondition, format!("a release of app {name} is under way"))
             .hint("wait until it has ended: `dunlin releases` shows it"));
     }
-    wish.check_name(&ctx.state.machines_of(&name).await?, Some(&id))?;
+    let machines = ctx.state.machines_of(&name).await?;
+    wish.check_name(&machines, Some(&id))?;
     let (secrets, secrets_version) = secrets(ctx, &name, &wish).await?;
     let version = MachineVersion::new(now_ms(), crate::keys::random());
     let named = Named { org: &row.value.spec.org, app: &name, release: row.value.spec.release, secrets_version };
     let spec = MachineSpec { mounts, ..asked.spec(version.clone(), images, &named) };
+    standbys::check_apart(&spec, &machines, &row.value)?;
     let configs = ctx.state.get::<ConfigsRow>(&key::configs(&id)).await?;
     let before = configs.as_ref().map(|row| row.value.clone()).unwrap_or_default();
     let before = if before.versions.is_empty() {

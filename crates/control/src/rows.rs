@@ -111,6 +111,9 @@ pub(crate) mod key {
     pub fn launch(id: &MachineId) -> String {
         format!("launches/{id}")
     }
+    pub fn standing_in(id: &MachineId) -> String {
+        format!("standing_in/{id}")
+    }
     pub fn destroyed(app: &AppName, id: &MachineId) -> String {
         format!("destroyed/{app}/{id}")
     }

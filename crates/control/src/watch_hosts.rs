@@ -3,7 +3,7 @@
 
 use crate::failure::{Failure, chain};
 use crate::start::{Fleet, Probe};
-use crate::{Ctx, now_ms};
+use crate::{Ctx, now_ms, standbys};
 use dunlin_model::HostId;
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_planner::{Watch, Watched as Round, is_replaceable};
@@ -37,6 +37,11 @@ impl Watched {
     /// Those whose machines are to be replaced: none, while control itself may be what is cut off.
     pub fn dead(&self) -> BTreeSet<HostId> {
         self.lock().dead()
+    }
+
+    /// It answered in the last round.
+    pub fn answers(&self, host: &HostId) -> bool {
+        self.lock().answers(host)
     }
 
     fn lock(&self) -> MutexGuard<'_, Watch> {
@@ -77,7 +82,7 @@ async fn look(ctx: &Ctx, probe: &Probe, fleet: &Fleet) -> Result<(), Failure> {
         tell_of_those_who_stay(ctx, &before).await?;
         ctx.work.notify_one();
     }
-    Ok(())
+    standbys::look(ctx).await
 }
 
 /// Machines that may not run twice stay with their host, until it is back or an operator knows that it is off.

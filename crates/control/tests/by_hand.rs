@@ -133,7 +133,9 @@ async fn what_cannot_be_done_is_refused_by_name() {
     check(json!({ "config": config(), "min_secrets_version": 4 }), 412, "failed_precondition", "in version 0").await;
     let mut scheduled = config();
     scheduled["standbys"] = json!(["x"]);
-    check(json!({ "config": scheduled }), 422, "invalid", "config.standbys").await;
+    check(json!({ "config": scheduled }), 422, "invalid", "\"x\" is no machine's id").await;
+    scheduled["auto_destroy"] = json!(true);
+    check(json!({ "config": scheduled }), 422, "invalid", "which does not go with config.auto_destroy").await;
     make(&world, json!({ "name": "one", "config": config(), "skip_launch": true })).await;
     check(json!({ "name": "one", "config": config() }), 409, "name_taken", "has the name one").await;
     world.host.full.store(true, Ordering::SeqCst);

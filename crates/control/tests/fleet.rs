@@ -182,6 +182,48 @@ async fn what_a_dead_host_ran_comes_back_elsewhere_and_nothing_runs_twice_when_i
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_rests_until_the_host_of_what_it_stands_in_for_is_dead() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start_fleet(data.path(), &[other_row(2, "ams")]).await;
+    world.create_app("web").await;
+    let image = format!("web@sha256:{}", "b".repeat(64));
+    let make = async |body: Value| world.post("/v1/apps/web/machines", body).await;
+    let watched = make(json!({ "region": "ams", "config": { "image": image } })).await.json();
+    let id = watched["id"].as_str().unwrap();
+    let refused = make(json!({ "region": "ams", "config": { "image": image, "standbys": [id] } })).await;
+    assert_eq!((refused.status, refused.json()["code"].as_str()), (422, Some("invalid")), "its host would be lost with it: {}", refused.text);
+    let refused = make(json!({ "config": { "image": image, "standbys": ["00000000000000"] } })).await;
+    assert!(refused.status == 422 && refused.text.contains("has no machine 00000000000000"), "{}", refused.text);
+    let standby = make(json!({ "config": { "image": image, "standbys": [id] } })).await.json();
+    assert_eq!(standby["config"]["standbys"], json!([id]));
+    let path = format!("/v1/apps/web/machines/{}", standby["id"].as_str().unwrap());
+    let is = async |state: &str| world.get(&path).await.json()["state"] == state;
+    world.eventually("it rests", async || is("created").await || is("stopped").await).await;
+
+    world.others.set_dead(2, true);
+    world.eventually("it stands in", async || is("started").await).await;
+    // From then on it is people's to stop.
+    assert_eq!(world.post(&format!("{path}/stop"), json!({})).await.status, 200);
+    world.eventually("it is stopped", async || is("stopped").await).await;
+    assert_eq!(world.post(&format!("{path}/start"), json!({})).await.status, 200);
+    world.eventually("it runs again", async || is("started").await).await;
+
+    world.others.set_dead(2, false);
+    world.eventually("it rests again", async || is("stopped").await).await;
+    world.others.set_dead(2, true);
+    world.eventually("it stands in again", async || is("started").await).await;
+    // What it stood in for is given up: it is a machine like any other.
+    assert_eq!(world.call(Method::DELETE, &format!("/v1/apps/web/machines/{id}?force=true"), &[], None).await.status, 200);
+    world.others.set_dead(2, false);
+    world.eventually("its host is there again", async || {
+        !world.view.current().machines.keys().any(|machine| machine.as_str() == id)
+    })
+    .await;
+    assert!(is("started").await);
+    world.control.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_operator_gives_up_what_is_on_a_dead_host() {
     let data = tempfile::tempdir().unwrap();
     let world = World::start_fleet(data.path(), &[other_row(2, "ams")]).await;

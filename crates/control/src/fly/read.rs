@@ -9,7 +9,8 @@ use dunlin_model::disk::{MachineRootfs, Persist, TempDir};
 use dunlin_model::files::{MAX_FILES, check_files};
 use dunlin_model::machine::{MAX_SCRIPT_CHECKS, is_script, is_server_name};
 use dunlin_model::{
-    AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineSpec, MachineVersion, Mount, OrgName,
+    AppName, AutoStop, Check, CheckKind, Concurrency, ConcurrencyKind, CpuKind, Guest, ImageRef, MachineFile, MachineId, MachineSpec, MachineVersion,
+    Mount, OrgName,
     Program, RestartPolicy, RestartWhen, Schedule, Service, StopConfig,
 };
 use serde_json::Value;
@@ -29,6 +30,8 @@ const CHECK_TIMEOUT_MS: u64 = 2_000;
 const CHECK_GRACE_MS: u64 = 1_000;
 /// Whether the app listens is asked for often: it costs nothing, and until it does no request is sent to it.
 const LISTENS_INTERVAL_MS: u64 = 1_000;
+/// Machines that one stands in for.
+const MAX_WATCHED: usize = 16;
 const SIGNALS: &[&str] = &["SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM"];
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "OPTIONS"];
 
@@ -37,7 +40,6 @@ const LATER: &[(&str, &str)] = &[
     ("dns", "names in machines are not configurable"),
     ("metrics", "metrics of machines are not collected"),
     ("spot", "machines have no prices"),
-    ("standbys", "on one host a standby is lost together with what it watches"),
     ("statics", "files are not served beside the machine"),
 ];
 
@@ -61,6 +63,7 @@ pub(crate) struct Asked {
     pub mounts: Vec<Mount>,
     auto_destroy: bool,
     schedule: Option<Schedule>,
+    pub standbys: Vec<MachineId>,
     processes: Vec<Program>,
     containers: Vec<AskedContainer>,
     rootfs: MachineRootfs,
@@ -105,6 +108,7 @@ impl Asked {
             mounts: self.mounts,
             auto_destroy: self.auto_destroy,
             schedule: self.schedule,
+            standbys: self.standbys,
             processes: self.processes,
             containers,
             rootfs: self.rootfs,
@@ -140,6 +144,7 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
     let stop = stop(&mut fields)?;
     let (mounts, temp_dirs) = disk::mounts(&mut fields, &guest)?;
     let auto_destroy = fields.take("auto_destroy")?.unwrap_or(false);
+    let standbys = standbys(&mut fields, [(!services.is_empty(), "services"), (schedule.is_some(), "schedule"), (auto_destroy, "auto_destroy")])?;
     let processes = programs::processes(&mut fields)?;
     let containers = programs::containers(&mut fields, image.as_deref(), &mounts, &temp_dirs)?;
     disk::check_placed(&temp_dirs, &containers)?;
@@ -168,6 +173,7 @@ pub(crate) fn read(config: Value) -> Result<Asked, Failure> {
         mounts,
         auto_destroy,
         schedule,
+        standbys,
         processes,
         containers,
         rootfs,
@@ -546,6 +552,19 @@ pub(super) fn restart(fields: &mut Fields) -> Result<RestartPolicy, Failure> {
     given.not_honoured("gpu_bid_price", "hosts have no GPUs to give")?;
     given.finish()?;
     Ok(RestartPolicy { policy, max_retries })
+}
+
+/// What else starts or ends a machine does not go with resting until a host is lost.
+fn standbys(fields: &mut Fields, others: [(bool, &str); 3]) -> Result<Vec<MachineId>, Failure> {
+    let watched = fields.texts("standbys")?.unwrap_or_default();
+    if watched.len() > MAX_WATCHED {
+        return Err(fields.wrong("standbys", &format!("a machine stands in for at most {MAX_WATCHED} others")));
+    }
+    if let Some((_, other)) = others.iter().find(|(is_given, _)| *is_given && !watched.is_empty()) {
+        return Err(fields.wrong("standbys", &format!("a standby rests until a host is lost, which does not go with config.{other}")));
+    }
+    let parse = |id: &String| id.parse().map_err(|_| fields.wrong("standbys", &format!("{id:?} is no machine's id")));
+    watched.iter().map(parse).collect()
 }
 
 fn schedule(fields: &mut Fields, restart: &RestartPolicy) -> Result<Option<Schedule>, Failure> {

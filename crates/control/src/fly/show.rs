@@ -59,6 +59,7 @@ pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
         "metadata": metadata,
         "auto_destroy": spec.auto_destroy,
         "schedule": spec.schedule,
+        "standbys": spec.standbys,
     })
 }
 
