@@ -28,6 +28,7 @@ usage: cargo xtask <command>
   sim --seed N    tell the story of one seed of the simulator (tests/sim)
   sim --minutes N look through as many seeds as that allows
   sim --flock ... the same of hosts that share state; with --hosts N figures of so many
+  sim --fleet ... the same of hosts, plans and edges together
   fuzz [NAME]     feed foreign bytes to what reads them (--seconds N each, 60 by default)
   endure          start and stop machines 2,000 times (--cycles N) under kills of the agent, and count what is left
   bench [NAME]    print figures beside their peers': deploy, create, machines, neighbours, proxy, idle, scale,

@@ -1,12 +1,12 @@
-//! `cargo xtask sim`: tells one story, or looks through as many as a time allows; of machines, or of the flock.
+//! `cargo xtask sim`: tells one story, or looks through as many as a time allows; of machines, of the flock, or of the fleet.
 
 use anyhow::{Context, bail};
-use dunlin_sim::{Mutation, Options, Outcome, flock};
+use dunlin_sim::{Mutation, Options, Outcome, fleet, flock};
 use std::time::{Duration, Instant};
 
 const USAGE: &str = "\
-usage: cargo xtask sim [--flock] --seed N [--steps N] [--mutation NAME]
-       cargo xtask sim [--flock] --minutes N [--from SEED] [--steps N] [--mutation NAME]
+usage: cargo xtask sim [--flock|--fleet] --seed N [--steps N] [--mutation NAME]
+       cargo xtask sim [--flock|--fleet] --minutes N [--from SEED] [--steps N] [--mutation NAME]
        cargo xtask sim --flock --hosts N [--regions N]";
 
 /// What a run is of.
@@ -14,6 +14,7 @@ usage: cargo xtask sim [--flock] --seed N [--steps N] [--mutation NAME]
 enum Scene {
     Machines(Options),
     Flock(flock::Options),
+    Fleet(fleet::Options),
 }
 
 impl Scene {
@@ -21,6 +22,7 @@ impl Scene {
         match self {
             Self::Machines(options) => dunlin_sim::run(Options { seed, story, ..options }),
             Self::Flock(options) => flock::run(flock::Options { seed, story, ..options }),
+            Self::Fleet(options) => fleet::run(fleet::Options { seed, story, ..options }),
         }
     }
 
@@ -28,17 +30,19 @@ impl Scene {
         match self {
             Self::Machines(_) => "",
             Self::Flock(_) => "--flock ",
+            Self::Fleet(_) => "--fleet ",
         }
     }
 }
 
 pub fn command(args: &[&str]) -> anyhow::Result<()> {
-    let (mut of_flock, mut steps, mut broken, mut seed, mut minutes, mut from) = (false, None, None, None, None, 0);
+    let (mut of_flock, mut of_fleet) = (false, false);
+    let (mut steps, mut broken, mut seed, mut minutes, mut from) = (None, None, None, None, 0);
     let (mut hosts, mut regions) = (None, 30);
     let mut rest = args.iter();
     while let Some(flag) = rest.next() {
-        if *flag == "--flock" {
-            of_flock = true;
+        if let "--flock" | "--fleet" = *flag {
+            (of_flock, of_fleet) = (*flag == "--flock", *flag == "--fleet");
             continue;
         }
         let value = rest.next().with_context(|| format!("{flag} wants a value\n{USAGE}"))?;
@@ -62,6 +66,9 @@ pub fn command(args: &[&str]) -> anyhow::Result<()> {
     let scene = if of_flock {
         let bug = broken.map(|name| named(name, flock::BUGS.iter().copied())).transpose()?;
         Scene::Flock(flock::Options { steps: steps.unwrap_or(flock::STEPS), bug, ..flock::Options::of(0) })
+    } else if of_fleet {
+        let bug = broken.map(|name| named(name, fleet::BUGS.iter().copied())).transpose()?;
+        Scene::Fleet(fleet::Options { steps: steps.unwrap_or(fleet::STEPS), bug, ..fleet::Options::of(0) })
     } else {
         let mutations = Mutation::ALL.iter().map(|mutation| (mutation.name(), *mutation));
         let mutation = broken.map(|name| named(name, mutations)).transpose()?;

@@ -120,17 +120,11 @@ fn plan_with(
 fn with_steps(desired: &Desired, steps: Vec<Step>) -> Plan {
     let exists = |id: &MachineId| desired.machines.iter().any(|row| row.id == *id);
     Plan {
-        app: desired.app.clone(),
-        sequence: desired.sequence,
-        purpose: desired.purpose,
-        release: desired.release,
-        from_release: desired.from_release,
-        wait_timeout_ms: desired.wait_timeout_ms,
-        strategy: desired.strategy,
         specs: desired.groups.iter().map(|(name, group)| (name.clone(), group.spec.clone())).collect(),
         mounts: desired.groups.iter().filter_map(|(name, group)| Some((name.clone(), group.mount.clone()?))).collect(),
         left: desired.left.iter().filter(|(id, _)| exists(id)).map(|(id, left)| (id.clone(), *left)).collect(),
         steps,
+        ..Plan::empty(desired)
     }
 }
 

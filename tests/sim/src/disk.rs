@@ -17,7 +17,7 @@ pub enum Entry {
     Forgotten { machine: MachineId },
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub struct Disk {
     bytes: Vec<u8>,
     synced: usize,

@@ -66,6 +66,13 @@ pub struct Host {
     pub dies_after: Option<(u64, bool)>,
 }
 
+/// What is on a host's disk, for who copies it or puts it back.
+#[derive(Clone)]
+pub struct Image {
+    disk: Disk,
+    view: Rc<Assigned>,
+}
+
 impl Host {
     pub fn new(index: usize) -> Self {
         Self {
@@ -81,6 +88,42 @@ impl Host {
             view: Rc::default(),
             dies_after: None,
         }
+    }
+
+    /// What concerns it alone; the rest is given back.
+    pub fn happen(&mut self, ctx: &mut Ctx, happening: Happening) -> Option<Happening> {
+        match happening {
+            Happening::Heard { life, input, .. } => {
+                if self.life == life && self.slots.is_some() {
+                    self.hear(ctx, *input);
+                }
+            }
+            Happening::ActEnds { life, machine, .. } => {
+                if self.life == life && self.slots.is_some() {
+                    self.end_act(ctx, &machine);
+                }
+            }
+            Happening::AttemptEnds { machine, attempt, end, .. } => self.end_attempt(ctx, &machine, attempt, end),
+            other => return Some(other),
+        }
+        None
+    }
+
+    pub fn image(&self) -> Image {
+        Image { disk: self.disk.clone(), view: self.view.clone() }
+    }
+
+    /// Another disk is in it at its next boot; nothing of it runs.
+    pub fn put_back(&mut self, image: Option<&Image>) {
+        assert!(self.slots.is_none() && self.kept.values().all(|kept| kept.alive.is_none()), "h{} is off", self.index);
+        (self.disk, self.view) = image.map_or_else(Default::default, |image| (image.disk.clone(), image.view.clone()));
+        self.kept.clear();
+        self.boot += 1 << (16 + 4 * self.index); // another boot than any that a disk from elsewhere has noted
+    }
+
+    /// Whether all that its journal names was found or given up.
+    pub fn is_recovered(&self) -> bool {
+        self.slots.as_ref().is_some_and(|slots| slots.values().all(|slot| slot.recovered))
     }
 
     /// Replays the journal and asks the living supervisors.
@@ -152,16 +195,28 @@ impl Host {
             }
         }
         if power {
-            self.boot += 1;
-            self.disk.lose_power(&mut ctx.rng);
-            for (id, kept) in &mut self.kept {
-                if let Some(alive) = kept.alive.take() {
-                    ctx.promises.ended(id, alive.attempt, None);
-                }
-            }
+            self.end_all(ctx);
         }
         let pause_ms = if power { ctx.rng.between(2_000, 30_000) } else { ctx.rng.between(50, 3_000) };
         ctx.after(pause_ms, Happening::AgentStarts { host: self.index });
+    }
+
+    /// Whether an agent runs or not.
+    pub fn lose_power(&mut self, ctx: &mut Ctx) {
+        match self.slots {
+            Some(_) => self.kill_agent(ctx, true),
+            None => self.end_all(ctx), // the agent was to start again anyway
+        }
+    }
+
+    fn end_all(&mut self, ctx: &mut Ctx) {
+        self.boot += 1;
+        self.disk.lose_power(&mut ctx.rng);
+        for (id, kept) in &mut self.kept {
+            if let Some(alive) = kept.alive.take() {
+                ctx.promises.ended(id, alive.attempt, None);
+            }
+        }
     }
 
     pub fn hear(&mut self, ctx: &mut Ctx, input: Input) {
@@ -238,7 +293,7 @@ impl Host {
         self.slots.as_mut()?.get_mut(id)
     }
 
-    fn room(&self, id: &MachineId, wanted_mb: u32) -> Result<(), String> {
+    pub fn room(&self, id: &MachineId, wanted_mb: u32) -> Result<(), String> {
         let others = self.slots.iter().flatten().filter(|(other, _)| *other != id);
         let held_mb: u32 = others.map(|(_, slot)| slot.machine.record().reserved_mb()).sum();
         if held_mb + wanted_mb <= MEMORY_MB { Ok(()) } else { Err("the host is full".into()) }
@@ -338,7 +393,7 @@ impl Host {
                 Effect::Answer { id: command, answer } => {
                     ctx.tell(|| format!("h{}: {id} answers {command}: {answer:?}", self.index));
                     ctx.promises.answered(ctx.now_ms, id, &command, &answer);
-                    ctx.reply(command);
+                    ctx.answers.push((command, answer));
                 }
                 Effect::Publish => self.publish(ctx, id),
                 Effect::Forget => self.forget(ctx, id),

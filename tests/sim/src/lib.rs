@@ -9,11 +9,15 @@
 //! One seed is one story: the only chance is [`rng::Rng`], the only clock the world's. `cargo xtask sim --seed N`
 //! tells it; `cargo xtask test` runs a fixed number of them and shows that each of [`mutation::Mutation`] is found.
 //!
-//! Not modelled: a supervisor that takes its lock only after the next agent has asked for it, moves between hosts,
+//! Three scenes: this one, of machines under a random control; [`flock`], of hosts that share state under a liar; [`fleet`], of
+//! all cores together, with plans and edges.
+//!
+//! Not modelled here: a supervisor that takes its lock only after the next agent has asked for it, moves between hosts,
 //! what the host's own code adds (the guard of tombstones, retries of single acts).
 #![forbid(unsafe_code)]
 
 mod disk;
+pub mod fleet;
 pub mod flock;
 mod host;
 pub mod mutation;

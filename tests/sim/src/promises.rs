@@ -73,6 +73,23 @@ impl Promises {
         }
     }
 
+    /// Their host has another disk, and nothing of them runs: what that disk says is what is promised now.
+    pub fn disk_lost(&mut self, machines: &[MachineId]) {
+        for id in machines {
+            let Promised { tombstoned, made, .. } = std::mem::take(self.promised(id));
+            *self.promised(id) = Promised { tombstoned, made, ..Promised::default() };
+        }
+    }
+
+    /// What control and the clients did of which others were told.
+    pub fn follow(&mut self, others: &Self) {
+        self.orders.clone_from(&others.orders);
+        for (id, of) in &others.of {
+            let (tombstoned, made) = (of.tombstoned, of.made.clone());
+            self.of.insert(id.clone(), Promised { tombstoned, made, ..Promised::default() });
+        }
+    }
+
     // What control and the clients do.
 
     pub fn sent(&mut self, order: &Order) {

@@ -6,7 +6,7 @@ use crate::mutation::Mutation;
 use crate::promises::{Intent, Promises};
 use crate::rng::Rng;
 use crate::supervisor::{Behaviour, End, fate};
-use dunlin_machine::{Order, Record, Verb};
+use dunlin_machine::{Asked, Deny, Order, Record, Verb};
 use dunlin_model::{CommandId, Generation, MachineId, MachineState as S, MachineVersion, Source};
 use dunlin_view::MachineAssignment;
 use serde_json::json;
@@ -38,9 +38,24 @@ pub enum Happening {
     AgentStarts { host: usize },
     DiskHasRoom { host: usize },
     Call { command: usize },
-    Reply { command: usize },
+    Reply { command: CommandId },
     Retry { command: usize },
     View { host: usize, view: Rc<Assigned> },
+}
+
+impl Happening {
+    /// The host that it happens to.
+    pub fn host(&self) -> Option<usize> {
+        match self {
+            Self::Heard { host, .. }
+            | Self::ActEnds { host, .. }
+            | Self::AttemptEnds { host, .. }
+            | Self::AgentStarts { host }
+            | Self::DiskHasRoom { host }
+            | Self::View { host, .. } => Some(*host),
+            Self::Call { .. } | Self::Reply { .. } | Self::Retry { .. } => None,
+        }
+    }
 }
 
 /// What everything that happens may use.
@@ -56,10 +71,41 @@ pub struct Ctx {
     pub happened: u64,
     /// What hosts said last of machines whose run is over and that are to be destroyed then.
     pub said_over: BTreeMap<MachineId, MachineVersion>,
-    story: Option<Vec<String>>,
+    /// What hosts answered, for a world that carries it to whoever asked.
+    pub answers: Vec<(CommandId, Result<Asked, Deny>)>,
+    pub story: Option<Vec<String>>,
 }
 
 impl Ctx {
+    pub fn new(seed: u64, mutation: Option<Mutation>, story: bool) -> Self {
+        Self {
+            now_ms: 1_000,
+            rng: Rng::new(seed),
+            promises: Promises::default(),
+            mutation,
+            calm: false,
+            queue: BTreeMap::new(),
+            queued: 0,
+            happened: 0,
+            said_over: BTreeMap::new(),
+            answers: Vec::new(),
+            story: story.then(Vec::new),
+        }
+    }
+
+    /// When something happens next.
+    pub fn next_ms(&self) -> u64 {
+        self.queue.first_key_value().map_or(u64::MAX, |((at, _), _)| *at)
+    }
+
+    /// What happens next, if that is not later; the time is then.
+    pub fn take_next(&mut self, until_ms: u64) -> Option<Happening> {
+        let ((at, _), happening) = self.queue.first_entry().filter(|entry| entry.key().0 <= until_ms)?.remove_entry();
+        self.now_ms = at.max(self.now_ms);
+        self.happened += 1;
+        Some(happening)
+    }
+
     pub fn after(&mut self, in_ms: u64, happening: Happening) {
         self.queued += 1;
         self.queue.insert((self.now_ms + in_ms, self.queued), happening);
@@ -68,14 +114,6 @@ impl Ctx {
     pub fn tell(&mut self, line: impl FnOnce() -> String) {
         if let Some(story) = &mut self.story {
             story.push(format!("{:>9.3} s  {}", self.now_ms as f64 / 1e3, line()));
-        }
-    }
-
-    pub fn reply(&mut self, command: CommandId) {
-        let index = command.as_str()[1..].parse().expect("ids here are c and a number");
-        if self.calm || self.rng.percent(85) {
-            let in_ms = self.rng.between(0, 50);
-            self.after(in_ms, Happening::Reply { command: index });
         }
     }
 }
@@ -102,18 +140,7 @@ pub struct World {
 
 impl World {
     pub fn new(options: &Options) -> Self {
-        let ctx = Ctx {
-            now_ms: 1_000,
-            rng: Rng::new(options.seed),
-            promises: Promises::default(),
-            mutation: options.mutation,
-            calm: false,
-            queue: BTreeMap::new(),
-            queued: 0,
-            happened: 0,
-            said_over: BTreeMap::new(),
-            story: options.story.then(Vec::new),
-        };
+        let ctx = Ctx::new(options.seed, options.mutation, options.story);
         let mut world = Self {
             ctx,
             hosts: (0..HOSTS).map(Host::new).collect(),
@@ -183,10 +210,9 @@ impl World {
 
     fn pass(&mut self, ms: u64) {
         let until = self.ctx.now_ms + ms;
-        while let Some(entry) = self.ctx.queue.first_entry().filter(|entry| entry.key().0 <= until) {
-            let ((at, _), happening) = entry.remove_entry();
-            self.ctx.now_ms = at;
+        while let Some(happening) = self.ctx.take_next(until) {
             self.happen(happening);
+            self.carry_answers();
             if self.broken() {
                 return;
             }
@@ -195,38 +221,44 @@ impl World {
         for host in &mut self.hosts {
             host.look_at_clock(&mut self.ctx);
         }
+        self.carry_answers();
         self.destroy_what_is_over();
     }
 
     fn happen(&mut self, happening: Happening) {
-        self.ctx.happened += 1;
         let ctx = &mut self.ctx;
+        let happening = match happening.host() {
+            Some(host) => self.hosts[host].happen(ctx, happening),
+            None => Some(happening),
+        };
+        let Some(happening) = happening else { return };
         match happening {
-            Happening::Heard { host, life, input } => {
-                let host = &mut self.hosts[host];
-                if host.life == life && host.slots.is_some() {
-                    host.hear(ctx, *input);
-                }
-            }
-            Happening::ActEnds { host, life, machine } => {
-                let host = &mut self.hosts[host];
-                if host.life == life && host.slots.is_some() {
-                    host.end_act(ctx, &machine);
-                }
-            }
-            Happening::AttemptEnds { host, machine, attempt, end } => self.hosts[host].end_attempt(ctx, &machine, attempt, end),
             Happening::AgentStarts { host } => self.hosts[host].start_agent(ctx),
             Happening::DiskHasRoom { host } => self.hosts[host].disk.full = false,
             Happening::Call { command } => {
                 let Command { machine, host, order, .. } = &self.commands[command];
                 self.hosts[*host].order(ctx, machine, order.clone());
             }
-            Happening::Reply { command } => self.commands[command].answered = true,
+            Happening::Reply { command } => {
+                let index: usize = command.as_str()[1..].parse().expect("ids here are c and a number");
+                self.commands[index].answered = true;
+            }
             Happening::Retry { command } => self.send(command),
             Happening::View { host, view } => {
                 let life = self.hosts[host].life;
                 let input = Box::new(Input::View(view));
                 ctx.after(0, Happening::Heard { host, life, input });
+            }
+            Happening::Heard { .. } | Happening::ActEnds { .. } | Happening::AttemptEnds { .. } => unreachable!("hosts hear of it"),
+        }
+    }
+
+    /// Some are lost on their way.
+    fn carry_answers(&mut self) {
+        for (command, _) in std::mem::take(&mut self.ctx.answers) {
+            if self.ctx.calm || self.ctx.rng.percent(85) {
+                let in_ms = self.ctx.rng.between(0, 50);
+                self.ctx.after(in_ms, Happening::Reply { command });
             }
         }
     }

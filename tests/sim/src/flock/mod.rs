@@ -10,8 +10,8 @@
 //! `cargo xtask sim --flock --seed N` tells a story. What a partition permits is the sentence above each check.
 
 mod checks;
-mod liar;
-mod network;
+pub(crate) mod liar;
+pub(crate) mod network;
 mod process;
 pub mod scale;
 mod world;
