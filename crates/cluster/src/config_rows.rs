@@ -44,6 +44,7 @@ pub fn entries(config: &ConfigState) -> BTreeMap<String, Vec<u8>> {
         certificates,
         revoked_tokens,
         removed_hosts,
+        platform,
     } = config;
     apps.iter().for_each(|(name, app)| put(format!("app/{name}"), json(app)));
     machines.iter().for_each(|(id, machine)| put(format!("machine/{id}"), json(machine)));
@@ -55,6 +56,7 @@ pub fn entries(config: &ConfigState) -> BTreeMap<String, Vec<u8>> {
     certificates.iter().enumerate().for_each(|(at, certificate)| put(format!("certificate/{at:06}"), json(certificate)));
     revoked_tokens.iter().for_each(|id| put(format!("revoked/{}", short(id)), json(id)));
     removed_hosts.iter().for_each(|host| put(format!("removed_host/{host}"), json(&())));
+    platform.iter().for_each(|fact| put("platform/".into(), json(fact)));
     entries
 }
 
@@ -82,6 +84,7 @@ fn take(config: &mut ConfigState, key: &str, value: &[u8]) -> Option<()> {
         "secrets" => drop(config.secrets.insert(parse::<AppName>(id)?, read(value)?)),
         "certificate" => config.certificates.push(read::<CertificateFact>(value)?),
         "revoked" => config.revoked_tokens.push(read(value)?),
+        "platform" => config.platform = Some(read(value)?),
         "removed_host" => drop(config.removed_hosts.insert(parse::<HostId>(id)?)),
         _ => return None,
     }
@@ -166,7 +169,7 @@ fn parse<T: FromStr>(text: &str) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dunlin_view::{AppFact, SecretsFact};
+    use dunlin_view::{AppFact, PlatformFact, SecretsFact};
     use proptest::collection::{btree_map, btree_set, vec};
     use proptest::prelude::*;
 
@@ -176,7 +179,7 @@ mod tests {
 
     prop_compose! {
         fn app()(hostnames in vec("[a-z]{1,9}", 0..4), current_release in any::<u32>()) -> AppFact {
-            AppFact { org: "personal".parse().unwrap(), hostnames, current_release }
+            AppFact { org: "personal".parse().unwrap(), hostnames, current_release, created_at_ms: 7 }
         }
     }
 
@@ -214,6 +217,7 @@ mod tests {
                 secrets: secrets.into_iter().map(|(app, facts)| (app.parse().unwrap(), facts)).collect(),
                 certificates,
                 revoked_tokens,
+                platform: (revision % 2 == 0).then(|| PlatformFact { control: "h1".parse().unwrap(), token_key: "00".repeat(32) }),
                 removed_hosts: removed.into_iter().map(|host| host.parse().unwrap()).collect(),
                 ..ConfigState::default()
             }

@@ -100,7 +100,8 @@ pub(crate) struct Driver {
 /// Desired state: read from its log, or written to it.
 struct Config {
     origin: OriginId,
-    writes: bool,
+    /// The epoch in which this process writes it.
+    writes: Option<u32>,
     published: BTreeMap<String, Vec<u8>>,
     published_generation: Generation,
     was_refused: bool,
@@ -128,7 +129,7 @@ impl Driver {
             publish_at: None,
             news: vec![],
             heard: Arc::default(),
-            config: Config { origin, writes: false, published: BTreeMap::new(), published_generation: Generation::default(), was_refused: false, is_news: true },
+            config: Config { origin, writes: None, published: BTreeMap::new(), published_generation: Generation::default(), was_refused: false, is_news: true },
             removed: BTreeSet::new(),
             silenced: None,
             skipped: Skipped::default(),
@@ -187,7 +188,7 @@ impl Driver {
     fn obey(&mut self, command: Command) {
         match command {
             Command::PublishConfig { certificate, key } => {
-                self.config.writes = certificate.id == self.config.origin;
+                self.config.writes = (certificate.id == self.config.origin).then_some(certificate.epoch);
                 self.config.published.clear();
                 self.handle(Input::Own { certificate, key });
                 self.publish_config();
@@ -296,8 +297,16 @@ impl Driver {
             }
             self.old_facts += self.view.fold(news, self.heard.clone()) as u64;
         }
-        if std::mem::take(&mut self.config.is_news) && !self.config.writes {
-            self.read_config();
+        if std::mem::take(&mut self.config.is_news) {
+            // Whoever writes it knows it, until somebody writes it in a later epoch: control that was restored elsewhere.
+            let is_later = |own| self.node.catalogue().epoch(self.config.origin) > Some(own);
+            if self.config.writes.is_some_and(is_later) {
+                tracing::warn!("another process writes desired state in a later epoch; this one does not any more");
+                self.config.writes = None;
+            }
+            if self.config.writes.is_none() {
+                self.read_config();
+            }
         }
     }
 
@@ -352,7 +361,7 @@ impl Driver {
     fn publish_config(&mut self) {
         let config = self.view.current().config.clone();
         let is_published = config.generation == self.config.published_generation && !self.config.published.is_empty();
-        if !self.config.writes || is_published || config.generation == Generation::default() {
+        if self.config.writes.is_none() || is_published || config.generation == Generation::default() {
             return;
         }
         let rows = config_rows::rows(&config);
