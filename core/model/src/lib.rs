@@ -21,6 +21,7 @@ pub mod files;
 pub mod hash;
 pub mod ids;
 pub mod machine;
+pub mod proof;
 pub mod region;
 pub mod schedule;
 pub mod seal;

@@ -27,6 +27,24 @@ pub enum SealError {
     BadKey,
 }
 
+/// A box for whoever has the key. The salt is fresh random bytes, kept beside it; `context` is authenticated with it.
+pub fn lock(key: &[u8; 32], salt: &[u8], context: &[u8], plain: &[u8]) -> Vec<u8> {
+    let cipher = ChaCha20Poly1305::new((&*locked_with(key, salt)).into());
+    cipher.encrypt(&Nonce::default(), Payload { msg: plain, aad: context }).expect("it fits into memory")
+}
+
+/// The counterpart of [`lock`].
+pub fn unlock(key: &[u8; 32], salt: &[u8], context: &[u8], locked: &[u8]) -> Result<Zeroizing<Vec<u8>>, SealError> {
+    let cipher = ChaCha20Poly1305::new((&*locked_with(key, salt)).into());
+    let opened = cipher.decrypt(&Nonce::default(), Payload { msg: locked, aad: context });
+    opened.map(Zeroizing::new).map_err(|_| SealError::CannotOpen)
+}
+
+/// Each box has a key of its own, so that no nonce is used twice.
+fn locked_with(key: &[u8; 32], salt: &[u8]) -> Zeroizing<[u8; 32]> {
+    Zeroizing::new(Sha256::new().chain_update(b"dunlin locked box 1\0").chain_update(key).chain_update(salt).finalize().into())
+}
+
 /// A private key that opens boxes. Never printed.
 #[derive(Clone)]
 pub struct OpeningKey(StaticSecret);

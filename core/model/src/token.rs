@@ -67,19 +67,41 @@ impl Capability {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(TokenError::Malformed);
         }
-        let (signed, signature) = token.rsplit_once('.').ok_or(TokenError::Malformed)?;
-        let payload = signed.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('.'));
-        let payload = payload.ok_or(TokenError::Malformed)?;
-        let signature = BASE64.decode(signature).map_err(|_| TokenError::Malformed)?;
-        let signature = Signature::from_slice(&signature).map_err(|_| TokenError::Malformed)?;
+        let (signed, signature) = parts(token)?;
         key.verify(signed.as_bytes(), &signature).map_err(|_| TokenError::BadSignature)?;
-        let payload = BASE64.decode(payload).map_err(|_| TokenError::Malformed)?;
+        Self::said(signed, now_ms)
+    }
+
+    /// What the signed half of a token says, if it has not expired. Whether it was signed is the caller's to know.
+    pub(crate) fn said(signed: &str, now_ms: u64) -> Result<Self, TokenError> {
+        let payload = signed.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('.'));
+        let payload = BASE64.decode(payload.ok_or(TokenError::Malformed)?).map_err(|_| TokenError::Malformed)?;
         let capability: Self = serde_json::from_slice(&payload).map_err(|_| TokenError::Malformed)?;
         if now_ms >= capability.expires_at_ms {
             return Err(TokenError::Expired);
         }
         Ok(capability)
     }
+}
+
+/// A public key of tokens, as others are told it.
+pub fn key_text(key: &VerifyingKey) -> String {
+    BASE64.encode(key.as_bytes())
+}
+
+/// The counterpart of [`key_text`].
+pub fn key_of_text(text: &str) -> Option<VerifyingKey> {
+    VerifyingKey::from_bytes(&BASE64.decode(text).ok()?.try_into().ok()?).ok()
+}
+
+/// What is signed of a token, and the signature.
+pub(crate) fn parts(token: &str) -> Result<(&str, Signature), TokenError> {
+    let (signed, signature) = token.rsplit_once('.').ok_or(TokenError::Malformed)?;
+    if !signed.starts_with(PREFIX) {
+        return Err(TokenError::Malformed);
+    }
+    let signature = BASE64.decode(signature).map_err(|_| TokenError::Malformed)?;
+    Ok((signed, Signature::from_slice(&signature).map_err(|_| TokenError::Malformed)?))
 }
 
 #[cfg(test)]

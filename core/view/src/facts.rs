@@ -33,6 +33,18 @@ pub struct ConfigState {
     /// Hosts that were removed for good: nobody talks to them any more, and their names are never used again.
     #[serde(default)]
     pub removed_hosts: OrdSet<HostId>,
+    /// `None`: control is of before there was such.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<PlatformFact>,
+}
+
+/// What members need to know of control, to follow it and to do without it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlatformFact {
+    /// The host that control runs on. Nobody else commands machines by a word of its own.
+    pub control: HostId,
+    /// The public key of tokens ([`dunlin_model::token::key_text`]): by it tokens are checked, and none can be made.
+    pub token_key: String,
 }
 
 /// How lately anything was heard of a host, as readers judge its facts.
@@ -54,6 +66,8 @@ pub struct AppFact {
     /// Host names that the edge serves for it, lower case, without port.
     pub hostnames: Vec<String>,
     pub current_release: u32,
+    #[serde(default)]
+    pub created_at_ms: u64,
 }
 
 /// A machine, its owner, and the version that it should be in.

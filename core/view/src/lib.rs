@@ -12,7 +12,7 @@ mod snapshot;
 
 pub use facts::{
     AppFact, CertificateFact, CheckState, CheckStatus, ConfigState, Freshness, HostFact, HostRoom, MachineAssignment, MachineFact,
-    SecretsFact,
+    PlatformFact, SecretsFact,
 };
 pub use project::{Desired, project};
 pub use snapshot::{HostFacts, Refused, Snapshot};

@@ -1,6 +1,6 @@
 //! Control's projection of desired state into config facts.
 
-use crate::{AppFact, CertificateFact, ConfigState, MachineAssignment, SecretsFact};
+use crate::{AppFact, CertificateFact, ConfigState, MachineAssignment, PlatformFact, SecretsFact};
 use dunlin_model::desired::{AppRow, CertificateRow, MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::volume::{VolumeRow, VolumeTombstoneRow};
 use dunlin_model::{AppName, Generation, HostId};
@@ -22,6 +22,7 @@ pub struct Desired {
     pub secrets: BTreeMap<AppName, Vec<SecretsFact>>,
     pub revoked_tokens: Vec<String>,
     pub removed_hosts: BTreeSet<HostId>,
+    pub platform: Option<PlatformFact>,
 }
 
 /// A pure function of the revision, so that any control process may publish it.
@@ -29,7 +30,7 @@ pub fn project(desired: Desired) -> ConfigState {
     // One that is being destroyed serves nobody and takes no images any more.
     let apps = desired.apps.iter().filter(|app| !app.destroying).map(|app| {
         let hostnames = vec![format!("{}.{}", app.name, desired.domain)];
-        (app.name.clone(), AppFact { org: app.org.clone(), hostnames, current_release: app.current_release })
+        (app.name.clone(), AppFact { org: app.org.clone(), hostnames, current_release: app.current_release, created_at_ms: app.created_at_ms })
     });
     let machines = desired.machines.into_iter().map(|row| {
         let assignment = MachineAssignment {
@@ -65,6 +66,7 @@ pub fn project(desired: Desired) -> ConfigState {
         certificates: certificates.collect(),
         revoked_tokens: desired.revoked_tokens.into_iter().collect(),
         removed_hosts: desired.removed_hosts.into_iter().collect(),
+        platform: desired.platform,
     }
 }
 

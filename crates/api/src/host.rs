@@ -110,6 +110,9 @@ pub enum Refusal {
     /// It may be down, or cut off; what was asked may have been done all the same.
     #[error("host {host} cannot be reached: {why}")]
     Unreachable { host: HostId, why: String },
+    /// Whoever asks may not ask for it.
+    #[error("{0}")]
+    Forbidden(String),
     #[error("{0}")]
     Failed(String),
 }

@@ -11,7 +11,7 @@
 
 use dunlin_gossip::{Change, Key, MAX_VALUE_BYTES, Row, Topic};
 use dunlin_model::{AppName, Generation, HostId, MachineId, VolumeId};
-use dunlin_view::{CertificateFact, ConfigState};
+use dunlin_view::{CertificateFact, ConfigState, PlatformFact};
 use imbl::ordmap::DiffItem;
 use imbl::{OrdMap, OrdSet, Vector};
 use serde::de::DeserializeOwned;
@@ -111,6 +111,7 @@ fn differences(old: &ConfigState, new: &ConfigState) -> Vec<Entry> {
         certificates,
         revoked_tokens,
         removed_hosts,
+        platform,
     } = new;
     let mut found = vec![];
     of_map("app", &old.apps, apps, &mut found);
@@ -129,6 +130,8 @@ fn differences(old: &ConfigState, new: &ConfigState) -> Vec<Entry> {
         of_map(REVOKED, &named(&old.revoked_tokens), &named(revoked_tokens), &mut found);
     }
     of_set("removed_host", &old.removed_hosts, removed_hosts, &mut found);
+    let named = |fact: &Option<PlatformFact>| -> OrdMap<String, PlatformFact> { fact.iter().map(|fact| (String::new(), fact.clone())).collect() };
+    of_map("platform", &named(&old.platform), &named(platform), &mut found);
     found
 }
 
@@ -283,6 +286,7 @@ fn insert(config: &mut ConfigState, entry: &str, value: &[u8]) -> Option<()> {
         "secrets" => drop(config.secrets.insert(parse::<AppName>(id)?, read(value)?)),
         CERTIFICATE => config.certificates.push_back(read::<CertificateFact>(value)?),
         REVOKED => config.revoked_tokens.push_back(read(value)?),
+        "platform" => config.platform = Some(read(value)?),
         "removed_host" => drop(config.removed_hosts.insert(parse::<HostId>(id)?)),
         _ => return None,
     }
@@ -301,6 +305,7 @@ fn remove(config: &mut ConfigState, entry: &str) -> Option<()> {
         "volume_tombstone" => drop(config.volume_tombstones.remove(&parse::<VolumeId>(id)?)),
         "secrets" => drop(config.secrets.remove(&parse::<AppName>(id)?)),
         "removed_host" => drop(config.removed_hosts.remove(&parse::<HostId>(id)?)),
+        "platform" => config.platform = None,
         _ => {}
     }
     Some(())
@@ -332,7 +337,7 @@ fn parse<T: FromStr>(text: &str) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dunlin_view::{AppFact, SecretsFact};
+    use dunlin_view::{AppFact, PlatformFact, SecretsFact};
     use proptest::collection::{btree_map, btree_set, vec};
     use proptest::prelude::*;
 
@@ -342,7 +347,7 @@ mod tests {
 
     prop_compose! {
         fn app()(hostnames in vec("[a-z]{1,9}", 0..4), current_release in any::<u32>()) -> AppFact {
-            AppFact { org: "personal".parse().unwrap(), hostnames, current_release }
+            AppFact { org: "personal".parse().unwrap(), hostnames, current_release, created_at_ms: 7 }
         }
     }
 
@@ -380,6 +385,7 @@ mod tests {
                 secrets: secrets.into_iter().map(|(app, facts)| (app.parse().unwrap(), facts)).collect(),
                 certificates: certificates.into(),
                 revoked_tokens: revoked_tokens.into(),
+                platform: (revision % 2 == 0).then(|| PlatformFact { control: "h1".parse().unwrap(), token_key: "00".repeat(32) }),
                 removed_hosts: removed.into_iter().map(|host| host.parse().unwrap()).collect(),
                 ..ConfigState::default()
             }

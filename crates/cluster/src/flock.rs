@@ -100,7 +100,8 @@ pub(crate) struct Driver {
 /// Desired state: read from its log, or written to it.
 struct Config {
     origin: OriginId,
-    writes: bool,
+    /// The epoch in which this process writes it.
+    writes: Option<u32>,
     published: config_rows::Published,
     reader: config_rows::Reader,
     published_generation: Generation,
@@ -113,7 +114,7 @@ impl Config {
     fn of(origin: OriginId) -> Self {
         Self {
             origin,
-            writes: false,
+            writes: None,
             published: config_rows::Published::default(),
             reader: config_rows::Reader::default(),
             published_generation: Generation::default(),
@@ -202,7 +203,8 @@ impl Driver {
     fn obey(&mut self, command: Command) {
         match command {
             Command::PublishConfig { certificate, key } => {
-                self.config = Config { writes: certificate.id == self.config.origin, ..Config::of(self.config.origin) };
+                let writes = (certificate.id == self.config.origin).then_some(certificate.epoch);
+                self.config = Config { writes, ..Config::of(self.config.origin) };
                 self.handle(Input::Own { certificate, key });
                 self.publish_config();
             }
@@ -288,16 +290,29 @@ impl Driver {
 
     fn changed(&mut self, origin: OriginId, whole: bool, rows: &[Row]) {
         if origin == self.config.origin {
-            if !self.config.writes {
-                self.config.reader.take(whole, rows);
-                self.config.is_news = true;
-            }
-            return;
+            return self.desired(whole, rows);
         }
         match self.host_of(origin) {
             Some(host) if origin != self.own => self.news.push(facts::read(&host, whole, rows, &mut self.skipped)),
             _ => {}
         }
+    }
+
+    /// Whoever writes it knows it, until somebody writes it in a later epoch: control that was restored elsewhere.
+    fn desired(&mut self, whole: bool, rows: &[Row]) {
+        let Some(own) = self.config.writes else {
+            self.config.reader.take(whole, rows);
+            self.config.is_news = true;
+            return;
+        };
+        if self.node.catalogue().epoch(self.config.origin) <= Some(own) {
+            return;
+        }
+        tracing::warn!("another process writes desired state in a later epoch; this one does not any more");
+        self.config = Config::of(self.config.origin);
+        let rows: Vec<Row> = self.node.catalogue().log(self.config.origin).into_iter().flat_map(|log| log.rows().cloned()).collect();
+        self.config.reader.take(true, &rows);
+        self.config.is_news = true;
     }
 
     /// All that has come, in one swap each.
@@ -368,7 +383,7 @@ impl Driver {
     fn publish_config(&mut self) {
         let config = self.view.current().config.clone();
         let is_published = config.generation == self.config.published_generation;
-        if !self.config.writes || is_published || config.generation == Generation::default() {
+        if self.config.writes.is_none() || is_published || config.generation == Generation::default() {
             return;
         }
         let (changes, published) = self.config.published.next(&config);

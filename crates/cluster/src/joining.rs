@@ -50,6 +50,18 @@ pub struct HostReport {
     pub version: String,
     /// The host's clock as it sent this.
     pub clock_ms: u64,
+    /// Of a member: a control that was restored from an older backup does not know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standing: Option<Standing>,
+}
+
+/// What a host was given when it joined.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    pub region: Region,
+    pub machine_prefix: Ipv4Prefix,
+    /// Of its keys.
+    pub epoch: u32,
 }
 
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -32,7 +32,7 @@ pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name};
 pub use cluster::{Cluster, ClusterConfig, ClusterError};
 pub use disk::{Loaded, ViewError};
 pub use join::{JoinError, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, join};
-pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, NotAJoinToken, TokenProof};
+pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, NotAJoinToken, Standing, TokenProof};
 pub use link::Handler;
 pub use live::{Age, Ages, Changes, View};
 pub use member::{ControlHost, Member, MemberError, MemberKeys, Said};

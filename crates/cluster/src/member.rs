@@ -61,6 +61,9 @@ pub struct Said {
     pub zone: Option<Zone>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// Control was restored on it: it has control, and is who it was told to be when it joined.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub controls: bool,
 }
 
 /// A host as a member of its cluster.
@@ -160,10 +163,10 @@ impl Member {
         {
             return Ok(kept.clone());
         }
-        let (keys, epoch, peers) = match kept {
-            Some(kept) => (kept.keys, kept.epoch, kept.peers),
+        let (keys, epoch, peers, said) = match kept {
+            Some(kept) => (kept.keys, kept.epoch, kept.peers, kept.said),
             // Later than every epoch that it has had, also those that nothing on this disk tells of.
-            None => (MemberKeys::generate()?, u32::try_from(now_ms / 1000).unwrap_or(u32::MAX), vec![]),
+            None => (MemberKeys::generate()?, u32::try_from(now_ms / 1000).unwrap_or(u32::MAX), vec![], Said::default()),
         };
         let member = Self {
             issued: authority.issue(&of.host, &of.region, epoch, &keys.public()?, now_ms)?,
@@ -174,7 +177,7 @@ impl Member {
             machine_prefix: of.machine_prefix,
             control: of.host.clone(),
             peers,
-            said: Said::default(),
+            said,
             keys,
         };
         member.save(dir)?;

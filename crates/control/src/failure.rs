@@ -75,6 +75,7 @@ impl From<Refusal> for Failure {
             Refusal::WaitHopeless { .. } => ErrorCode::BadRequest,
             Refusal::DiskFull(_) => ErrorCode::DiskFull,
             Refusal::Unreachable { .. } => ErrorCode::Unavailable,
+            Refusal::Forbidden(_) => ErrorCode::Forbidden,
             Refusal::Failed(_) => ErrorCode::Internal,
         };
         let hint = match &refusal {
@@ -91,6 +92,7 @@ impl From<Refusal> for Failure {
             Refusal::Unreachable { .. } => Some(
                 "try again in a moment; what it runs goes on without us, and machines that may run elsewhere are replaced if it is lost",
             ),
+            Refusal::Forbidden(_) => Some("send a token that allows it: `dunlin tokens create` makes one where control is"),
             Refusal::WaitHopeless { .. } => Some("`dunlin logs` shows why the machine ended"),
             _ => None,
         };

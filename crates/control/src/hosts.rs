@@ -50,8 +50,8 @@ pub(crate) async fn of_machine(ctx: &Ctx, id: &MachineId) -> Result<Arc<dyn Host
 }
 
 /// For people who look: an answer of a host elsewhere is not waited for long.
-pub(crate) async fn look<T>(ctx: &Ctx, host: &HostId, asked: impl Future<Output = Result<T, Refusal>>) -> Result<T, Refusal> {
-    if ctx.host.host_id() == host {
+pub(crate) async fn look<T>(here: &HostId, host: &HostId, asked: impl Future<Output = Result<T, Refusal>>) -> Result<T, Refusal> {
+    if here == host {
         return asked.await;
     }
     let late = |_| Refusal::Unreachable { host: host.clone(), why: format!("no answer within {} ms", LOOK_WAIT.as_millis()) };

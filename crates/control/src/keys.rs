@@ -60,7 +60,8 @@ pub(crate) fn private_dir(path: &Path) -> Result<(), KeyError> {
     made.map_err(|source| KeyError::Io { path: path.to_owned(), verb: "placed", source })
 }
 
-fn load_or_create(path: &Path) -> Result<Zeroizing<[u8; KEY_BYTES]>, KeyError> {
+/// Of one key in its own 0600 file.
+pub(crate) fn load_or_create(path: &Path) -> Result<Zeroizing<[u8; KEY_BYTES]>, KeyError> {
     let io = |verb| move |source| KeyError::Io { path: path.to_owned(), verb, source };
     match fs::read(path) {
         Ok(bytes) => {

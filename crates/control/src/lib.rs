@@ -10,7 +10,9 @@
 //! (`tests/`).
 #![forbid(unsafe_code)]
 
+mod adopt;
 mod api;
+mod backup;
 mod certificates;
 mod ended;
 mod destroyed;
@@ -29,6 +31,7 @@ mod launch;
 mod logs;
 mod machine_rows;
 mod members;
+mod owners;
 mod project;
 mod reconcile;
 mod registry;
@@ -43,7 +46,10 @@ mod start;
 mod tokens;
 mod volumes;
 mod watch_hosts;
+mod without;
 
+pub use adopt::RESTORED;
+pub use backup::{BackupError, Restored, restore, write as write_backup};
 pub use certificates::CertificateError;
 pub use failure::Failure;
 pub use images::{BaseImages, ResolveImage, Wanted};
@@ -53,6 +59,7 @@ pub use registry::resolver;
 pub use start::{
     BuilderSettings, Control, ControlConfig, Enrolment, Fleet, FleetQuestion, Metrics, Parts, Probe, Reach, Ready, StartError,
 };
+pub use without::{Away, ReachFor, WithoutControl, token_key};
 
 use dunlin_api::HostApi;
 use dunlin_api::wire::HostCost;

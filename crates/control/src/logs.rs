@@ -2,12 +2,12 @@
 //! their time. A host that cannot be asked is told of among the lines, so that nobody takes what is missing for silence.
 
 use crate::failure::Failure;
-use crate::{Ctx, hosts, now_ms};
+use crate::now_ms;
+use crate::owners::Owners;
 use dunlin_api::{LogLine, LogQuery, LogStream, Refusal};
 use dunlin_model::{AppName, HostId, MachineId};
 use futures_util::future::{join_all, select_all};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -25,30 +25,28 @@ const HOLD: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The newest lines of all hosts together, `query.tail` of them, and then what comes.
-pub(crate) async fn lines(ctx: &Arc<Ctx>, app: AppName, query: LogQuery) -> Result<mpsc::Receiver<LogLine>, Failure> {
-    let asked = hosts_of(ctx, &app, query.machine.as_ref());
-    let is_here = |host: &HostId| host == ctx.host.host_id();
-    let is_fleet = ctx.reach.is_some();
-    if !is_fleet && asked.keys().all(is_here) {
-        return Ok(ctx.host.logs(query).await?.lines);
+pub(crate) async fn lines(owners: Owners, app: AppName, query: LogQuery) -> Result<mpsc::Receiver<LogLine>, Failure> {
+    let asked = hosts_of(&owners, &app, query.machine.as_ref());
+    let is_here = |host: &HostId| host == owners.here().host_id();
+    if !owners.is_fleet() && asked.keys().all(is_here) {
+        return Ok(owners.here().logs(query).await?.lines);
     }
     let (sender, lines) = mpsc::channel(QUEUE);
     let mut merged = Merged { app, query, sources: vec![], asked: BTreeMap::new() };
-    let missing = merged.open(ctx, asked, merged.query.clone()).await;
-    let ctx = Arc::clone(ctx);
+    let missing = merged.open(&owners, asked, merged.query.clone()).await;
     tokio::spawn(async move {
         tokio::select! {
-            _ = merged.run(&ctx, missing, &sender) => {} // nobody listens any more, or all was told
+            _ = merged.run(&owners, missing, &sender) => {} // nobody listens any more, or all was told
             () = sender.closed() => {}
-            () = ctx.stop.cancelled() => {}
+            () = owners.stop().cancelled() => {}
         }
     });
     Ok(lines)
 }
 
 /// Hosts that have machines of the app, or had them and are at their end, each with one of these machines.
-fn hosts_of(ctx: &Ctx, app: &AppName, machine: Option<&MachineId>) -> BTreeMap<HostId, MachineId> {
-    let view = ctx.view.current();
+fn hosts_of(owners: &Owners, app: &AppName, machine: Option<&MachineId>) -> BTreeMap<HostId, MachineId> {
+    let view = owners.view().current();
     let assigned = view.config.machines.values().filter(|row| row.spec.app == *app).map(|row| (&row.host, &row.id));
     let heard = view.machines_of(app).map(|fact| (&fact.host, &fact.id));
     let wanted = assigned.chain(heard).filter(|(_, id)| machine.is_none_or(|machine| machine == *id));
@@ -78,9 +76,9 @@ struct Source {
 
 impl Merged {
     /// Asks hosts side by side; lines that tell of those that do not answer.
-    async fn open(&mut self, ctx: &Ctx, asked: BTreeMap<HostId, MachineId>, query: LogQuery) -> Vec<LogLine> {
+    async fn open(&mut self, owners: &Owners, asked: BTreeMap<HostId, MachineId>, query: LogQuery) -> Vec<LogLine> {
         let opened = join_all(asked.into_iter().map(async |(host, machine)| {
-            let opened = match hosts::reach(ctx, &host) {
+            let opened = match owners.reach(&host) {
                 Ok(there) => timeout(OPEN_WAIT, there.logs(query.clone())).await.unwrap_or_else(|_| {
                     Err(Refusal::Unreachable { host: host.clone(), why: format!("no answer within {} s", OPEN_WAIT.as_secs()) })
                 }),
@@ -101,7 +99,7 @@ impl Merged {
         missing
     }
 
-    async fn run(&mut self, ctx: &Ctx, missing: Vec<LogLine>, to: &mpsc::Sender<LogLine>) -> Result<(), Gone> {
+    async fn run(&mut self, owners: &Owners, missing: Vec<LogLine>, to: &mpsc::Sender<LogLine>) -> Result<(), Gone> {
         for line in self.backlog().await.into_iter().chain(missing) {
             send(to, line).await?;
         }
@@ -111,7 +109,7 @@ impl Merged {
         let mut look_at = Instant::now() + LOOK;
         loop {
             if Instant::now() >= look_at {
-                for line in self.join_new(ctx).await {
+                for line in self.join_new(owners).await {
                     send(to, line).await?;
                 }
                 look_at = Instant::now() + LOOK;
@@ -120,7 +118,7 @@ impl Merged {
             if let Some(line) = self.oldest() {
                 send(to, line).await?;
             }
-            for line in self.bury(ctx) {
+            for line in self.bury(owners) {
                 send(to, line).await?;
             }
         }
@@ -167,14 +165,14 @@ impl Merged {
     }
 
     /// Machines may have come to hosts that had none. What they printed since is told from its beginning.
-    async fn join_new(&mut self, ctx: &Ctx) -> Vec<LogLine> {
-        let mut new = hosts_of(ctx, &self.app, self.query.machine.as_ref());
+    async fn join_new(&mut self, owners: &Owners) -> Vec<LogLine> {
+        let mut new = hosts_of(owners, &self.app, self.query.machine.as_ref());
         new.retain(|host, _| !self.asked.contains_key(host));
         if new.is_empty() {
             return vec![];
         }
         let query = self.query.clone();
-        self.open(ctx, new, query).await
+        self.open(owners, new, query).await
     }
 
     /// Waits until every host that has something to say has said it, but not longer than a moment, nor than `until` while
@@ -211,12 +209,12 @@ impl Merged {
     }
 
     /// Tells of streams that ended while they were followed.
-    fn bury(&mut self, ctx: &Ctx) -> Vec<LogLine> {
+    fn bury(&mut self, owners: &Owners) -> Vec<LogLine> {
         let mut told_of = Vec::new();
         for source in self.sources.iter().filter(|source| source.has_ended && source.head.is_none()) {
             let Some(machine) = self.asked.get(&source.host) else { continue };
             let ended = || Refusal::Unreachable { host: source.host.clone(), why: "it does not send lines any more".into() };
-            if !ctx.stop.is_cancelled() {
+            if !owners.stop().is_cancelled() {
                 told_of.push(told(&self.app, machine, &source.stream.broken.get().cloned().unwrap_or_else(ended)));
             }
         }

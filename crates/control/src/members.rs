@@ -5,7 +5,7 @@ use crate::rows::{Change, HostTokenRow, MemberRow, Outcome, RemovedHostRow, Row,
 use crate::start::Fleet;
 use crate::{Ctx, now_ms};
 use dunlin_api::ErrorCode;
-use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, JoinToken, TokenProof};
+use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, JoinToken, Standing, TokenProof};
 use dunlin_model::desired::{HOST_LABELS_MAX, HostRow, Ipv4Prefix, is_host_label};
 use dunlin_model::seal::SealingKey;
 use dunlin_model::{HostId, Region};
@@ -104,10 +104,15 @@ pub(crate) async fn renew(ctx: &Ctx, host: &HostId, report: HostReport) -> Resul
     let row = ctx.state.get::<HostRow>(&key::host(host)).await?;
     let member = ctx.state.get::<MemberRow>(&key::member(host)).await?;
     let Some((row, member)) = row.zip(member) else {
+        if let Some(standing) = report.standing.clone() {
+            return taken_back(ctx, host, standing, report, now_ms).await;
+        }
         return Err(Failure::not_found(format!("host {host} is not in the cluster")).hint("let it join: `dunlin host join`"));
     };
     let has_new_keys = member.value.keys != report.keys;
     let epoch = member.value.epoch + u32::from(has_new_keys);
+    // The backup from which control was restored may have older keys of it.
+    let epoch = report.standing.as_ref().map_or(epoch, |standing| epoch.max(standing.epoch));
     let next_row = with_report(row.value.clone(), &report);
     let next_member = MemberRow { epoch, keys: report.keys, addr: report.addr, version: report.version };
     let answer = answer(ctx, &next_row, &next_member, now_ms).await?;
@@ -120,6 +125,40 @@ pub(crate) async fn renew(ctx: &Ctx, host: &HostId, report: HostReport) -> Resul
         committed(ctx, change).await?;
         tracing::info!(%host, epoch, addr = %next_member.addr, "host says anew who it is");
     }
+    Ok(answer)
+}
+
+/// A host that control itself let in, as its certificate shows, and that the backup from which control was restored is too
+/// old to have.
+async fn taken_back(ctx: &Ctx, host: &HostId, standing: Standing, report: HostReport, now_ms: u64) -> Result<JoinAnswer, Failure> {
+    let found = ctx.state.get::<HostRow>(&key::host(host)).await?;
+    let prefix = match &found {
+        Some(row) => row.value.prefix,
+        None => block(ctx, Some(standing.machine_prefix), now_ms).await?,
+    };
+    let row = HostRow {
+        id: host.clone(),
+        region: standing.region,
+        prefix,
+        public_key: String::new(),
+        cpus: 0,
+        memory_mb: 0,
+        zone: None,
+        labels: Default::default(),
+        cordoned: found.as_ref().is_some_and(|row| row.value.cordoned),
+        draining: found.as_ref().is_some_and(|row| row.value.draining),
+        joined_at_ms: found.as_ref().map_or(now_ms, |row| row.value.joined_at_ms),
+    };
+    let row = with_report(row, &report);
+    let member = MemberRow { epoch: standing.epoch, keys: report.keys, addr: report.addr, version: report.version };
+    let answer = answer(ctx, &row, &member, now_ms).await?;
+    let change = Change::default()
+        .if_as_read(key::host(host), found.as_ref())
+        .absent(key::member(host))
+        .put(key::host(host), &row)
+        .put(key::member(host), &member);
+    committed(ctx, change).await?;
+    tracing::info!(%host, region = %row.region, %prefix, "a host that the backup does not have is taken back");
     Ok(answer)
 }
 

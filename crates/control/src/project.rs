@@ -4,10 +4,10 @@ use crate::certificates::{SealedCertificates, StoredCertificate};
 use crate::failure::Failure;
 use crate::rows::SecretsVersionRow;
 use crate::secret_sets::SealedCache;
-use crate::{Ctx, now_ms};
+use crate::{Ctx, adopt, now_ms};
 use dunlin_model::desired::{AppRow, HostRow, TombstoneRow};
-use dunlin_model::{AppName, Generation};
-use dunlin_view::{Desired, project};
+use dunlin_model::{AppName, Generation, token};
+use dunlin_view::{Desired, PlatformFact, project};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -83,10 +83,17 @@ async fn load(ctx: &Ctx, cache: &mut Sealed) -> Result<(Desired, Vec<String>), F
     let machines = machines.machines(generation.incarnation)?;
     let revoked: Vec<String> = revoked.keys().filter_map(|key| Some(key.strip_prefix("revoked/")?.to_owned())).collect();
     let certificates = certificates.values::<StoredCertificate>()?;
+    let mut secrets = cache.secrets.facts(ctx, &sets, (&hosts, &machines)).await?;
+    for (app, fact) in adopt::adopted_secrets(ctx).await? {
+        let is_had = machines.iter().any(|row| row.spec.app == app && row.host == fact.host && row.spec.secrets_version == fact.version);
+        if is_had {
+            secrets.entry(app).or_default().push(fact);
+        }
+    }
     let desired = Desired {
         generation,
         domain: ctx.domain.clone(),
-        secrets: cache.secrets.facts(ctx, &sets, (&hosts, &machines)).await?,
+        secrets,
         apps,
         machines,
         tombstones: tombstones.values::<TombstoneRow>()?,
@@ -94,6 +101,7 @@ async fn load(ctx: &Ctx, cache: &mut Sealed) -> Result<(Desired, Vec<String>), F
         volume_tombstones: volume_tombstones.values()?,
         certificates: cache.certificates.rows(ctx, certificates, &hosts),
         revoked_tokens: revoked.clone(),
+        platform: Some(PlatformFact { control: ctx.host.host_id().clone(), token_key: token::key_text(&ctx.tokens.public_key()) }),
         removed_hosts: removed.keys().filter_map(|key| key.strip_prefix("removed_hosts/")?.parse().ok()).collect(),
     };
     Ok((desired, revoked))

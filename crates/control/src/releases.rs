@@ -56,7 +56,8 @@ pub(crate) async fn create(
         let base = Base { app: &app.value, current, releases: &releases, machines: &machines };
         let Some(intent) = intent(&base)? else { return Ok(None) };
         let stored = ctx.state.get::<SecretsVersionRow>(&key::secrets_version(name)).await?;
-        let number = releases.iter().map(|row| row.value.number).max().unwrap_or(0) + 1;
+        // Control that was restored from a backup does not know the last ones.
+        let number = releases.iter().map(|row| row.value.number).max().unwrap_or(0).max(app.value.current_release) + 1;
         let release = ReleaseRow {
             app: name.clone(),
             number,

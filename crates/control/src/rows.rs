@@ -279,6 +279,11 @@ impl State {
         self.store.incarnation()
     }
 
+    /// Above whatever hosts have heard of; gives the new one.
+    pub async fn raise_incarnation(&self) -> Result<u64, Failure> {
+        self.store.raise_incarnation().await.map_err(|error| unwritable(&error))
+    }
+
     /// Finishes what waits and releases the database.
     pub async fn close(&self) {
         self.store.clone().close().await;

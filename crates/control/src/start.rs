@@ -7,7 +7,7 @@ use crate::keys::{KeyError, Keys, private_dir};
 use crate::kill::KillPoints;
 use crate::rows::{Change, RemovedHostRow, SecretsVersionRow, State, key};
 use crate::tokens::Tokens;
-use crate::{Ctx, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry, watch_hosts};
+use crate::{Ctx, adopt, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry, watch_hosts};
 use axum::Router;
 use dunlin_api::{ErrorCode, HostApi};
 use dunlin_api::wire::HostCost;
@@ -182,6 +182,7 @@ impl Control {
         // Before anybody can ask: a revoked token must not work until the first publication.
         let revoked = ctx.state.keys("revoked/").await?;
         ctx.tokens.revoke(revoked.iter().filter_map(|key| Some(key.strip_prefix("revoked/")?.to_owned())));
+        adopt::after_restore(&ctx).await?;
         join(&ctx).await?;
         certificates::ensure(&ctx).await?;
         let mut tasks = JoinSet::new();

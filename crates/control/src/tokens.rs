@@ -46,24 +46,34 @@ impl Tokens {
         (id, token)
     }
 
+    /// By which others check tokens.
+    pub fn public_key(&self) -> VerifyingKey {
+        self.verifying
+    }
+
     /// The capability of a token, or why it gives none.
     pub fn verify(&self, token: &str, now_ms: u64) -> Result<Capability, Failure> {
-        let refuse = |why: String, hint: &str| Failure::new(ErrorCode::Unauthorized, why).hint(hint);
-        const NEW: &str = "make a new one on the server with `dunlin tokens create`";
-        let capability = Capability::verify(token, &self.verifying, now_ms).map_err(|error| {
-            let hint = match error {
-                TokenError::Malformed => "send `Authorization: Bearer dunlin_v1...`",
-                TokenError::BadSignature => "is this token from another server? make one here with `dunlin tokens create`",
-                TokenError::Expired => NEW,
-            };
-            refuse(error.to_string(), hint)
-        })?;
-        let is_revoked = self.revoked.read().unwrap_or_else(|e| e.into_inner()).contains(&capability.id);
-        if is_revoked {
-            return Err(refuse(format!("the token {} was revoked", capability.id), NEW));
-        }
-        Ok(capability)
+        let is_revoked = |id: &str| self.revoked.read().unwrap_or_else(|e| e.into_inner()).contains(id);
+        verified(token, &self.verifying, is_revoked, now_ms)
     }
+}
+
+/// The same with what is known elsewhere.
+pub(crate) fn verified(token: &str, key: &VerifyingKey, is_revoked: impl Fn(&str) -> bool, now_ms: u64) -> Result<Capability, Failure> {
+    let refuse = |why: String, hint: &str| Failure::new(ErrorCode::Unauthorized, why).hint(hint);
+    const NEW: &str = "make a new one on the server with `dunlin tokens create`";
+    let capability = Capability::verify(token, key, now_ms).map_err(|error| {
+        let hint = match error {
+            TokenError::Malformed => "send `Authorization: Bearer dunlin_v1...`",
+            TokenError::BadSignature => "is this token from another server? make one here with `dunlin tokens create`",
+            TokenError::Expired => NEW,
+        };
+        refuse(error.to_string(), hint)
+    })?;
+    if is_revoked(&capability.id) {
+        return Err(refuse(format!("the token {} was revoked", capability.id), NEW));
+    }
+    Ok(capability)
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ fn report(id: &str, keys: &MemberKeys) -> HostReport {
         addr: format!("10.0.0.{}:7373", id.as_bytes()[id.len() - 1]).parse().unwrap(),
         version: "0.1.0".into(),
         clock_ms: now_ms(),
+        standing: None,
     }
 }
 

@@ -119,6 +119,7 @@ async fn join(args: &JoinArgs, data_dir: Option<&Path>, json: bool) -> anyhow::R
         advertise: settings.advertise,
         zone: settings.zone.clone(),
         labels: settings.labels.clone(),
+        controls: false,
     };
     let member = Member { said, ..answer.member(settings.host_id.clone(), keys) };
     member.save(&dir)?;

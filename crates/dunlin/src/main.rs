@@ -4,6 +4,7 @@
 //! Thin: arguments and settings here, wiring in [`server`], work in the crates.
 #![forbid(unsafe_code)]
 
+mod control;
 mod doctor;
 mod image;
 mod join;
@@ -40,6 +41,9 @@ enum Command {
     /// Let hosts join the cluster, list, cordon, drain and remove them
     #[command(subcommand, visible_alias = "hosts")]
     Host(join::HostCommand),
+    /// Back up control, and restore it on this or another computer
+    #[command(subcommand)]
+    Control(control::ControlCommand),
     /// Make base images from Debian packages
     #[command(subcommand)]
     Image(image::ImageCommand),
@@ -88,6 +92,7 @@ fn dispatch(parsed: Dunlin) -> ExitCode {
         }
         Command::Server(args) => finish(keep(&args, parsed.globals.data_dir.as_deref())),
         Command::Host(command) => join::run(command, parsed.globals).unwrap_or_else(|error| finish(Err(error))),
+        Command::Control(command) => finish(control::run(command, &parsed.globals.data_dir(), json)),
         Command::Image(command) => finish(image::run(command, &parsed.globals.data_dir(), json)),
         Command::Doctor => finish(doctor::run(&parsed.globals.data_dir(), json)),
         Command::Upgrade(args) => finish(upgrade::run(&args, &parsed.globals.data_dir(), json)),

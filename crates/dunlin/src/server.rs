@@ -8,6 +8,7 @@ pub mod fleet;
 mod front;
 pub mod keys;
 mod machines;
+mod proven;
 mod relay;
 mod sweep;
 
@@ -15,10 +16,11 @@ use crate::keeper::{self, Sockets};
 use crate::settings::{BaseImages, LogFormat, Role, Settings};
 use anyhow::Context;
 use arc_swap::ArcSwap;
-use dunlin_api::wire::HostCost;
+use dunlin_api::wire::{HostCost, VersionInfo};
 use dunlin_cluster::{Loaded, View};
-use dunlin_control::{BuilderSettings, Control, ControlConfig, Enrolment, Metrics, Parts, Ready};
+use dunlin_control::{BuilderSettings, Control, ControlConfig, Enrolment, Metrics, Parts, RESTORED, Ready, WithoutControl};
 use dunlin_host::{Host, HostConfig};
+use dunlin_model::{HostId, OrgName};
 use dunlin_model::desired::HostRow;
 use dunlin_model::hash::fnv1a;
 use dunlin_proxy::{AccessLog, CertStore, InternalHost, Limits, Proxy, ProxyConfig, Routes};
@@ -100,7 +102,7 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
     if !settings.roles.contains(&Role::Control) {
         match &fleet {
             Some(fleet) => {
-                fleet.relay(&api, &edge_api, &registry);
+                fleet.relay(without_control(&settings, fleet, &view, &host, stop.clone()), (&api, &edge_api, &registry));
                 let sealing_key = host_key.sealing_key().to_base64();
                 tokio::spawn(fleet.clone().keep_enrolled(settings.clone(), sealing_key, stop.clone()));
                 tokio::spawn(sweep::of_member(host.clone(), content.clone(), images.clone(), stop.clone()));
@@ -370,6 +372,25 @@ fn access_log(format: LogFormat) -> Option<AccessLog> {
     is_wanted.then(|| AccessLog { format, sink: Box::new(std::io::stderr()) })
 }
 
+/// What a member answers of the API by itself.
+fn without_control(settings: &Settings, fleet: &fleet::Fleet, view: &View, host: &Arc<Host>, stop: CancellationToken) -> WithoutControl {
+    let version = VersionInfo {
+        version: crate::VERSION.into(),
+        commit: crate::COMMIT.into(),
+        host: settings.host_id.to_string(),
+        domain: settings.domain.clone(),
+        http_port: settings.http.port(),
+        https_port: settings.https.port(),
+        costs: vec![],
+    };
+    WithoutControl { view: view.clone(), host: host.clone(), reach: fleet.reach_for(), org: first_org(), version, stop }
+}
+
+/// There is no other yet.
+fn first_org() -> OrgName {
+    "personal".parse().expect("it is a name")
+}
+
 /// What this process can say of itself without control.
 type SharedMetrics = Arc<dyn Fn(&mut String) + Send + Sync>;
 
@@ -411,8 +432,16 @@ async fn keep_control(plan: ControlPlan, stop: CancellationToken, keeper: std::o
         () = plan.host.recovered() => {}
     }
     let control = loop {
-        match start_control(&plan).await {
-            Ok(control) => break control,
+        let started = tokio::select! {
+            () = stop.cancelled() => return,
+            started = start_control(&plan) => started,
+        };
+        match started {
+            Ok(Started::Here(control)) => break control,
+            Ok(Started::Elsewhere(other)) => {
+                plan.stay_off(&other, stop);
+                return keeper::say_ready(&keeper);
+            }
             Err(error) => {
                 let why = format!("{error:#}");
                 tracing::error!(error = %why, "control cannot start; apps go on, tried again in {} s", CONTROL_RETRY.as_secs());
@@ -439,19 +468,62 @@ async fn keep_control(plan: ControlPlan, stop: CancellationToken, keeper: std::o
     edge_api.open(control.edge_router());
     api.open(control.root_router());
     keeper::say_ready(&keeper);
-    tokio::select! {
-        () = stop.cancelled() => {}
-        () = sweep::run(&control, &plan.content, &plan.images) => {}
-    }
+    let incarnation = control.incarnation();
+    let superseded = async {
+        match &plan.fleet {
+            Some(fleet) => fleet.superseded(incarnation).await,
+            None => std::future::pending().await,
+        }
+    };
+    let elsewhere = tokio::select! {
+        () = stop.cancelled() => None,
+        () = sweep::run(&control, &plan.content, &plan.images) => None,
+        other = superseded => Some(other),
+    };
     control.shutdown().await;
+    if let Some(other) = elsewhere {
+        plan.stay_off(&other, stop);
+    }
 }
 
-async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
+enum Started {
+    Here(Control),
+    /// It was restored on this host meanwhile.
+    Elsewhere(HostId),
+}
+
+impl ControlPlan {
+    /// Another host has control by now, and all others obey that one: this server goes on as a member.
+    fn stay_off(&self, other: &HostId, stop: CancellationToken) {
+        tracing::error!(
+            host = %other,
+            "control was restored on another host and runs there: the control of this one stays off, and all hosts obey the other alone. \
+             Once nothing of it is needed any more, remove control/ in this server's data directory"
+        );
+        let Some(fleet) = &self.fleet else { return };
+        let (api, edge_api, registry) = &self.fronts;
+        fleet.relay(without_control(&self.settings, fleet, &self.view, &self.host, stop.clone()), (api, edge_api, registry));
+        tokio::spawn(sweep::of_member(self.host.clone(), self.content.clone(), self.images.clone(), stop));
+    }
+}
+
+async fn start_control(plan: &ControlPlan) -> anyhow::Result<Started> {
     let path = plan.paths.store.clone();
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).with_context(|| format!("{} cannot be made", dir.display()))?;
     }
     let store = tokio::task::spawn_blocking(move || Store::open(&path)).await?.context("desired state cannot be opened")?;
+    if let Some(fleet) = &plan.fleet {
+        let (rows, _) = store.range("hosts/").await.context("desired state cannot be read")?;
+        // One that was just restored is not held against itself: it goes above whatever others know.
+        let may_be_elsewhere = rows.len() > 1 && store.get(RESTORED).await.context("desired state cannot be read")?.is_none();
+        if may_be_elsewhere
+            && let Some(other) = fleet.superseded_meanwhile(store.incarnation()).await
+        {
+            store.close().await;
+            return Ok(Started::Elsewhere(other));
+        }
+    }
     let shared = plan.metrics.clone();
     let metrics: Metrics = Box::new(move |out: &mut String| shared(out));
     let base_images = match plan.settings.base_images {
@@ -464,7 +536,7 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
         http_port: plan.settings.http.port(),
         https_port: plan.settings.https.port(),
         host: plan.host_row.clone(),
-        org: "personal".parse().context("the first organization's name")?,
+        org: first_org(),
         version: crate::VERSION.into(),
         commit: crate::COMMIT.into(),
         costs: plan.costs.clone(),
@@ -485,7 +557,7 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Control> {
         content: plan.content.clone(),
     };
     match Control::start(config, parts).await {
-        Ok(control) => Ok(control),
+        Ok(control) => Ok(Started::Here(control)),
         Err(error) => {
             store.close().await; // or the next try finds it locked
             Err(error.into())

@@ -279,7 +279,8 @@ impl Settings {
     }
 }
 
-/// What a server that has joined a cluster was told there. That of control itself is told nothing.
+/// What a server that has joined a cluster was told there. That of control itself is told nothing, unless it joined before
+/// control was restored on it.
 #[derive(Default)]
 struct Joined {
     is_member: bool,
@@ -296,10 +297,11 @@ struct Joined {
 impl Joined {
     fn of(data_dir: &Path) -> anyhow::Result<Self> {
         let member = dunlin_cluster::Member::load(&data_dir.join("cluster"))?;
-        let Some(member) = member.filter(|member| member.control != member.host) else { return Ok(Self::default()) };
+        let is_member = |member: &dunlin_cluster::Member| member.control != member.host;
+        let Some(member) = member.filter(|member| is_member(member) || member.said.controls) else { return Ok(Self::default()) };
         let prefix = member.machine_prefix;
         Ok(Self {
-            is_member: true,
+            is_member: is_member(&member),
             listen: member.said.listen,
             advertise: member.said.advertise,
             zone: member.said.zone.map(|zone| zone.to_string()),

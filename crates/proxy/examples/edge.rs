@@ -181,7 +181,7 @@ fn fleets(sockets: usize) -> Result<[Fleet; 2], Box<dyn Error>> {
 
 fn snapshot(host_name: &str, port: u16, host: &str) -> Result<Snapshot, Box<dyn Error>> {
     let (id, version) = (MachineId::from_random([0; 7]), MachineVersion::new(1, [0; 10]));
-    let app = AppFact { org: "personal".parse()?, hostnames: vec![host_name.into()], current_release: 1 };
+    let app = AppFact { org: "personal".parse()?, hostnames: vec![host_name.into()], current_release: 1, created_at_ms: 0 };
     let concurrency =
         Concurrency { kind: ConcurrencyKind::Requests, soft_limit: HARD_LIMIT / 2, hard_limit: Some(HARD_LIMIT) };
     let service = Service {

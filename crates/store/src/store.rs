@@ -140,6 +140,11 @@ impl Store {
         self.readers.read(move |conn| backup::backup(conn, &to)).await
     }
 
+    /// The same of a store that another process may have open. Blocks.
+    pub fn copy(path: &Path, to: &Path) -> Result<Generation, StoreError> {
+        backup::backup(&db::open_reader(path)?, to)
+    }
+
     /// Puts a backup in the place of the store `path`, which nobody may have open, under a new
     /// incarnation. Blocks. What was there is kept beside it, as `<path>.replaced-<incarnation>`.
     pub fn restore(from: &Path, path: &Path) -> Result<Generation, StoreError> {

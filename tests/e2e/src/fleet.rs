@@ -26,9 +26,10 @@ const FAULTS: &str = "e2e_faults";
 /// What hosts may say at WARN while others are away.
 const AWAY: &[&str] = &[];
 
-/// The first of its hosts has control.
+/// The first of its hosts has control, until a test says otherwise.
 pub struct Fleet {
     hosts: Vec<Host>,
+    control: usize,
     // After the hosts: they are taken down in it.
     internet: Namespace,
 }
@@ -84,7 +85,7 @@ impl Fleet {
         internet.ip(&["link", "add", "br0", "type", "bridge"]);
         internet.ip(&["address", "add", &format!("{INTERNET}/24"), "dev", "br0"]);
         internet.ip(&["link", "set", "br0", "up"]);
-        let mut fleet = Self { hosts: vec![], internet };
+        let mut fleet = Self { hosts: vec![], control: 0, internet };
         let mut control = fleet.prepare(id, Server::prepare());
         let prefix = format!("{}0/24", control.server.address_prefix());
         control.server.flags = ["--host-id", id, "--region", control.region(), "--machine-prefix", &prefix].map(str::to_owned).to_vec();
@@ -121,7 +122,12 @@ impl Fleet {
     }
 
     pub fn control(&self) -> &Server {
-        &self.hosts[0].server
+        &self.hosts[self.control].server
+    }
+
+    /// Control runs there now.
+    pub fn control_is(&mut self, id: &str) {
+        self.control = self.hosts.iter().position(|host| host.id == id).expect("a host of this fleet");
     }
 
     pub fn host(&self, id: &str) -> &Server {
@@ -197,6 +203,11 @@ impl Fleet {
         };
         let became = until(whole);
         assert!(became, "{app} is not whole: {story}\n--- log of control\n{}", self.control().log());
+    }
+
+    /// The server of a host that was stopped; nobody waits for it.
+    pub fn start_again(&mut self, id: &str) {
+        self.find_mut(id).server.spawn();
     }
 
     /// A copy of the host's disk, in another computer with another address. It is started, and nobody waits for it.

@@ -2,6 +2,7 @@
 
 use super::{MAX_CALL_BYTES, VERSION};
 use crate::host::{Command, ExecControl, ExecProgram, ExecRequest, ExecStdin, LogQuery, Refusal, Reserve, WaitFor, WindowSize};
+use dunlin_model::proof::Proof;
 use dunlin_model::{MachineId, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -39,6 +40,9 @@ pub(super) enum Call {
     VolumeEncryption,
     Snapshots(VolumeId),
     Snapshot { volume: VolumeId, snapshot: SnapshotId },
+    /// Another of these, for the bearer of a token; never this one again. `asked` is a [`Proven`](super::right::Proven) as text,
+    /// which is what was signed.
+    Proven { proof: Proof, asked: String },
 }
 
 /// Hosts wait no longer in one call.
@@ -74,7 +78,7 @@ impl Call {
 /// An exec without its input, which comes in frames.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct ExecOpen {
-    machine: MachineId,
+    pub machine: MachineId,
     program: ExecProgram,
     env: Vec<(String, String)>,
     user: String,

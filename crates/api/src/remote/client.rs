@@ -1,7 +1,7 @@
 //! The caller's side: a host elsewhere, used like one in the process.
 
 use super::call::{Answer, Call, ExecOpen, Head, fits};
-use super::{CALL_WRITTEN, CONNECT, Dial, Duplex, MAX_CALL_BYTES, frame, session};
+use super::{Bearer, CALL_WRITTEN, CONNECT, Dial, Duplex, MAX_CALL_BYTES, frame, right, session};
 use crate::host::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery,
     LogStream, Process, Refusal, Reserve, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor,
@@ -20,6 +20,8 @@ use tokio::time::timeout;
 pub struct RemoteHost {
     id: HostId,
     dial: Dial,
+    /// Who is spoken for; `None`: control itself.
+    bearer: Option<Bearer>,
 }
 
 /// Why there is no answer.
@@ -40,7 +42,12 @@ impl From<Refusal> for Trouble {
 impl RemoteHost {
     /// The host `id`; whoever answers `dial` has proved to be it.
     pub fn new(id: HostId, dial: Dial) -> Self {
-        Self { id, dial }
+        Self { id, dial, bearer: None }
+    }
+
+    /// The same, asked by a member for somebody.
+    pub fn asked_for(bearer: Bearer, id: HostId, dial: Dial) -> Self {
+        Self { id, dial, bearer: Some(bearer) }
     }
 
     async fn ask<T: DeserializeOwned>(&self, call: Call) -> Result<T, Refusal> {
@@ -69,6 +76,8 @@ impl RemoteHost {
 
     async fn attempt(&self, call: &Call) -> Result<(Box<dyn Duplex>, Value), Trouble> {
         let unreadable = |e: serde_json::Error| Refusal::Invalid(format!("the call cannot be written down: {e}"));
+        let proven = self.bearer.as_ref().map(|bearer| right::proven(call, &self.id, bearer, now_ms())).transpose()?;
+        let call = proven.as_ref().unwrap_or(call);
         let head = Head::of(call).and_then(|head| serde_json::to_vec(&head)).map_err(unreadable)?;
         if !fits(&head) {
             let (has, max) = (head.len(), MAX_CALL_BYTES);
@@ -95,7 +104,7 @@ impl RemoteHost {
     }
 }
 
-fn now_ms() -> u64 {
+pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

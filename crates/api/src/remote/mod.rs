@@ -7,18 +7,20 @@
 //!            <-------> frames of input and output, where the call is a session
 //! ```
 //!
-//! Who may dial whom is the transport's to decide: a stream that comes here is a caller's who may ask for anything.
-//! Everything that the other side can send is bounded, in bytes and in time. Tested over pipes and TCP (`tests/remote.rs`).
+//! Who may dial whom is the transport's to decide, and it says who has: control, which may ask for anything, or a member, which
+//! asks for somebody whose proof goes with the call (`right`). Everything that the other side can send is bounded, in bytes and in time. Tested over pipes and TCP (`tests/remote.rs`).
 
 mod call;
 mod client;
 mod frame;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod right;
 mod server;
 mod session;
 
 pub use client::RemoteHost;
+pub use right::{Asker, Bearer, Judge, Right};
 pub use server::serve;
 
 use futures_util::future::BoxFuture;

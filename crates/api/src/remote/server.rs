@@ -1,7 +1,9 @@
 //! The host's side: one call of one stream.
 
 use super::call::{Answer, Call, fits};
-use super::{CALL_WRITTEN, Duplex, MAX_CALL_BYTES, VERSION, frame, session};
+use super::client::now_ms;
+use super::right::Asker;
+use super::{CALL_WRITTEN, Duplex, MAX_CALL_BYTES, VERSION, frame, right, session};
 use crate::host::{ExecSession, HostApi, LogStream, Refusal};
 use frame::Frame;
 use serde::{Deserialize, Serialize};
@@ -16,7 +18,7 @@ use tokio::time::timeout;
 const QUEUE: usize = 8;
 
 /// Answers the call that comes over `stream`, and carries its session to the end. The caller's going away ends it.
-pub async fn serve(stream: impl Duplex, host: Arc<dyn HostApi>) {
+pub async fn serve(stream: impl Duplex, host: Arc<dyn HostApi>, asker: Asker) {
     let (reader, mut writer) = tokio::io::split(stream);
     let (to_writer, frames) = mpsc::channel(QUEUE);
     let writes = async {
@@ -26,17 +28,18 @@ pub async fn serve(stream: impl Duplex, host: Arc<dyn HostApi>) {
     };
     tokio::select! {
         () = writes => {}
-        () = call(reader, to_writer, host) => {}
+        () = call(reader, to_writer, host, asker) => {}
     }
 }
 
-async fn call<S: Duplex>(mut reader: ReadHalf<S>, to_writer: mpsc::Sender<Frame>, host: Arc<dyn HostApi>) {
+async fn call<S: Duplex>(mut reader: ReadHalf<S>, to_writer: mpsc::Sender<Frame>, host: Arc<dyn HostApi>, asker: Asker) {
     let asked = match timeout(CALL_WRITTEN, frame::read(&mut reader, MAX_CALL_BYTES)).await {
         Ok(Ok(Frame::Json(json))) => read_call(&json),
         Ok(Ok(_)) => Err(Refusal::Invalid("a stream begins with a call".into())),
         Ok(Err(error)) => Err(Refusal::Invalid(format!("the call cannot be read: {error}"))),
         Err(_) => Err(Refusal::Invalid(format!("there was no call within {} s", CALL_WRITTEN.as_secs()))),
     };
+    let asked = asked.and_then(|call| right::granted(call, &asker, host.host_id(), now_ms()));
     let done = match asked {
         Err(refusal) => Err(refusal),
         Ok(call) => tokio::select! {
@@ -126,6 +129,7 @@ async fn perform(host: &dyn HostApi, call: Call) -> Result<Done, Refusal> {
         Call::VolumeEncryption => value(host.volume_encryption().await?),
         Call::Snapshots(id) => value(host.snapshots(&id).await?),
         Call::Snapshot { volume, snapshot } => value(host.snapshot(&volume, &snapshot).await?),
+        Call::Proven { .. } => Err(Refusal::Invalid("a proof is of one call".into())),
     }
 }
 

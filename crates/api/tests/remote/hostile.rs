@@ -2,7 +2,7 @@
 
 use super::host::{Host, machine};
 use super::{command, dial_pipe, id};
-use dunlin_api::remote::{RemoteHost, serve};
+use dunlin_api::remote::{Asker, RemoteHost, serve};
 use dunlin_api::{ExecOutput, ExecRequest, ExecStdin, HostApi, LogQuery, Refusal, WaitFor};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -27,7 +27,7 @@ async fn read_frame(from: &mut DuplexStream) -> Option<(u8, Vec<u8>)> {
 async fn answered(bytes: &[u8]) -> String {
     let host: Arc<dyn HostApi> = Arc::new(Host::new());
     let (mut here, there) = tokio::io::duplex(1 << 16);
-    let served = tokio::spawn(serve(there, host));
+    let served = tokio::spawn(serve(there, host, Asker::Control));
     here.write_all(bytes).await.unwrap();
     let answer = loop {
         match read_frame(&mut here).await {
@@ -65,7 +65,7 @@ async fn a_call_that_is_cut_off_is_no_call() {
     let whole = frame(0, format!(r#"{{"v":1,"call":"machine","args":"{}"}}"#, machine()).as_bytes());
     for cut in 0..whole.len() {
         let (mut here, there) = tokio::io::duplex(1 << 16);
-        let served = tokio::spawn(serve(there, host.clone() as Arc<dyn HostApi>));
+        let served = tokio::spawn(serve(there, host.clone() as Arc<dyn HostApi>, Asker::Control));
         here.write_all(&whole[..cut]).await.unwrap();
         drop(here);
         served.await.unwrap();
@@ -83,7 +83,7 @@ async fn a_call_that_never_ends_is_not_waited_for() {
 async fn a_caller_that_takes_no_answer_holds_nothing() {
     let host: Arc<dyn HostApi> = Arc::new(Host::new());
     let (mut here, there) = tokio::io::duplex(64);
-    let served = tokio::spawn(serve(there, host));
+    let served = tokio::spawn(serve(there, host, Asker::Control));
     let call = frame(0, format!(r#"{{"v":1,"call":"machine","args":"{}"}}"#, machine()).as_bytes());
     here.write_all(&call).await.unwrap();
     served.await.unwrap();
@@ -94,7 +94,7 @@ async fn a_caller_that_takes_no_answer_holds_nothing() {
 async fn a_caller_that_goes_ends_its_wait() {
     let host = Arc::new(Host::new());
     let (mut here, there) = tokio::io::duplex(1 << 16);
-    let served = tokio::spawn(serve(there, host.clone() as Arc<dyn HostApi>));
+    let served = tokio::spawn(serve(there, host.clone() as Arc<dyn HostApi>, Asker::Control));
     let wait = format!(
         r#"{{"v":1,"call":"wait","args":{{"machine":"{}","wait":{{"states":[],"version":null,"after_event":null,"timeout_ms":60000}}}}}}"#,
         machine()
@@ -117,7 +117,7 @@ async fn a_caller_that_sends_more_than_it_may_is_left() {
     for bad in [too_much, never_sent, after_the_end, too_long, frame(2, b"output"), frame(0, br#"{"exited":0}"#)] {
         let host = Arc::new(Host::new());
         let (mut here, there) = tokio::io::duplex(1 << 16);
-        let served = tokio::spawn(serve(there, host.clone() as Arc<dyn HostApi>));
+        let served = tokio::spawn(serve(there, host.clone() as Arc<dyn HostApi>, Asker::Control));
         let open = format!(
             r#"{{"v":1,"call":"exec","args":{{"machine":"{}","program":{{"command":["deaf"]}},"env":[],"user":"","container":"","tty":null,"timeout_ms":10000,"idle_ms":10000}}}}"#,
             machine()
@@ -209,13 +209,13 @@ async fn a_command_whose_answer_is_lost_is_sent_once_more_by_its_id() {
         let (host, n) = (served.clone() as Arc<dyn HostApi>, counted.fetch_add(1, Ordering::SeqCst));
         async move {
             if n > 0 {
-                return serve(there, host).await;
+                return serve(there, host, Asker::Control).await;
             }
             // It is done, and the answer is lost.
             let (mut inner, outer) = tokio::io::duplex(1 << 16);
             let mut there = there;
             let (kind, call) = read_frame(&mut there).await.unwrap();
-            tokio::spawn(serve(outer, host));
+            tokio::spawn(serve(outer, host, Asker::Control));
             inner.write_all(&frame(kind, &call)).await.unwrap();
             read_frame(&mut inner).await;
         }

@@ -2,9 +2,10 @@
 
 mod hostile;
 mod host;
+mod right;
 mod sessions;
 
-use dunlin_api::remote::{Dial, Duplex, RemoteHost, serve};
+use dunlin_api::remote::{Asker, Dial, Duplex, RemoteHost, serve};
 use dunlin_api::{BuilderRequest, Command, CommandKind, HostApi, LogQuery, Refusal, Reserve, Source, VolumeEncryption, WaitFor};
 use dunlin_model::{Guest, HostId, MachineId, MachineState};
 use host::{Host, fact, lease, machine, process, snapshot, socket, volume};
@@ -31,7 +32,7 @@ where
 
 pub fn over_pipe(host: &Arc<Host>) -> RemoteHost {
     let host = Arc::clone(host);
-    RemoteHost::new(id(), dial_pipe(move |there| serve(there, host.clone() as Arc<dyn HostApi>)))
+    RemoteHost::new(id(), dial_pipe(move |there| serve(there, host.clone() as Arc<dyn HostApi>, Asker::Control)))
 }
 
 pub async fn over_tcp(host: &Arc<Host>) -> RemoteHost {
@@ -40,7 +41,7 @@ pub async fn over_tcp(host: &Arc<Host>) -> RemoteHost {
     let host = Arc::clone(host);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(serve(stream, host.clone() as Arc<dyn HostApi>));
+            tokio::spawn(serve(stream, host.clone() as Arc<dyn HostApi>, Asker::Control));
         }
     });
     let dial: Dial = Arc::new(move || {

@@ -3,7 +3,7 @@
 use super::host::{Host, machine};
 use super::{both, dial_pipe, id, over_pipe};
 use bytes::Bytes;
-use dunlin_api::remote::{RemoteHost, serve};
+use dunlin_api::remote::{Asker, RemoteHost, serve};
 use dunlin_api::{ExecControl, ExecOutput, ExecRequest, ExecSession, ExecStdin, HostApi, LogQuery, Refusal, WindowSize};
 use std::sync::Arc;
 
@@ -105,7 +105,7 @@ async fn a_caller_that_goes_ends_the_command() {
 /// A stream that can be cut off between both sides.
 async fn cut(there: tokio::io::DuplexStream, host: Arc<dyn HostApi>, mut cut: tokio::sync::watch::Receiver<bool>) {
     tokio::select! {
-        () = serve(there, host) => {}
+        () = serve(there, host, Asker::Control) => {}
         _ = cut.wait_for(|cut| *cut) => {}
     }
 }

@@ -6,7 +6,8 @@ use crate::failure::Failure;
 use crate::releases::{self, load_app};
 use crate::rows::{Change, Outcome, key};
 use crate::secrets::{self, When};
-use crate::{Ctx, logs, machine_rows, now_ms, spec};
+use crate::owners::Owners;
+use crate::{Ctx, logs, now_ms, spec};
 use axum::extract::{Extension, Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use axum::Json;
@@ -31,7 +32,7 @@ const DEFAULT_TAIL_LINES: usize = 100;
 const DESTROY_WAIT: Duration = Duration::from_secs(10);
 const DESTROY_LOOK: Duration = Duration::from_millis(50);
 
-fn wire_app(ctx: &Ctx, row: &AppRow, machine_count: usize) -> wire::App {
+fn wire_app(domain: &str, row: &AppRow, machine_count: usize) -> wire::App {
     wire::App {
         id: row.name.to_string(),
         name: row.name.clone(),
@@ -39,7 +40,7 @@ fn wire_app(ctx: &Ctx, row: &AppRow, machine_count: usize) -> wire::App {
         organization: Organization { name: row.org.to_string(), slug: row.org.clone() },
         machine_count,
         current_release: row.current_release,
-        hostname: format!("{}.{}", row.name, ctx.domain),
+        hostname: format!("{}.{domain}", row.name),
         created_at: row.created_at_ms,
     }
 }
@@ -50,18 +51,18 @@ pub struct ListApps {
 }
 
 pub async fn list(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Extension(caller): Extension<Caller>,
     Query(query): Query<ListApps>,
 ) -> Result<Json<AppList>, Failure> {
-    if query.org_slug.is_some_and(|org| org != ctx.org.as_str()) {
+    if query.org_slug.is_some_and(|org| org != owners.org().as_str()) {
         return Ok(Json(AppList { total_apps: 0, apps: vec![] }));
     }
-    let machines = ctx.state.machines().await?;
-    let count = |app: &AppName| machines.iter().filter(|row| row.value.spec.app == *app).count();
-    let rows = ctx.state.list::<AppRow>("apps/").await?;
-    let seen = rows.iter().filter(|row| caller.sees(&ctx, &row.value.name));
-    let apps: Vec<_> = seen.map(|row| wire_app(&ctx, &row.value, count(&row.value.name))).collect();
+    let machines = owners.machines().await?;
+    let count = |app: &AppName| machines.iter().filter(|row| row.spec.app == *app).count();
+    let rows = owners.apps().await?;
+    let seen = rows.iter().filter(|row| caller.sees(owners.org(), &row.name));
+    let apps: Vec<_> = seen.map(|row| wire_app(owners.domain(), row, count(&row.name))).collect();
     Ok(Json(AppList { total_apps: apps.len(), apps }))
 }
 
@@ -99,17 +100,17 @@ pub async fn create(
     match ctx.state.commit(change).await? {
         Outcome::Committed => {
             tracing::info!(app = %name, "app created");
-            Ok((StatusCode::CREATED, Json(wire_app(&ctx, &row, 0))))
+            Ok((StatusCode::CREATED, Json(wire_app(&ctx.domain, &row, 0))))
         }
         Outcome::Conflict => Err(Failure::new(ErrorCode::NameTaken, format!("the name {name} is taken"))
             .hint(format!("choose another one; if the app is yours, `dunlin deploy --app {name}` deploys to it"))),
     }
 }
 
-pub async fn get(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<Json<wire::App>, Failure> {
-    let row = load_app(&ctx, &app).await?;
-    let machines = ctx.state.machines_of(&app).await?;
-    Ok(Json(wire_app(&ctx, &row.value, machines.len())))
+pub async fn get(Extension(owners): Extension<Owners>, Path(app): Path<AppName>) -> Result<Json<wire::App>, Failure> {
+    let row = owners.app(&app).await?;
+    let machines = owners.machines_of(&app).await?;
+    Ok(Json(wire_app(owners.domain(), &row, machines.len())))
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,33 +145,31 @@ pub async fn destroy(
     Err(releases::busy(&app))
 }
 
-pub async fn status(State(ctx): State<Arc<Ctx>>, Path(app): Path<AppName>) -> Result<Json<AppStatus>, Failure> {
-    let row = load_app(&ctx, &app).await?;
-    let release = ctx.state.get::<ReleaseRow>(&key::release(&app, row.value.current_release)).await?;
-    let rows = ctx.state.machines_of(&app).await?;
-    let serves = rows.iter().any(|row| !row.value.spec.services.is_empty());
-    let view = ctx.view.current();
-    let configs = machine_rows::all_configs(&ctx).await?;
-    let shown = rows.iter().map(|row| {
-        let configs = configs.get(&row.value.id).cloned().unwrap_or_default();
-        machines::wire(&ctx, &view, &row.value, configs.shown(&row.value.spec, &ctx.domain))
-    });
-    let machines = shown.collect();
-    Ok(Json(AppStatus {
-        app: wire_app(&ctx, &row.value, rows.len()),
-        urls: if serves { urls(&ctx, &app) } else { vec![] },
-        release: release.map(|row| release_api::wire(&row.value)),
-        machines,
-        costs: ctx.costs.clone(),
-    }))
+pub async fn status(Extension(owners): Extension<Owners>, Path(app): Path<AppName>) -> Result<Json<AppStatus>, Failure> {
+    let row = owners.app(&app).await?;
+    let rows = owners.machines_of(&app).await?;
+    let serves = rows.iter().any(|row| !row.spec.services.is_empty());
+    let view = owners.view().current();
+    let configs = owners.configs(None).await?;
+    let machines = rows.iter().map(|row| machines::wire(&owners, &view, row, configs.shown(row))).collect();
+    let (release, costs) = match &owners {
+        Owners::Control(ctx) => {
+            let release = ctx.state.get::<ReleaseRow>(&key::release(&app, row.current_release)).await?;
+            (release.map(|row| release_api::wire(&row.value)), ctx.costs.clone())
+        }
+        Owners::Member(..) => (None, vec![]),
+    };
+    let urls = if serves { urls(&owners, &app) } else { vec![] };
+    Ok(Json(AppStatus { app: wire_app(owners.domain(), &row, rows.len()), urls, release, machines, costs }))
 }
 
-fn urls(ctx: &Ctx, app: &AppName) -> Vec<String> {
+fn urls(owners: &Owners, app: &AppName) -> Vec<String> {
     let url = |scheme: &str, port: u16, default: u16| {
         let port = if port == default { String::new() } else { format!(":{port}") };
-        format!("{scheme}://{app}.{}{port}", ctx.domain)
+        format!("{scheme}://{app}.{}{port}", owners.domain())
     };
-    vec![url("http", ctx.http_port, 80), url("https", ctx.https_port, 443)]
+    let (http, https) = owners.ports();
+    vec![url("http", http, 80), url("https", https, 443)]
 }
 
 pub async fn scale(
@@ -264,13 +263,13 @@ pub struct Logs {
 }
 
 pub async fn logs(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path(app): Path<AppName>,
     Query(query): Query<Logs>,
 ) -> Result<Response, Failure> {
-    load_app(&ctx, &app).await?;
+    owners.app(&app).await?;
     if let Some(machine) = &query.machine {
-        machines::load(&ctx, &app, machine).await?;
+        owners.machine(&app, machine).await?;
     }
     // Everything since a moment, or else the newest lines.
     let default_tail = if query.since_ms.is_some() { MAX_TAIL_LINES } else { DEFAULT_TAIL_LINES };
@@ -281,8 +280,8 @@ pub async fn logs(
         tail: Some(query.tail.unwrap_or(default_tail).min(MAX_TAIL_LINES)),
         follow: query.follow,
     };
-    let lines = logs::lines(&ctx, app, query).await?;
-    let stop = ctx.stop.clone();
+    let stop = owners.stop().clone();
+    let lines = logs::lines(owners, app, query).await?;
     let lines = stream::unfold((lines, stop), |(mut lines, stop)| async move {
         let line = tokio::select! {
             line = lines.recv() => line,

@@ -2,10 +2,10 @@
 //! forget to ask.
 
 use crate::failure::Failure;
-use crate::{Ctx, now_ms};
+use crate::Ctx;
 use axum::extract::Request;
 use dunlin_api::ErrorCode;
-use dunlin_model::AppName;
+use dunlin_model::{AppName, OrgName};
 use dunlin_model::token::{Capability, Verb};
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, Method};
@@ -40,10 +40,10 @@ impl Caller {
     }
 
     /// Whether the caller may see that the app exists.
-    pub fn sees(&self, ctx: &Ctx, app: &AppName) -> bool {
+    pub fn sees(&self, org: &OrgName, app: &AppName) -> bool {
         match self {
             Self::Root => true,
-            Self::Token(capability) => capability.allows(Verb::Read, &ctx.org, Some(app)),
+            Self::Token(capability) => capability.allows(Verb::Read, org, Some(app)),
             Self::Anybody => false,
         }
     }
@@ -78,7 +78,13 @@ enum Needs {
     Verb(Verb, Option<AppName>),
 }
 
-pub(crate) fn authorize(ctx: &Ctx, entrance: Entrance, request: &Request) -> Result<Caller, Failure> {
+/// `verify` gives the capability of a token.
+pub(crate) fn authorize(
+    org: &OrgName,
+    entrance: Entrance,
+    request: &Request,
+    verify: impl Fn(&str) -> Result<Capability, Failure>,
+) -> Result<Caller, Failure> {
     let needs = needs(request.method(), request.uri().path())?;
     if entrance == Entrance::Root {
         return Ok(Caller::Root);
@@ -86,9 +92,9 @@ pub(crate) fn authorize(ctx: &Ctx, entrance: Entrance, request: &Request) -> Res
     if needs == Needs::Nothing {
         return Ok(Caller::Anybody);
     }
-    let capability = ctx.tokens.verify(bearer(request.headers())?, now_ms())?;
+    let capability = verify(bearer(request.headers())?)?;
     if let Needs::Verb(verb, app) = &needs
-        && !capability.allows(*verb, &ctx.org, app.as_ref())
+        && !capability.allows(*verb, org, app.as_ref())
     {
         let on = app.as_ref().map_or_else(|| "the organization".to_owned(), |app| format!("app {app}"));
         let verb = format!("{verb:?}").to_lowercase();
@@ -98,7 +104,7 @@ pub(crate) fn authorize(ctx: &Ctx, entrance: Entrance, request: &Request) -> Res
     Ok(Caller::Token(Box::new(capability)))
 }
 
-fn bearer(headers: &HeaderMap) -> Result<&str, Failure> {
+pub(crate) fn bearer(headers: &HeaderMap) -> Result<&str, Failure> {
     let missing = || {
         Failure::new(ErrorCode::Unauthorized, "the request has no token")
             .hint("send `Authorization: Bearer <token>`; `dunlin tokens create` on the server makes one")

@@ -5,6 +5,7 @@ use super::{Caller, leases, machines};
 use crate::failure::Failure;
 use crate::launch::LaunchRow;
 use crate::machine_rows::{self, ConfigsRow, Wish};
+use crate::owners::Owners;
 use crate::rows::{Row, key};
 use crate::{Ctx, fly, hosts};
 use axum::Json;
@@ -58,13 +59,14 @@ pub async fn update(
 
 /// The machine, once its host knows it: what a client asks next is then understood.
 async fn answer(
-    ctx: &Ctx,
+    ctx: &Arc<Ctx>,
     row: &Row<MachineRow>,
     caller: &Caller,
     headers: &HeaderMap,
     lease_ttl_s: Option<u64>,
 ) -> Result<Json<wire::Machine>, Failure> {
     let _ = tokio::time::timeout(ANSWER_WAIT, taken_up(ctx, row)).await;
+    let owners = Owners::Control(Arc::clone(ctx));
     let nonce = match lease_ttl_s {
         None => None,
         Some(ttl_s) => {
@@ -73,14 +75,14 @@ async fn answer(
                 owner: caller.name().to_owned(),
                 description: String::new(),
             };
-            let lease = machines::send(ctx, row, headers, kind).await.map_err(|failure| {
+            let lease = machines::send(&owners, &row.value, headers, kind).await.map_err(|failure| {
                 let what = format!("machine {} was written, but cannot be leased: {}", row.value.id, failure.message);
                 Failure { message: what, ..failure }
             })?;
             lease.lease.map(|lease| lease.nonce)
         }
     };
-    Ok(Json(wire::Machine { nonce, ..machines::asked(ctx, row).await? }))
+    Ok(Json(wire::Machine { nonce, ..machines::asked(&owners, &row.value).await? }))
 }
 
 async fn taken_up(ctx: &Ctx, row: &Row<MachineRow>) {
@@ -122,18 +124,18 @@ pub async fn versions(
 }
 
 pub async fn metadata(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
 ) -> Result<Json<BTreeMap<String, String>>, Failure> {
-    Ok(Json(machines::load(&ctx, &app, &id).await?.value.spec.metadata))
+    Ok(Json(owners.machine(&app, &id).await?.spec.metadata))
 }
 
 pub async fn metadata_value(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id, name)): Path<(AppName, MachineId, String)>,
 ) -> Result<Json<Value>, Failure> {
-    let row = machines::load(&ctx, &app, &id).await?;
-    let value = row.value.spec.metadata.get(&name);
+    let row = owners.machine(&app, &id).await?;
+    let value = row.spec.metadata.get(&name);
     value.map(|value| Json(json!({ "value": value }))).ok_or_else(|| no_metadata(&id))
 }
 
@@ -181,11 +183,11 @@ pub struct Ps {
 }
 
 pub async fn processes(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Ps>,
 ) -> Result<Json<Vec<Process>>, Failure> {
-    let row = machines::load(&ctx, &app, &id).await?;
+    let row = owners.machine(&app, &id).await?;
     let compare: fn(&Process, &Process) -> Ordering = match query.sort_by.as_deref() {
         None | Some("pid") => |a, b| a.pid.cmp(&b.pid),
         Some("stime") => |a, b| a.stime.cmp(&b.stime),
@@ -206,7 +208,7 @@ pub async fn processes(
             return Err(Failure::new(ErrorCode::BadRequest, format!("{other:?} is not an order")).hint("use asc or desc"));
         }
     };
-    let mut processes = hosts::reach(&ctx, &row.value.host)?.processes(&id).await?;
+    let mut processes = owners.reach(&row.host)?.processes(&id).await?;
     processes.sort_by(compare);
     if is_descending {
         processes.reverse();

@@ -1,11 +1,10 @@
 //! A command in a machine, its streams over a WebSocket: what terminals, pipes and copies of files use.
 
-use super::machines::load;
 use super::{Caller, request_id};
 use crate::failure::Failure;
-use crate::{Ctx, hosts};
+use crate::owners::Owners;
 use axum::extract::ws::{Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
-use axum::extract::{Extension, Path, State};
+use axum::extract::{Extension, Path};
 use axum::response::Response;
 use bytes::Bytes;
 use dunlin_api::exec::{ExecAsk, ExecSay, ExecStart, MAX_MESSAGE_BYTES, STDERR, STDIN, STDOUT, channel};
@@ -16,7 +15,6 @@ use dunlin_model::transfer::Transfer;
 use dunlin_model::{AppName, MachineId};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, timeout};
@@ -36,19 +34,19 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 const MAX_SIDE: u16 = 4096;
 
 pub async fn stream(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Extension(caller): Extension<Caller>,
     ws: WebSocketUpgrade,
 ) -> Result<Response, Failure> {
-    load(&ctx, &app, &id).await?;
-    let session = Session { ctx, app, id, by: caller.name().to_owned(), request_id: request_id().unwrap_or_default() };
+    owners.machine(&app, &id).await?;
+    let session = Session { owners, app, id, by: caller.name().to_owned(), request_id: request_id().unwrap_or_default() };
     let ws = ws.max_message_size(MAX_MESSAGE_BYTES).max_frame_size(MAX_MESSAGE_BYTES);
     Ok(ws.on_upgrade(move |socket| session.run(socket)))
 }
 
 struct Session {
-    ctx: Arc<Ctx>,
+    owners: Owners,
     app: AppName,
     id: MachineId,
     by: String,
@@ -93,7 +91,7 @@ impl Session {
         };
         let (request, program) = request(&self.id, start)?;
         let tty = request.tty.is_some();
-        Ok((hosts::of_machine(&self.ctx, &self.id).await?.exec(request).await?, program, tty))
+        Ok((self.owners.of(&self.id).await?.exec(request).await?, program, tty))
     }
 }
 

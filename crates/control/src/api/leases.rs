@@ -2,10 +2,11 @@
 
 use super::{Caller, given, machines};
 use crate::failure::Failure;
+use crate::owners::Owners;
 use crate::rows::Row;
 use crate::{Ctx, hosts};
 use axum::Json;
-use axum::extract::{Extension, Path, Query, State};
+use axum::extract::{Extension, Path, Query};
 use axum::response::{IntoResponse, Response};
 use dunlin_api::{CommandKind, ErrorCode, Refusal};
 use dunlin_model::desired::MachineRow;
@@ -13,7 +14,6 @@ use dunlin_model::{AppName, Lease, MachineId};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 /// As on Fly, where none is asked for.
 const DEFAULT_TTL_S: u64 = 3600;
@@ -58,7 +58,7 @@ pub struct Acquire {
 
 /// Takes the lease, or makes that of the nonce last longer.
 pub async fn acquire(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Acquire>,
     Extension(caller): Extension<Caller>,
@@ -66,18 +66,18 @@ pub async fn acquire(
     body: bytes::Bytes,
 ) -> Result<Response, Failure> {
     let body: Acquire = given::optional(&body)?;
-    let row = machines::load(&ctx, &app, &id).await?;
+    let row = owners.machine(&app, &id).await?;
     let kind = CommandKind::Lease {
         ttl_ms: query.ttl.or(body.ttl).unwrap_or(DEFAULT_TTL_S).saturating_mul(1000),
         owner: caller.name().to_owned(),
         description: query.description.or(body.description).unwrap_or_default(),
     };
-    match machines::send(&ctx, &row, &headers, kind).await {
+    match machines::send(&owners, &row, &headers, kind).await {
         Ok(answer) => {
             let lease = answer.lease.ok_or_else(|| {
                 Failure::new(ErrorCode::Internal, "the host gave no lease").hint("look at the machine's lease, then try again")
             })?;
-            let body = shown(&lease, row.value.spec.version.as_str(), true);
+            let body = shown(&lease, row.spec.version.as_str(), true);
             Ok((StatusCode::CREATED, Json(body)).into_response())
         }
         Err(failure) if failure.code == ErrorCode::Conflict => Ok(conflict(failure)),
@@ -113,22 +113,22 @@ fn shown(lease: &Lease, version: &str, with_nonce: bool) -> Value {
 }
 
 pub async fn get(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
-    let row = machines::load(&ctx, &app, &id).await?;
-    let lease = hosts::reach(&ctx, &row.value.host)?.lease(&id).await?;
+    let row = owners.machine(&app, &id).await?;
+    let lease = owners.reach(&row.host)?.lease(&id).await?;
     let lease = lease.ok_or_else(|| {
         Failure::not_found(format!("nobody has a lease of machine {id}"))
             .hint("whoever may deploy the app may change it; a POST to the same path takes a lease")
     })?;
     let is_own = nonce(&headers)?.as_ref() == Some(&lease.nonce);
-    Ok(Json(shown(&lease, row.value.spec.version.as_str(), is_own)))
+    Ok(Json(shown(&lease, row.spec.version.as_str(), is_own)))
 }
 
 pub async fn release(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
@@ -136,7 +136,7 @@ pub async fn release(
         return Err(Failure::bad_request("the request has no nonce")
             .hint("send the header fly-machine-lease-nonce with the nonce of the lease"));
     }
-    let row = machines::load(&ctx, &app, &id).await?;
-    machines::send(&ctx, &row, &headers, CommandKind::Release).await?;
+    let row = owners.machine(&app, &id).await?;
+    machines::send(&owners, &row, &headers, CommandKind::Release).await?;
     Ok(Json(json!({ "status": "success", "ok": true })))
 }

@@ -5,17 +5,17 @@ use super::{Caller, leases};
 use crate::destroyed;
 use crate::failure::Failure;
 use crate::fly::{self, rfc3339};
-use crate::machine_rows::{self, ConfigsRow};
+use crate::owners::{Owners, no_machine};
 use crate::reconcile::destroy_machine;
 use crate::releases::{busy, load_app};
-use crate::rows::{Outcome, Row, key};
-use crate::{Ctx, hosts, now_ms};
+use crate::rows::{Outcome, Row};
+use crate::{Ctx, now_ms};
 use axum::Json;
 use axum::extract::{Extension, Path, Query, RawQuery, State};
 use dunlin_api::wire::{self, ExecAnswer, ExecBody, ImageRefWire, StopMachine};
 use dunlin_api::{Command, CommandAnswer, CommandKind, ErrorCode, ExecOutput, ExecRequest, ExecStdin, Refusal, Source, WaitFor};
 use dunlin_model::config::{units, words};
-use dunlin_model::desired::{MachineRow, TombstoneReason, TombstoneRow};
+use dunlin_model::desired::{AppRow, MachineRow, TombstoneReason};
 use dunlin_model::{
     AppName, CommandId, ContainerState, ContainerStatus, HostId, MachineId, MachineSpec, MachineState, MachineVersion,
 };
@@ -41,7 +41,7 @@ const MAX_ASKED_AT_ONCE: usize = 16;
 const MAX_STOP_TIMEOUT_MS: u64 = 300_000;
 
 /// A machine as the API shows it: its row, and its newest fact if there is one, with its age.
-pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Value) -> wire::Machine {
+pub(crate) fn wire(owners: &Owners, view: &Snapshot, machine: &MachineRow, config: Value) -> wire::Machine {
     let spec = &machine.spec;
     let fact = view.machines.get(&machine.id);
     let of_itself = view.hosts.get(&machine.host).map(|host| host.updated_at_ms);
@@ -56,7 +56,7 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Val
         version: spec.version.to_string(),
         private_ip: machine.address.to_string(),
         image_ref: ImageRefWire {
-            registry: format!("registry.{}", ctx.domain),
+            registry: format!("registry.{}", owners.domain()),
             repository: spec.image.repository.clone(),
             tag: spec.image.tag.clone(),
             digest: spec.image.digest.clone(),
@@ -67,14 +67,14 @@ pub(crate) fn wire(ctx: &Ctx, view: &Snapshot, machine: &MachineRow, config: Val
         containers: containers(spec, fact.map(|fact| &**fact)),
         events: Value::Null,
         nonce: None,
-        host_status: host_status(fact.is_some(), ctx.watched.is_dead(&machine.host), host_seen_at).into(),
+        host_status: host_status(fact.is_some(), owners.is_dead(&machine.host), host_seen_at).into(),
         host_seen_at,
         cordoned: fact.is_some_and(|fact| fact.cordoned),
         process_group: spec.process_group.clone(),
         release: spec.release,
         restarts: fact.map_or(0, |fact| fact.restarts),
         exit: fact.and_then(|fact| fact.exit.clone()),
-        problem: on_a_dead_host(ctx, machine).or_else(|| fact.and_then(|fact| fact.problem.clone())),
+        problem: on_a_dead_host(owners, machine).or_else(|| fact.and_then(|fact| fact.problem.clone())),
         next_run_at: fact.and_then(|fact| fact.due_ms).map(rfc3339),
         created_at: rfc3339(machine.created_at_ms),
         updated_at: rfc3339(fact.map_or(machine.created_at_ms, |fact| fact.updated_at_ms)),
@@ -103,9 +103,9 @@ fn check(check: &CheckStatus) -> wire::CheckShown {
 }
 
 /// What becomes of a machine whose host is lost, and what a person can do.
-fn on_a_dead_host(ctx: &Ctx, machine: &MachineRow) -> Option<String> {
+fn on_a_dead_host(owners: &Owners, machine: &MachineRow) -> Option<String> {
     let (host, id) = (&machine.host, &machine.id);
-    if !ctx.watched.is_dead(host) {
+    if !owners.is_dead(host) {
         return None;
     }
     if machine.spec.release != 0 && is_replaceable(&machine.spec) {
@@ -128,62 +128,62 @@ fn host_status(is_known: bool, is_dead: bool, host_seen_at: Option<u64>) -> &'st
     }
 }
 
-/// The machine's row, if it is the app's.
+/// The machine's row, if it is the app's, for who is to change it.
 pub(crate) async fn load(ctx: &Ctx, app: &AppName, id: &MachineId) -> Result<Row<MachineRow>, Failure> {
     load_app(ctx, app).await?;
     let row = ctx.state.machine(id).await?.filter(|row| row.value.spec.app == *app);
-    row.ok_or_else(|| {
-        Failure::not_found(format!("app {app} has no machine {id}"))
-            .hint(format!("`dunlin machine list --app {app}` shows those it has"))
-    })
+    row.ok_or_else(|| no_machine(app, id))
 }
 
 pub async fn list(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path(app): Path<AppName>,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Result<Json<Vec<wire::Machine>>, Failure> {
-    let app_row = load_app(&ctx, &app).await?;
+    let app_row = owners.app(&app).await?;
     let filter = Filter::read(query)?;
-    let rows = ctx.state.machines_of(&app).await?;
-    let configs = machine_rows::all_configs(&ctx).await?;
-    let view = ctx.view.current();
+    let rows = owners.machines_of(&app).await?;
+    let configs = owners.configs(None).await?;
+    let view = owners.view().current();
     let shown = rows.iter().map(|row| {
-        let config = match configs.get(&row.value.id) {
-            _ if filter.is_summary => Value::Null,
-            Some(configs) => configs.shown(&row.value.spec, &ctx.domain),
-            None => fly::show(&row.value.spec, &ctx.domain),
-        };
-        (row, wire(&ctx, &view, &row.value, config))
+        let config = if filter.is_summary { Value::Null } else { configs.shown(row) };
+        (row, wire(&owners, &view, row, config))
     });
-    let mut machines: Vec<_> =
-        shown.filter(|(row, machine)| filter.takes(&row.value, machine)).map(|(_, machine)| machine).collect();
-    let has_containers = rows.iter().map(|row| &row.value).filter(|row| !row.spec.containers.is_empty());
+    let mut machines: Vec<_> = shown.filter(|(row, machine)| filter.takes(row, machine)).map(|(_, machine)| machine).collect();
+    let has_containers = rows.iter().filter(|row| !row.spec.containers.is_empty());
     let has_containers = has_containers.map(|row| (row.id.clone(), row.host.clone()));
-    ask_for_containers(&ctx, &has_containers.collect(), &mut machines).await;
+    ask_for_containers(&owners, &has_containers.collect(), &mut machines).await;
     if filter.with_destroyed {
-        let gone = destroyed::of_app(&ctx, &app_row.value).await?.into_iter().map(|gone| {
-            let config = if filter.is_summary { Value::Null } else { fly::show(&gone.machine.spec, &ctx.domain) };
-            let shown = wire(&ctx, &view, &gone.machine, config);
-            // Its host may still be at it.
-            let state = if view.machines.contains_key(&gone.machine.id) { MachineState::Destroying } else { MachineState::Destroyed };
-            let shown = wire::Machine { state, host_status: "ok".into(), problem: None, updated_at: rfc3339(gone.at_ms), ..shown };
-            (gone, shown)
-        });
-        machines.extend(gone.filter(|(gone, shown)| filter.takes(&gone.machine, shown)).map(|(_, shown)| shown));
+        machines.extend(destroyed_of(&owners, &app_row, &filter, &view).await?);
     }
     Ok(Json(machines))
 }
 
+async fn destroyed_of(owners: &Owners, app: &AppRow, filter: &Filter, view: &Snapshot) -> Result<Vec<wire::Machine>, Failure> {
+    let Owners::Control(ctx) = owners else {
+        return Err(Failure::new(ErrorCode::Unavailable, "only control knows of machines that were destroyed, and it cannot be asked now")
+            .hint("leave include_deleted out"));
+    };
+    let gone = destroyed::of_app(ctx, app).await?.into_iter().map(|gone| {
+        let config = if filter.is_summary { Value::Null } else { fly::show(&gone.machine.spec, &ctx.domain) };
+        let shown = wire(owners, view, &gone.machine, config);
+        // Its host may still be at it.
+        let state = if view.machines.contains_key(&gone.machine.id) { MachineState::Destroying } else { MachineState::Destroyed };
+        let shown = wire::Machine { state, host_status: "ok".into(), problem: None, updated_at: rfc3339(gone.at_ms), ..shown };
+        (gone, shown)
+    });
+    Ok(gone.filter(|(gone, shown)| filter.takes(&gone.machine, shown)).map(|(_, shown)| shown).collect())
+}
+
 /// Facts do not tell of containers, which come and go while the machine runs: the hosts of those that have some are asked.
 /// What a host does not say is not shown.
-async fn ask_for_containers(ctx: &Ctx, hosts: &BTreeMap<MachineId, HostId>, machines: &mut [wire::Machine]) {
+async fn ask_for_containers(owners: &Owners, hosts: &BTreeMap<MachineId, HostId>, machines: &mut [wire::Machine]) {
     let mut asked: Vec<_> = machines.iter_mut().filter(|machine| machine.state.is_running() && hosts.contains_key(&machine.id)).collect();
     for some in asked.chunks_mut(MAX_ASKED_AT_ONCE) {
         let ids = some.iter().filter_map(|machine| Some((machine.id.clone(), hosts.get(&machine.id)?.clone())));
         let answers = futures_util::future::join_all(ids.map(async |(id, host)| {
-            let owner = hosts::reach(ctx, &host)?;
-            hosts::look(ctx, &host, owner.machine(&id)).await
+            let owner = owners.reach(&host)?;
+            owners.look(&host, owner.machine(&id)).await
         }))
         .await;
         for (machine, answer) in some.iter_mut().zip(answers) {
@@ -242,27 +242,27 @@ impl Filter {
 }
 
 pub async fn get(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
 ) -> Result<Json<wire::Machine>, Failure> {
-    let row = load(&ctx, &app, &id).await?;
-    Ok(Json(asked(&ctx, &row).await?))
+    let row = owners.machine(&app, &id).await?;
+    Ok(Json(asked(&owners, &row).await?))
 }
 
 /// Asks the owner, and falls back to what was last heard.
-pub(crate) async fn asked(ctx: &Ctx, row: &Row<MachineRow>) -> Result<wire::Machine, Failure> {
-    let id = &row.value.id;
-    let configs = ctx.state.get::<ConfigsRow>(&key::configs(id)).await?.map(|row| row.value).unwrap_or_default();
-    let mut view = Snapshot::clone(&ctx.view.current());
-    let host = &row.value.host;
-    let (answer, events) = match hosts::reach(ctx, host) {
-        Ok(owner) => tokio::join!(hosts::look(ctx, host, owner.machine(id)), hosts::look(ctx, host, owner.events(id))),
+pub(crate) async fn asked(owners: &Owners, row: &MachineRow) -> Result<wire::Machine, Failure> {
+    let id = &row.id;
+    let configs = owners.configs(Some(id)).await?;
+    let mut view = Snapshot::clone(&owners.view().current());
+    let host = &row.host;
+    let (answer, events) = match owners.reach(host) {
+        Ok(owner) => tokio::join!(owners.look(host, owner.machine(id)), owners.look(host, owner.events(id))),
         Err(refusal) => (Err(refusal.clone()), Err(refusal)),
     };
     if let Ok(fact) = &answer {
         view.machines.insert(id.clone(), Arc::new(fact.clone()));
     }
-    let mut shown = wire(ctx, &view, &row.value, configs.shown(&row.value.spec, &ctx.domain));
+    let mut shown = wire(owners, &view, row, configs.shown(row));
     if let Ok(events) = events {
         shown.events = fly::events(&events);
     }
@@ -325,28 +325,28 @@ pub async fn destroy(
 }
 
 async fn command(
-    ctx: &Ctx,
+    owners: &Owners,
     app: &AppName,
     id: &MachineId,
     headers: &HeaderMap,
     kind: CommandKind,
 ) -> Result<Json<Value>, Failure> {
-    let row = load(ctx, app, id).await?;
-    let answer = send(ctx, &row, headers, kind).await?;
+    let row = owners.machine(app, id).await?;
+    let answer = send(owners, &row, headers, kind).await?;
     Ok(Json(json!({ "ok": true, "previous_state": answer.previous_state.as_str(), "migrated": false, "new_host": "" })))
 }
 
 pub(super) async fn send(
-    ctx: &Ctx,
-    row: &Row<MachineRow>,
+    owners: &Owners,
+    row: &MachineRow,
     headers: &HeaderMap,
     kind: CommandKind,
 ) -> Result<CommandAnswer, Failure> {
     let command = Command {
         id: command_id(headers)?,
-        machine: row.value.id.clone(),
+        machine: row.id.clone(),
         deadline_ms: now_ms() + COMMAND_DEADLINE_MS,
-        generation: Some(row.value.placement),
+        generation: Some(row.placement),
         plan: None,
         expected_version: None,
         nonce: leases::nonce(headers)?,
@@ -354,7 +354,7 @@ pub(super) async fn send(
         request_id: super::request_id(),
         kind,
     };
-    Ok(hosts::reach(ctx, &row.value.host)?.command(command).await?)
+    Ok(owners.reach(&row.host)?.command(command).await?)
 }
 
 /// The client's own, or a fresh one.
@@ -367,15 +367,15 @@ fn command_id(headers: &HeaderMap) -> Result<CommandId, Failure> {
 }
 
 pub async fn start(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
-    command(&ctx, &app, &id, &headers, CommandKind::Start).await
+    command(&owners, &app, &id, &headers, CommandKind::Start).await
 }
 
 pub async fn stop(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
     body: bytes::Bytes,
@@ -384,15 +384,15 @@ pub async fn stop(
     // Fly's Go client sends `0s` where nothing was asked for.
     let timeout = body.timeout.filter(|timeout| *timeout != json!("0s"));
     let timeout_ms = timeout.as_ref().map(duration_ms).transpose()?;
-    command(&ctx, &app, &id, &headers, CommandKind::Stop { signal: body.signal, timeout_ms }).await
+    command(&owners, &app, &id, &headers, CommandKind::Stop { signal: body.signal, timeout_ms }).await
 }
 
 pub async fn suspend(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
-    command(&ctx, &app, &id, &headers, CommandKind::Suspend).await
+    command(&owners, &app, &id, &headers, CommandKind::Suspend).await
 }
 
 /// By the query, as one of Fly's clients has it, or in the body, as another.
@@ -423,7 +423,7 @@ impl Restart {
 }
 
 pub async fn restart(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Restart>,
     headers: HeaderMap,
@@ -432,7 +432,7 @@ pub async fn restart(
     let body: Restart = optional(&body)?;
     // Each is read for itself: what cannot be used in one is not hidden by the other.
     let (of_query, of_body) = (query.timeout_ms()?, body.timeout_ms()?);
-    command(&ctx, &app, &id, &headers, CommandKind::Restart { timeout_ms: of_query.or(of_body) }).await
+    command(&owners, &app, &id, &headers, CommandKind::Restart { timeout_ms: of_query.or(of_body) }).await
 }
 
 #[derive(Debug, Deserialize)]
@@ -442,7 +442,7 @@ pub struct Signal {
 }
 
 pub async fn signal(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
     Body(body): Body<Signal>,
@@ -452,23 +452,23 @@ pub async fn signal(
         Value::Number(number) => number.to_string(),
         _ => return Err(Failure::invalid("signal must be a name such as SIGTERM, or a number")),
     };
-    command(&ctx, &app, &id, &headers, CommandKind::Signal { signal }).await
+    command(&owners, &app, &id, &headers, CommandKind::Signal { signal }).await
 }
 
 pub async fn cordon(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
-    command(&ctx, &app, &id, &headers, CommandKind::Cordon).await
+    command(&owners, &app, &id, &headers, CommandKind::Cordon).await
 }
 
 pub async fn uncordon(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
-    command(&ctx, &app, &id, &headers, CommandKind::Uncordon).await
+    command(&owners, &app, &id, &headers, CommandKind::Uncordon).await
 }
 
 /// Seconds as a number, or a duration like `10s`.
@@ -487,36 +487,35 @@ fn duration_ms(value: &Value) -> Result<u64, Failure> {
 
 /// `state` may be repeated, and `settled` means any state that does not pass by itself.
 pub async fn wait(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     RawQuery(query): RawQuery,
 ) -> Result<Json<Value>, Failure> {
     let wait = parse_wait(query.as_deref().unwrap_or_default())?;
     let awaits_end = wait.states.contains(&MachineState::Destroyed);
-    if let Err(missing) = load(&ctx, &app, &id).await {
+    if let Err(missing) = owners.machine(&app, &id).await {
         // Its row goes at once; its host needs a moment.
-        let tombstone = ctx.state.get::<TombstoneRow>(&key::tombstone(&id)).await?;
-        if !awaits_end || tombstone.is_none_or(|tombstone| tombstone.value.app != app) {
+        if !awaits_end || !owners.is_destroyed(&app, &id).await? {
             return Err(missing);
         }
     }
-    let waited = match hosts::of_machine(&ctx, &id).await {
+    let waited = match owners.of(&id).await {
         Ok(host) => host.wait(&id, wait.clone()).await,
         Err(refusal) => Err(refusal),
     };
     match waited {
         Ok(fact) => Ok(Json(json!({ "ok": true, "state": fact.state.as_str(), "version": fact.version }))),
-        Err(Refusal::NoSuchMachine(_)) if awaits_end && ctx.state.machine(&id).await?.is_none() => {
+        Err(Refusal::NoSuchMachine(_)) if awaits_end && owners.known(&id).await?.is_none() => {
             Ok(Json(json!({ "ok": true, "state": "destroyed" })))
         }
-        Err(refusal @ Refusal::Unreachable { .. }) => last_heard(&ctx, &id, &wait).map(Json).ok_or_else(|| refusal.into()),
+        Err(refusal @ Refusal::Unreachable { .. }) => last_heard(&owners, &id, &wait).map(Json).ok_or_else(|| refusal.into()),
         Err(refusal) => Err(refusal.into()),
     }
 }
 
 /// What its host said before it could not be reached any more, if that is what was waited for.
-fn last_heard(ctx: &Ctx, id: &MachineId, wait: &WaitFor) -> Option<Value> {
-    let view = ctx.view.current();
+fn last_heard(owners: &Owners, id: &MachineId, wait: &WaitFor) -> Option<Value> {
+    let view = owners.view().current();
     let fact = view.machines.get(id).filter(|_| wait.after_event.is_none())?;
     let is_it = wait.states.contains(&fact.state) && wait.version.as_ref().is_none_or(|version| *version == fact.version);
     is_it.then(|| json!({ "ok": true, "state": fact.state.as_str(), "version": fact.version, "host_status": "unreachable" }))
@@ -574,28 +573,28 @@ pub struct Events {
 
 /// What happened to it, the newest first.
 pub async fn events(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Events>,
 ) -> Result<Json<Value>, Failure> {
-    let row = load(&ctx, &app, &id).await?;
-    let mut events = hosts::reach(&ctx, &row.value.host)?.events(&id).await?;
+    let row = owners.machine(&app, &id).await?;
+    let mut events = owners.reach(&row.host)?.events(&id).await?;
     events.truncate(query.limit.unwrap_or(usize::MAX));
     Ok(Json(fly::events(&events)))
 }
 
 pub async fn exec(
-    State(ctx): State<Arc<Ctx>>,
+    Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
     Extension(caller): Extension<Caller>,
     Body(body): Body<ExecBody>,
 ) -> Result<(StatusCode, Json<ExecAnswer>), Failure> {
-    load(&ctx, &app, &id).await?;
+    owners.machine(&app, &id).await?;
     let program = body.command.first().or(body.cmd.as_ref()).and_then(|text| text.split_whitespace().next());
     let program = program.unwrap_or_default().to_owned();
     // Twice: who began something that never ends is to be found as well.
     tracing::info!(%app, machine = %id, program, by = caller.name(), "exec begins");
-    let ended = run(&ctx, &id, body).await;
+    let ended = run(&owners, &id, body).await;
     let outcome = match &ended {
         Ok(answer) => format!("exit code {}", answer.exit_code),
         Err(failure) => failure.message.clone(),
@@ -604,7 +603,7 @@ pub async fn exec(
     ended.map(|answer| (StatusCode::OK, Json(answer)))
 }
 
-async fn run(ctx: &Ctx, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Failure> {
+async fn run(owners: &Owners, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Failure> {
     let command = match (body.command.is_empty(), body.cmd) {
         (false, _) => body.command,
         (true, Some(text)) => words::split(&text).map_err(|error| Failure::invalid(format!("the command cannot be split into words: {error}")))?,
@@ -614,7 +613,7 @@ async fn run(ctx: &Ctx, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Fa
     let stdin = ExecStdin::Whole(body.stdin.unwrap_or_default().into());
     let container = body.container.unwrap_or_default();
     let request = ExecRequest { stdin, container, ..ExecRequest::new(id.clone(), command, timeout_s * 1000) };
-    let mut session = hosts::of_machine(ctx, id).await?.exec(request).await?;
+    let mut session = owners.of(id).await?.exec(request).await?;
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     while let Some(output) = session.output.recv().await {
         let (stream, bytes) = match output {

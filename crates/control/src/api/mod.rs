@@ -15,19 +15,20 @@ mod releases;
 mod status;
 pub(crate) mod volumes;
 
-pub(crate) use authorize::{Caller, Entrance};
+pub(crate) use authorize::{Caller, Entrance, authorize, bearer};
 pub(crate) use builds::remove_leftovers;
 pub(crate) use built::forget as forget_builds;
 pub(crate) use status::Requests;
 
-use crate::Ctx;
 use crate::failure::Failure;
+use crate::owners::Owners;
+use crate::{Ctx, now_ms};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post, put};
+use axum::routing::{MethodRouter, delete, get, post, put};
 use dunlin_api::{ErrorBody, ErrorCode};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Uri};
@@ -36,7 +37,7 @@ use std::time::Instant;
 use tracing::Instrument;
 
 /// JSON bodies: a configuration, or 64 secrets.
-const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
+pub(crate) const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
 /// Of an error that a library wrote and that becomes JSON here.
 const MAX_ERROR_BYTES: usize = 16 * 1024;
 const MAX_REQUEST_ID_BYTES: usize = 64;
@@ -56,12 +57,10 @@ pub(crate) fn request_id() -> Option<String> {
 
 /// Every path and what answers there; `docs/openapi.json` describes those under `/v1`.
 fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
-    vec![
-        ("/healthz", get(status::healthz)),
+    let of_control = vec![
         ("/readyz", get(status::readyz)),
         ("/metrics", get(status::metrics)),
         ("/v1/openapi.json", get(openapi::document)),
-        ("/v1/version", get(status::version)),
         ("/v1/ca", get(status::ca)),
         ("/v1/tokens", post(status::create_token)),
         ("/v1/tokens/revoke", post(status::revoke_token)),
@@ -74,10 +73,8 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
         ("/v1/hosts/{id}/drain", post(hosts::drain)),
         ("/v1/cluster/status", get(hosts::cluster_status)),
         ("/v1/cluster/verify", get(hosts::cluster_verify)),
-        ("/v1/apps", get(apps::list).post(apps::create)),
-        ("/v1/apps/{app}", get(apps::get).delete(apps::destroy)),
-        ("/v1/apps/{app}/status", get(apps::status)),
-        ("/v1/apps/{app}/logs", get(apps::logs)),
+        ("/v1/apps", post(apps::create)),
+        ("/v1/apps/{app}", delete(apps::destroy)),
         ("/v1/apps/{app}/scale", get(apps::scale).post(apps::set_scale)),
         ("/v1/apps/{app}/secrets", get(apps::secrets).post(apps::set_secrets)),
         ("/v1/apps/{app}/secrets/{name}", get(apps::secret).post(apps::set_secret).delete(apps::unset_secret)),
@@ -87,8 +84,30 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
         ("/v1/apps/{app}/releases/{number}", get(releases::get)),
         ("/v1/apps/{app}/releases/{number}/events", get(releases::events)),
         ("/v1/apps/{app}/rollback", post(releases::rollback)),
-        ("/v1/apps/{app}/machines", get(machines::list).post(by_hand::create)),
-        ("/v1/apps/{app}/machines/{id}", get(machines::get).post(by_hand::update).delete(machines::destroy)),
+        ("/v1/apps/{app}/machines", post(by_hand::create)),
+        ("/v1/apps/{app}/machines/{id}", post(by_hand::update).delete(machines::destroy)),
+        ("/v1/apps/{app}/volumes", get(volumes::list).post(volumes::create)),
+        ("/v1/apps/{app}/volumes/{id}", get(volumes::get).put(volumes::update).delete(volumes::destroy)),
+        ("/v1/apps/{app}/volumes/{id}/extend", put(volumes::extend)),
+        ("/v1/apps/{app}/volumes/{id}/snapshots", get(volumes::snapshots).post(volumes::snapshot)),
+        ("/v1/apps/{app}/machines/{id}/versions", get(by_hand::versions)),
+        ("/v1/apps/{app}/machines/{id}/metadata/{key}", post(by_hand::set_metadata).delete(by_hand::remove_metadata)),
+    ];
+    of_control.into_iter().chain(of_owners()).collect()
+}
+
+/// Those that need no desired state to be written: hosts have what they tell, and obey what they ask. So a member serves
+/// them, too, while control cannot be asked.
+pub(crate) fn of_owners<S: Clone + Send + Sync + 'static>() -> Vec<(&'static str, MethodRouter<S>)> {
+    vec![
+        ("/healthz", get(status::healthz)),
+        ("/v1/version", get(status::version)),
+        ("/v1/apps", get(apps::list)),
+        ("/v1/apps/{app}", get(apps::get)),
+        ("/v1/apps/{app}/status", get(apps::status)),
+        ("/v1/apps/{app}/logs", get(apps::logs)),
+        ("/v1/apps/{app}/machines", get(machines::list)),
+        ("/v1/apps/{app}/machines/{id}", get(machines::get)),
         ("/v1/apps/{app}/machines/{id}/start", post(machines::start)),
         ("/v1/apps/{app}/machines/{id}/stop", post(machines::stop)),
         ("/v1/apps/{app}/machines/{id}/suspend", post(machines::suspend)),
@@ -99,16 +118,11 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
         ("/v1/apps/{app}/machines/{id}/wait", get(machines::wait)),
         ("/v1/apps/{app}/machines/{id}/events", get(machines::events)),
         ("/v1/apps/{app}/machines/{id}/exec", post(machines::exec)),
-        ("/v1/apps/{app}/volumes", get(volumes::list).post(volumes::create)),
-        ("/v1/apps/{app}/volumes/{id}", get(volumes::get).put(volumes::update).delete(volumes::destroy)),
-        ("/v1/apps/{app}/volumes/{id}/extend", put(volumes::extend)),
-        ("/v1/apps/{app}/volumes/{id}/snapshots", get(volumes::snapshots).post(volumes::snapshot)),
         ("/v1/apps/{app}/machines/{id}/exec/stream", get(exec_stream::stream)),
-        ("/v1/apps/{app}/machines/{id}/versions", get(by_hand::versions)),
         ("/v1/apps/{app}/machines/{id}/ps", get(by_hand::processes)),
         ("/v1/apps/{app}/machines/{id}/lease", get(leases::get).post(leases::acquire).delete(leases::release)),
         ("/v1/apps/{app}/machines/{id}/metadata", get(by_hand::metadata)),
-        ("/v1/apps/{app}/machines/{id}/metadata/{key}", get(by_hand::metadata_value).post(by_hand::set_metadata).delete(by_hand::remove_metadata)),
+        ("/v1/apps/{app}/machines/{id}/metadata/{key}", get(by_hand::metadata_value)),
     ]
 }
 
@@ -122,23 +136,31 @@ pub(crate) fn router(ctx: Arc<Ctx>, entrance: Entrance) -> Router {
         .with_state(ctx)
 }
 
+async fn outermost(State((ctx, entrance)): State<(Arc<Ctx>, Entrance)>, request: Request, next: Next) -> Response {
+    let verify = |token: &str| ctx.tokens.verify(token, now_ms());
+    let caller = authorize(&ctx.org, entrance, &request, verify).map(|caller| (caller, Owners::Control(Arc::clone(&ctx))));
+    answered(caller, request, next, &ctx.requests).await
+}
+
 /// What every request goes through: an id, authorization, the answer as JSON, one log line.
-async fn outermost(State((ctx, entrance)): State<(Arc<Ctx>, Entrance)>, mut request: Request, next: Next) -> Response {
+pub(crate) async fn answered(caller: Result<(Caller, Owners), Failure>, mut request: Request, next: Next, requests: &Requests) -> Response {
     let began = Instant::now();
     let id = take_request_id(&request);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let answer = CURRENT.scope(id.clone(), async {
-        let response = match authorize::authorize(&ctx, entrance, &request) {
-            Ok(caller) => {
+        let response = match caller {
+            Ok((caller, owners)) => {
                 request.extensions_mut().insert(caller);
+                request.extensions_mut().insert(owners);
                 as_json(next.run(request).await).await
             }
             Err(failure) => failure.into_response(),
         };
         let status = response.status();
         let ms = began.elapsed().as_millis();
-        ctx.requests.count(status);
-        if status.is_server_error() {
+        requests.count(status);
+        // What only control can do is no fault of a member that says so.
+        if status.is_server_error() && response.extensions().get::<NoFault>().is_none() {
             tracing::warn!(%method, %path, status = status.as_u16(), ms, "request failed");
         } else if ms > SLOW_MS {
             tracing::info!(%method, %path, status = status.as_u16(), ms, "slow request");
@@ -155,6 +177,10 @@ async fn outermost(State((ctx, entrance)): State<(Arc<Ctx>, Entrance)>, mut requ
     }
     response
 }
+
+/// Of an answer that says what cannot be now, and is as it should be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NoFault;
 
 /// The edge's id goes on, so that one id tells the whole story; otherwise a new one.
 fn take_request_id(request: &Request) -> String {

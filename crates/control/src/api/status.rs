@@ -3,6 +3,7 @@
 use super::Caller;
 use super::given::Body;
 use crate::failure::Failure;
+use crate::owners::Owners;
 use crate::rows::{Change, RevokedRow, key};
 use crate::tokens::{MAX_APPS, MAX_LIFETIME_S};
 use crate::{Ctx, now_ms};
@@ -89,7 +90,11 @@ pub async fn metrics(State(ctx): State<Arc<Ctx>>) -> Result<Response, Failure> {
     Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
-pub async fn version(State(ctx): State<Arc<Ctx>>) -> Json<VersionInfo> {
+pub async fn version(Extension(owners): Extension<Owners>) -> Json<VersionInfo> {
+    let ctx = match owners {
+        Owners::Control(ctx) => ctx,
+        Owners::Member(member, _) => return Json(member.version.clone()),
+    };
     Json(VersionInfo {
         version: ctx.version.clone(),
         commit: ctx.commit.clone(),

@@ -37,7 +37,7 @@ async fn load(ctx: &Ctx, app: &AppName, id: &VolumeId) -> Result<Row<VolumeRow>,
 /// A volume as the API shows it, with the word of its host on it.
 async fn shown(ctx: &Ctx, row: &VolumeRow) -> Result<Volume, Failure> {
     let status = match hosts::reach(ctx, &row.host) {
-        Ok(host) => hosts::look(ctx, &row.host, host.volume(&row.id, row.size_gb)).await,
+        Ok(host) => hosts::look(ctx.host.host_id(), &row.host, host.volume(&row.id, row.size_gb)).await,
         Err(refusal) => Err(refusal),
     };
     if let Err(refusal) = &status {

@@ -23,10 +23,11 @@ use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{
-    CommandId, ContainerState, ContainerStatus, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, Region, SnapshotId, VolumeId,
+    CommandId, ContainerState, ContainerStatus, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, Region,
+    SnapshotId, VolumeId,
 };
 use dunlin_registry::ContentStore;
-use dunlin_view::{HostFact, MachineFact};
+use dunlin_view::{ConfigState, HostFact, MachineFact};
 use machine::{created, exit, live};
 pub use others::Others;
 use others::{all_played_by, fleet};
@@ -441,12 +442,17 @@ impl World {
     }
 
     pub async fn try_start(data: &Path, kill_at: Option<String>) -> Result<Self, StartError> {
-        Self::start_with(data, kill_at, &[], false).await
+        Self::start_with(data, kill_at, &[], false, ConfigState::default()).await
+    }
+
+    /// On a host that has heard this from an earlier control.
+    pub async fn start_having_heard(data: &Path, seen: ConfigState) -> Self {
+        Self::start_with(data, None, &[], false, seen).await.unwrap()
     }
 
     /// The small host plays all others, too.
     pub async fn start_for_all_hosts(data: &Path) -> Self {
-        Self::start_with(data, None, &[], true).await.unwrap()
+        Self::start_with(data, None, &[], true, ConfigState::default()).await.unwrap()
     }
 
     /// Beside this host others, each reached over a pipe.
@@ -454,7 +460,7 @@ impl World {
         for row in others {
             join(data, row).await;
         }
-        let world = Self::start_with(data, None, others, false).await.unwrap();
+        let world = Self::start_with(data, None, others, false, ConfigState::default()).await.unwrap();
         world.create_app("web").await;
         world
     }
@@ -464,8 +470,10 @@ impl World {
         kill_at: Option<String>,
         others: &[HostRow],
         plays_all: bool,
+        seen: ConfigState,
     ) -> Result<Self, StartError> {
-        let view = new_view(data).await;
+        let view = View::memory();
+        view.publish_config(seen, now_ms()).unwrap();
         let content = ContentStore::open(data.join("registry")).unwrap();
         let host = SmallHost::start(&host_row(), view.clone(), data, content.clone());
         let others = Others::start(others, &view, data, &content);
@@ -689,8 +697,4 @@ pub async fn join(data: &Path, row: &HostRow) {
 async fn open_store(data: &Path) -> dunlin_store::Store {
     std::fs::create_dir_all(data.join("control")).unwrap();
     dunlin_store::Store::open(&data.join("control/store.db")).unwrap()
-}
-
-async fn new_view(_data: &Path) -> View {
-    View::memory()
 }

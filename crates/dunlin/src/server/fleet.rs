@@ -1,19 +1,21 @@
 //! This server as a member of its cluster: what it listens for, whom it asks, and who is served what.
 
 use super::front::Front;
-use super::relay;
+use super::relay::{self, Relay};
+use super::proven;
 use crate::settings::{Role, Settings};
 use anyhow::Context;
 use axum::routing::get;
 use dunlin_api::{ErrorBody, ErrorCode, HostApi};
-use dunlin_api::remote::{self, Duplex, RemoteHost};
+use dunlin_api::remote::{self, Asker, Duplex, RemoteHost};
 use dunlin_cluster::{
-    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, MemberKeys, Service, View,
+    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, MemberKeys, Service, Standing, View,
     read_frame, write_frame,
 };
-use dunlin_control::{Enrolment, FleetQuestion};
+use dunlin_control::{Enrolment, FleetQuestion, ReachFor, WithoutControl};
 use dunlin_model::{HostId, Region};
 use dunlin_proxy::Routes;
+use dunlin_view::Freshness;
 use dunlin_registry::{ContentStore, peer};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -29,6 +31,10 @@ const PASSED_ON: u8 = b'j';
 const RENEW: u8 = b'r';
 const MAX_ENROL_BYTES: usize = MAX_JOIN_REQUEST_BYTES + 1;
 const ENROLLED_WITHIN: Duration = Duration::from_secs(30);
+/// Before control starts others may say that it runs elsewhere by now; nobody waits longer for those that are away.
+const HEARD_WITHIN: Duration = Duration::from_secs(4);
+/// A host that is heard tells the newest desired state that it has.
+const TELLS_WITHIN: Duration = Duration::from_millis(500);
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(3600);
 const LOOK_AT_IDENTITY: Duration = Duration::from_millis(500);
 const RENEW_RETRY: Duration = Duration::from_secs(5);
@@ -104,11 +110,16 @@ impl Fleet {
     /// What other members ask of this one; where control is, the API and the registry as well.
     pub fn serve(&self, host: Arc<dyn HostApi>, content: &ContentStore, api: &Arc<Front>, registry: &Arc<Front>) {
         let content = content.clone();
-        let control = self.member.control.clone();
-        let commands: Handler = Arc::new(move |peer, stream| match peer {
-            // Only control commands machines: a member that was broken into does not get at those of the others.
-            Some(peer) if peer == control => Box::pin(remote::serve(stream, host.clone())),
-            _ => Box::pin(std::future::ready(())),
+        let (fleet, judge) = (self.clone(), proven::judge(self.view.clone()));
+        let commands: Handler = Arc::new(move |peer, stream| {
+            // Only control commands machines by a word of its own: a member that was broken into does not get at those of
+            // the others.
+            let asker = match peer {
+                Some(peer) if peer == fleet.control() => Asker::Control,
+                Some(_) => Asker::Member(judge.clone()),
+                None => return Box::pin(std::future::ready(())),
+            };
+            Box::pin(remote::serve(stream, host.clone(), asker))
         });
         self.cluster.serve(Service::Host, commands);
         self.of_members(Service::Blob, move |stream| peer::serve(stream, content.clone()));
@@ -124,6 +135,11 @@ impl Fleet {
         self.member.control == self.member.host
     }
 
+    /// The host that has control now, by its own signed word; until that is heard, the one that let this host join.
+    pub fn control(&self) -> HostId {
+        self.view.current().config.platform.as_ref().map_or_else(|| self.member.control.clone(), |platform| platform.control.clone())
+    }
+
     fn of_members<F>(&self, service: Service, serve: impl Fn(dunlin_cluster::Stream) -> F + Send + Sync + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -135,18 +151,54 @@ impl Fleet {
         self.cluster.serve(service, handler);
     }
 
-    /// A member's doors: what it is asked of the API and the registry, control answers.
-    pub fn relay(&self, root: &Arc<Front>, edge: &Arc<Front>, registry: &Arc<Front>) {
-        let to_control = |service| relay::router(self.cluster.clone(), self.member.control.clone(), service);
-        edge.open(to_control(Service::Api));
+    /// A member's doors: what it is asked of the API and the registry, control answers; what needs no control, the member
+    /// itself while control is away.
+    pub fn relay(&self, without: WithoutControl, (root, edge, registry): (&Arc<Front>, &Arc<Front>, &Arc<Front>)) {
+        let fleet = self.clone();
+        let relay = Relay::new(self.cluster.clone(), Arc::new(move || fleet.control()));
+        let without = Arc::new(without);
+        edge.open(relay.router(Service::Api, Some(without.edge_router())));
         // What this host itself knows is told here: it is what helps when control is not reached.
         let status = self.lend().ask;
         let verify = status.clone();
-        let own = to_control(Service::Api)
+        let own = relay
+            .router(Service::Api, Some(without.root_router()))
             .route("/v1/cluster/status", get(move || async move { axum::Json(status(FleetQuestion::Status).await) }))
             .route("/v1/cluster/verify", get(move || async move { axum::Json(verify(FleetQuestion::Verify).await) }));
         root.open(own);
-        registry.open(to_control(Service::Registry));
+        registry.open(relay.router(Service::Registry, None));
+    }
+
+    /// The host that has control instead of this one, once it has said so: control was restored there, from a backup of a
+    /// store that had `incarnation` at most.
+    pub async fn superseded(&self, incarnation: u64) -> HostId {
+        let mut changes = self.view.subscribe();
+        let mut view = changes.current();
+        loop {
+            let platform = view.config.platform.as_ref().filter(|platform| platform.control != self.member.host);
+            if let Some(platform) = platform
+                && view.config.generation.incarnation > incarnation
+            {
+                return platform.control.clone();
+            }
+            view = changes.changed().await;
+        }
+    }
+
+    /// The same before control starts: others are heard first, if they are there.
+    pub async fn superseded_meanwhile(&self, incarnation: u64) -> Option<HostId> {
+        let heard = async {
+            let mut changes = self.view.subscribe();
+            let mut view = changes.current();
+            while !view.heard.iter().any(|(host, heard)| *host != self.member.host && *heard == Freshness::Fresh) {
+                view = changes.changed().await;
+            }
+            tokio::time::sleep(TELLS_WITHIN).await;
+        };
+        tokio::select! {
+            other = self.superseded(incarnation) => Some(other),
+            () = async { drop(tokio::time::timeout(HEARD_WITHIN, heard).await) } => None,
+        }
     }
 
     /// How control reaches a host other than its own.
@@ -156,25 +208,27 @@ impl Fleet {
         Arc::new(move |host| {
             cluster.address(host)?;
             let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-            let cluster = &cluster;
-            let reached = known.entry(host.clone()).or_insert_with(|| {
-                let (cluster, to) = (cluster.clone(), host.clone());
-                let dial: remote::Dial = Arc::new(move || {
-                    let (cluster, to) = (cluster.clone(), to.clone());
-                    Box::pin(async move { Ok(Box::new(cluster.open(&to, Service::Host).await?) as Box<dyn Duplex>) })
-                });
-                Arc::new(RemoteHost::new(host.clone(), dial))
-            });
+            let reached = known.entry(host.clone()).or_insert_with(|| Arc::new(RemoteHost::new(host.clone(), dial(&cluster, host))));
             Some(reached.clone())
+        })
+    }
+
+    /// How this host reaches another for the bearer of a token.
+    pub fn reach_for(&self) -> ReachFor {
+        let (cluster, view) = (self.cluster.clone(), self.view.clone());
+        Arc::new(move |host, token| {
+            cluster.address(host)?;
+            Some(Arc::new(RemoteHost::asked_for(proven::bearer(view.clone(), token.clone()), host.clone(), dial(&cluster, host))))
         })
     }
 
     /// A host that has no certificate yet is let in by control; any member passes its request on.
     pub fn enrol(&self, control: &Arc<OnceLock<Enrolment>>) {
-        let (cluster, to, is_here) = (self.cluster.clone(), self.member.control.clone(), self.runs_control());
+        let fleet = self.clone();
         let control = control.clone();
         let handler: Handler = Arc::new(move |peer, mut stream| {
-            let (cluster, to, control) = (cluster.clone(), to.clone(), control.clone());
+            let (cluster, to, control) = (fleet.cluster.clone(), fleet.control(), control.clone());
+            let is_here = to == fleet.member.host;
             Box::pin(async move {
                 let done = async {
                     let request = read_frame(&mut stream, MAX_ENROL_BYTES).await?;
@@ -199,18 +253,20 @@ impl Fleet {
         self.cluster.serve(Service::Join, handler);
     }
 
-    /// Tells control what this host is now, and takes its certificate anew: at the start, and when it is due.
+    /// Tells control what this host is now, and takes its certificate anew: at the start, when it is due, and when control
+    /// begins anew from a backup.
     pub async fn keep_enrolled(self, settings: Settings, sealing_key: String, stop: CancellationToken) {
         let dir = self.dir.clone();
         let mut member = self.member.clone();
-        let (mut is_told, mut failures) = (false, 0);
+        let (mut told, mut failures) = (None, 0);
         loop {
-            let pause = if is_told && !member.is_due(super::now_ms()) {
+            let lineage = self.lineage();
+            let pause = if told.as_ref() == Some(&lineage) && !member.is_due(super::now_ms()) {
                 LOOK_AT_CERTIFICATE
             } else {
                 match self.renew(&member, &settings, &sealing_key).await {
                     Ok(renewed) => {
-                        (is_told, failures) = (true, 0);
+                        (told, failures) = (Some(lineage), 0);
                         if let Err(error) = renewed.save(&dir) {
                             tracing::error!(error = %error, "this host's new certificate is not on disk; it is asked for again after a restart");
                         }
@@ -227,11 +283,19 @@ impl Fleet {
                     }
                 }
             };
+            let mut changes = self.view.subscribe();
+            let begins_anew = async { while told.as_ref().is_none_or(|told| *told == self.lineage()) { changes.changed().await; } };
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
+                () = begins_anew => {}
             }
         }
+    }
+
+    /// Which control this host hears: where it is, and of which store.
+    fn lineage(&self) -> (HostId, u64) {
+        (self.control(), self.view.current().config.generation.incarnation)
     }
 
     /// The same for control's own host, which certifies itself.
@@ -249,9 +313,11 @@ impl Fleet {
     }
 
     async fn renew(&self, member: &Member, settings: &Settings, sealing_key: &str) -> anyhow::Result<Member> {
+        let standing = Standing { region: member.region.clone(), machine_prefix: member.machine_prefix, epoch: member.epoch };
         let report = report(settings, sealing_key.to_owned(), &member.keys, self.cluster.advertised())?;
+        let report = HostReport { standing: Some(standing), ..report };
         let report = serde_json::to_vec(&report)?;
-        let answer = ask(&self.cluster, &member.control, RENEW, &report).await?;
+        let answer = ask(&self.cluster, &self.control(), RENEW, &report).await?;
         let answer = crate::join::read(&answer)?;
         let renewed = Member { said: member.said.clone(), ..answer.member(member.host.clone(), member.keys.clone()) };
         self.cluster.renew(renewed.issued.clone())?;
@@ -320,7 +386,7 @@ impl Fleet {
 
     /// From whom images are fetched: the nearest first, control last, which has them all.
     pub fn peers(&self) -> peer::Peers {
-        let (cluster, control) = (self.cluster.clone(), self.member.control.clone());
+        let (cluster, fleet) = (self.cluster.clone(), self.clone());
         let dial: peer::Dial = Arc::new(move |host| {
             let (cluster, host) = (cluster.clone(), host.clone());
             Box::pin(async move { Ok(Box::new(cluster.open(&host, Service::Blob).await?) as Box<dyn peer::Duplex>) })
@@ -328,11 +394,20 @@ impl Fleet {
         let (cluster, own) = (self.cluster.clone(), self.member.host.clone());
         peer::Peers::new(dial, move || {
             let others = cluster.members().into_iter().filter(|member| member.alive && member.id != own);
+            let control = fleet.control();
             let mut near: Vec<_> = others.map(|member| (member.id == control, member.rtt_us.unwrap_or(u64::MAX), member.id)).collect();
             near.sort();
             near.into_iter().map(|(.., host)| host).collect()
         })
     }
+}
+
+fn dial(cluster: &Cluster, host: &HostId) -> remote::Dial {
+    let (cluster, to) = (cluster.clone(), host.clone());
+    Arc::new(move || {
+        let (cluster, to) = (cluster.clone(), to.clone());
+        Box::pin(async move { Ok(Box::new(cluster.open(&to, Service::Host).await?) as Box<dyn Duplex>) })
+    })
 }
 
 /// What this host says of itself to control: when it joins, and at each start after that.
@@ -347,6 +422,7 @@ pub fn report(settings: &Settings, sealing_key: String, keys: &MemberKeys, addr:
         addr,
         version: crate::VERSION.into(),
         clock_ms: super::now_ms(),
+        standing: None,
     })
 }
 

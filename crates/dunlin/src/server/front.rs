@@ -89,6 +89,19 @@ impl Front {
         }
     }
 
+    /// Why nothing answers here, if nothing does before `patience` is over.
+    pub async fn is_away(&self, patience: Duration) -> Option<String> {
+        let mut changes = self.inside.subscribe();
+        let settled = changes.wait_for(|inside| !matches!(inside, Inside::Starting));
+        match tokio::time::timeout(patience, settled).await {
+            Ok(Ok(inside)) => match &*inside {
+                Inside::Closed(why) => Some(why.clone()),
+                _ => None,
+            },
+            _ => Some("it is still starting".into()),
+        }
+    }
+
     fn look(&self) -> Inside {
         self.inside.borrow().clone()
     }

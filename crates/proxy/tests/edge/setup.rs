@@ -202,7 +202,7 @@ pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 
 fn snapshot(machines: &[Machine]) -> Snapshot {
     let mut config = ConfigState::default();
-    let app = AppFact { org: "personal".parse().unwrap(), hostnames: vec![HOST.into()], current_release: 1 };
+    let app = AppFact { org: "personal".parse().unwrap(), hostnames: vec![HOST.into()], current_release: 1, created_at_ms: 0 };
     config.apps.insert("web".parse().unwrap(), app);
     let mut view = Snapshot::default();
     for (n, m) in machines.iter().enumerate() {

@@ -4,6 +4,7 @@ mod apps;
 mod clients;
 mod console;
 mod containers;
+mod control_lost;
 mod deploys;
 mod disk;
 mod endure;
