@@ -2,10 +2,10 @@
 //! that is over.
 
 use crate::deploys::{config, image};
+use crate::fleet::app;
 use crate::poison;
 use dunlin_e2e::*;
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const ALL: [&str; 6] = ["w1", "w2", "w3", "w4", "w5", "w6"];
@@ -17,22 +17,6 @@ const ANSWERED_WITHIN: Duration = Duration::from_secs(20);
 const REPLACED_WITHIN: Duration = Duration::from_secs(30);
 /// Of each edge, so that two cores serve all.
 const PER_SECOND: u32 = 4;
-
-/// The usual app with a machine in each region.
-fn one_in_each_region(fleet: &Fleet) -> PathBuf {
-    scaled_to(fleet, 3)
-}
-
-fn scaled_to(fleet: &Fleet, count: usize) -> PathBuf {
-    let control = fleet.control();
-    let dir = control.source("web", PYTHON);
-    config(&dir, "1", "");
-    control.ok(&["apps", "create", "web"]);
-    control.ok_in(&dir, &["deploy"]);
-    control.ok(&["scale", "count", &count.to_string(), "--app", "web"]);
-    fleet.until_whole("web", count);
-    dir
-}
 
 /// Clients of these edges, all of which have had an answer.
 fn pulses<'a>(fleet: &Fleet, edges: impl IntoIterator<Item = &'a str>) -> Vec<(&'a str, Pulse)> {
@@ -60,7 +44,7 @@ fn nobody_failed(all: Vec<(&str, Pulse)>, at: Instant, answer: &str) {
 #[test]
 fn an_edge_without_gossip_answers_from_no_old_release() {
     let fleet = Fleet::of_three_regions();
-    let dir = one_in_each_region(&fleet);
+    let dir = app(&fleet, 3); // one in each region
     let deaf = *without_machines(&fleet).last().expect("three hosts have none");
     fleet.control().expect_log("the host is dead");
     fleet.host(deaf).expect_log("sendmsg error"); // the kernel tells it that its packets are dropped
@@ -94,7 +78,7 @@ fn without_machines(fleet: &Fleet) -> Vec<&'static str> {
 #[test]
 fn links_that_drop_one_way_are_gone_around() {
     let fleet = Fleet::of_three_regions();
-    one_in_each_region(&fleet);
+    app(&fleet, 3);
     let machines = fleet.machines("web");
     let edges = without_machines(&fleet);
     let (far, host) = machines.iter().find(|(_, host)| *host != "w1").expect("control's host has one at most");
@@ -132,7 +116,7 @@ fn links_that_drop_one_way_are_gone_around() {
 #[test]
 fn a_lost_host_and_a_lost_region_fail_nobody_elsewhere() {
     let mut fleet = Fleet::of_three_regions();
-    one_in_each_region(&fleet);
+    app(&fleet, 3);
     let lost = fleet.machines("web").into_values().find(|host| !matches!(&**host, "w1" | "w2")).expect("one in each region");
     let all = pulses(&fleet, ALL.into_iter().filter(|id| *id != lost));
     fleet.control().expect_log("the host is dead");
@@ -181,7 +165,7 @@ fn machines_that_a_failure_brought_together_move_apart() {
     control.stop();
     control.boot();
     fleet.join("w2");
-    scaled_to(&fleet, 2);
+    app(&fleet, 2);
     const CROWDED: &str = "all machines of the group are on one host";
     ["the host is dead", CROWDED].iter().for_each(|text| fleet.control().expect_log(text));
     let hosts = |fleet: &Fleet| fleet.machines("web").into_values().collect::<BTreeSet<String>>();
@@ -205,7 +189,7 @@ fn machines_that_a_failure_brought_together_move_apart() {
 fn what_no_reader_understands_harms_nobody() {
     const RESERVED_MB: u64 = 77;
     let mut fleet = Fleet::of_three_regions();
-    one_in_each_region(&fleet);
+    app(&fleet, 3);
     let others = without_machines(&fleet);
     let [.., carrier, victim] = others[..] else { panic!("three hosts have no machine: {others:?}") };
     let all = pulses(&fleet, ALL.into_iter().filter(|id| *id != carrier && *id != victim));

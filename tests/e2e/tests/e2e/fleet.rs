@@ -47,7 +47,7 @@ fn a_host_in_a_namespace_serves_and_fails_as_a_whole() {
 }
 
 /// The usual app, in so many machines on hosts that the planner chooses.
-fn app(fleet: &Fleet, count: usize) -> PathBuf {
+pub fn app(fleet: &Fleet, count: usize) -> PathBuf {
     let control = fleet.control();
     let dir = control.source("web", PYTHON);
     config(&dir, "1", "");

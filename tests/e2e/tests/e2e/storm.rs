@@ -1,6 +1,7 @@
 //! Minutes of faults at random, by hand: `cargo test -p dunlin-e2e storm -- --ignored`. `DUNLIN_STORM` is for how many seconds.
 
 use crate::deploys::{config, image};
+use crate::fleet::app;
 use dunlin_e2e::*;
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -17,13 +18,7 @@ fn after_a_storm_of_faults_the_fleet_is_whole() {
     let seconds = std::env::var("DUNLIN_STORM").ok().and_then(|text| text.parse().ok()).unwrap_or(120);
     let mut fleet = Fleet::start(&ALL);
     ALL.iter().for_each(|id| fleet.host(id).expect_log("")); // nothing is unexpected in a storm
-    let control = fleet.control();
-    let dir = control.source("web", PYTHON);
-    config(&dir, "1", "");
-    control.ok(&["apps", "create", "web"]);
-    control.ok_in(&dir, &["deploy"]);
-    control.ok(&["scale", "count", "3", "--app", "web"]);
-    fleet.until_whole("web", 3);
+    let dir = app(&fleet, 3);
     let image = image(fleet.control());
     let pulses: Vec<_> = ALL.iter().map(|id| (*id, fleet.pulse(id, "web", 5))).collect();
 
