@@ -36,6 +36,14 @@ impl Load {
         }
     }
 
+    /// A request goes there. If it failed last, that one finds out whether it is better now, and until it has, the others
+    /// stay away: what is silent costs each that tries it seconds.
+    pub fn begin_trial(&self, now_ms: u64) {
+        if self.failures.load(Relaxed) != 0 {
+            self.last_failure_ms.store(now_ms, Relaxed);
+        }
+    }
+
     /// Whether others should be preferred for now. Never excludes: it may be the only one.
     pub fn is_penalised(&self, now_ms: u64) -> bool {
         self.failures.load(Relaxed) != 0 && now_ms.saturating_sub(self.last_failure_ms.load(Relaxed)) < PENALTY_MS
@@ -158,5 +166,17 @@ mod tests {
         load.record_failure(2_000);
         load.record_success();
         assert!(!load.is_penalised(2_001));
+        load.begin_trial(2_001);
+        assert!(!load.is_penalised(2_002), "nothing is wrong with it");
+    }
+
+    #[test]
+    fn one_request_tries_what_has_failed() {
+        let load = Load::default();
+        load.record_failure(1_000);
+        load.begin_trial(1_000 + PENALTY_MS);
+        assert!(load.is_penalised(1_001 + PENALTY_MS), "the others wait for what it finds out");
+        load.record_success();
+        assert!(!load.is_penalised(1_002 + PENALTY_MS));
     }
 }

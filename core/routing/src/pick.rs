@@ -116,6 +116,7 @@ impl Ask<'_> {
                 return decision; // it sleeps, but it is there for sure
             }
             let Some(ticket) = best.load.reserve(best.service.concurrency.hard_limit) else { continue };
+            self.begin_trial(best);
             let is_busy = best.load.in_flight() > best.service.concurrency.soft_limit;
             return Decision::Forward {
                 target: best.clone(),
@@ -163,6 +164,11 @@ impl Ask<'_> {
         }
     }
 
+    fn begin_trial(&self, c: &Candidate) {
+        c.load.begin_trial(self.now_ms);
+        c.host_load.begin_trial(self.now_ms);
+    }
+
     fn is_penalised(&self, c: &Candidate) -> bool {
         c.load.is_penalised(self.now_ms) || c.host_load.is_penalised(self.now_ms)
     }
@@ -205,6 +211,7 @@ impl Ask<'_> {
     fn wake(&self, suits: impl Fn(&Candidate) -> bool) -> Option<Decision> {
         let target = self.sleeper(suits)?;
         let ticket = target.load.reserve(target.service.concurrency.hard_limit)?;
+        self.begin_trial(&target);
         Some(Decision::Wake { target, ticket })
     }
 

@@ -32,6 +32,8 @@ pub struct Table {
     /// Grows with every table of this process: what was learned of one table does not hold for the next.
     pub serial: u64,
     pub generation: Generation,
+    /// The edge hears of most hosts nothing.
+    pub is_cut_off: bool,
     by_host: HashMap<Box<str>, Arc<Route>>,
 }
 
@@ -124,7 +126,7 @@ impl Table {
             }
         }
         let serial = previous.map_or(1, |table| table.serial + 1);
-        Self { serial, generation: snapshot.config.generation, by_host }
+        Self { serial, generation: snapshot.config.generation, is_cut_off: snapshot.is_cut_off(), by_host }
     }
 
     /// The app that a host name belongs to.

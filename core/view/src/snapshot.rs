@@ -136,6 +136,13 @@ impl Snapshot {
         self.heard.get(host).copied().unwrap_or(Freshness::Fresh)
     }
 
+    /// Most other hosts are not heard, and it is more than one of them: rather nothing reaches this host than that they are all
+    /// gone. What is known here is then as old as what was last heard.
+    pub fn is_cut_off(&self) -> bool {
+        let silent = self.heard.values().filter(|freshness| **freshness != Freshness::Fresh).count();
+        silent > 1 && 2 * silent > self.heard.len()
+    }
+
     /// Facts of an app's machines, in the order of their ids.
     pub fn machines_of<'a>(&'a self, app: &'a AppName) -> impl Iterator<Item = &'a Arc<MachineFact>> {
         self.machines.values().filter(move |fact| fact.app == *app)
@@ -239,5 +246,17 @@ mod tests {
         assert_eq!((numbers(&view), refused), (vec!["01@h1".into(), "02@h2".into(), "03@h2".into()], 1), "machine 2 has moved, 3 is not h1's to take away");
         let (view, _) = view.with_facts(vec![says("h1", vec![], vec![2], false), says("h2", vec![of(2, "h2", 2)], vec![], true)]);
         assert_eq!(numbers(&view), ["01@h1", "02@h2"], "the whole of h2 is without machine 3; what h1 gave away stays");
+    }
+
+    #[test]
+    fn who_hears_of_few_is_cut_off() {
+        let check = |fresh: usize, silent: usize, expected: bool| {
+            let all = (0..fresh + silent).map(|n| (format!("h{n}").parse().unwrap(), if n < fresh { Freshness::Fresh } else { Freshness::Aging }));
+            let view = Snapshot { heard: Arc::new(all.collect()), ..Snapshot::default() };
+            assert_eq!(view.is_cut_off(), expected, "{silent} silent of {}", fresh + silent);
+        };
+        for (fresh, silent, expected) in [(0, 0, false), (0, 1, false), (1, 1, false), (0, 2, true), (1, 2, true), (2, 2, false), (2, 3, true), (5, 0, false)] {
+            check(fresh, silent, expected);
+        }
     }
 }

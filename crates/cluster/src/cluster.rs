@@ -219,6 +219,7 @@ impl Cluster {
         ClusterStatus {
             speaks: seen.speaks,
             silenced: seen.silenced.clone(),
+            cut_off: self.inner.view.current().is_cut_off(),
             members: seen.members.len(),
             logs: seen.logs.clone(),
             gossip: seen.gossip,

@@ -337,7 +337,7 @@ fn parse<T: FromStr>(text: &str) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dunlin_view::{AppFact, PlatformFact, SecretsFact};
+    use dunlin_view::{AppFact, SecretsFact};
     use proptest::collection::{btree_map, btree_set, vec};
     use proptest::prelude::*;
 

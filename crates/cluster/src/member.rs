@@ -122,7 +122,7 @@ impl MemberKeys {
         Ok(blake3::derive_key("dunlin cluster 1 connection resets", self.gossip()?.as_bytes()))
     }
 
-    pub(crate) fn gossip(&self) -> Result<SigningKey, MemberError> {
+    pub fn gossip(&self) -> Result<SigningKey, MemberError> {
         let key = bytes_32(&self.gossip).ok_or(MemberError::BadKey("the private key for gossip has not 32 bytes"))?;
         Ok(SigningKey::from_bytes(&key))
     }
@@ -194,12 +194,12 @@ impl Member {
         dir.join("member.json")
     }
 
-    pub(crate) fn cluster_key(&self) -> Result<VerifyingKey, MemberError> {
+    pub fn cluster_key(&self) -> Result<VerifyingKey, MemberError> {
         let key = bytes_32(&self.issued.cluster_key).and_then(|bytes| VerifyingKey::from_bytes(&bytes).ok());
         key.ok_or(MemberError::BadKey("the cluster's key is not an Ed25519 public key"))
     }
 
-    pub(crate) fn log_certificate(&self) -> Result<Certificate, MemberError> {
+    pub fn log_certificate(&self) -> Result<Certificate, MemberError> {
         let certificate = from_base64(&self.issued.log_certificate).and_then(|bytes| Certificate::from_bytes(&bytes).ok());
         certificate.ok_or(MemberError::BadKey("the certificate of the host's log cannot be read"))
     }

@@ -69,6 +69,8 @@ pub struct ClusterStatus {
     /// Whether this process publishes: it asks others first, for five seconds at most.
     pub speaks: bool,
     pub silenced: Option<Silenced>,
+    /// Most other hosts are not heard: this one is alone with what it knew.
+    pub cut_off: bool,
     pub members: usize,
     pub logs: Vec<LogStatus>,
     pub gossip: GossipCounts,

@@ -104,6 +104,7 @@ pub(crate) async fn promised(ctx: &Ctx, wanted: &Wanted<'_>) -> Result<(HostRow,
         if hosts.len() == 1 {
             return Err(refusal.into());
         }
+        reconcile::look_at_claim(ctx, &host.id, &wanted.spec.guest, &refusal);
         tracing::debug!(app = %wanted.app, machine = %wanted.id, host = %host.id, %refusal, "the next best host is asked");
         let why = match refusal {
             Refusal::InsufficientCapacity { why, .. } => why,

@@ -107,6 +107,7 @@ pub(crate) struct Ctx {
     pub data_dir: PathBuf,
     pub builder: Option<BuilderSettings>,
     pub base_images: BaseImages,
+    pub rebalance_after_ms: u64,
     pub metrics: Vec<Metrics>,
     pub ready: Vec<Ready>,
     pub requests: api::Requests,

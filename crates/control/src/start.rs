@@ -55,6 +55,8 @@ pub struct ControlConfig {
     pub builder: Option<BuilderSettings>,
     /// What builds and the resolver of images prefer; people are told when it is not what a name says.
     pub base_images: BaseImages,
+    /// An app's machines are left where they are for this long after its last plan, before they move apart.
+    pub rebalance_after_ms: u64,
     /// One of [`kill_points`](crate::kill_points); the process ends there.
     pub kill_at: Option<String>,
     pub metrics: Vec<Metrics>,
@@ -166,6 +168,7 @@ impl Control {
             data_dir: config.data_dir,
             builder: config.builder,
             base_images: config.base_images,
+            rebalance_after_ms: config.rebalance_after_ms,
             metrics: config.metrics,
             ready: config.ready,
             requests: Default::default(),

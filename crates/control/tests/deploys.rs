@@ -193,12 +193,20 @@ async fn no_room_is_believed_once_the_host_has_spoken_again() {
     let end = world.follow("web", release).await.pop().unwrap();
     assert_eq!(end.ended, Some(ReleaseStatus::Succeeded), "{end:?}");
     speak(4000, 3);
+    world.host.full.store(true, Ordering::SeqCst);
     world.post("/v1/apps/web/scale", json!({ "app": 2 })).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     speak(4000, 4);
     let end = world.follow("web", release + 1).await.pop().unwrap();
     assert_eq!(end.ended, Some(ReleaseStatus::RolledBack), "{end:?}");
     assert!(end.message.contains("host h1 has 96 MB free"), "{}", end.message);
+    // The same word, and this time it is wrong: the host is asked before anybody is told so.
+    world.host.full.store(false, Ordering::SeqCst);
+    let asked = world.post("/v1/apps/web/scale", json!({ "app": 2 })).await.json();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    speak(4000, 5);
+    let end = world.follow("web", asked["version"].as_u64().unwrap() as u32).await.pop().unwrap();
+    assert_eq!((end.ended, world.host.healthy()), (Some(ReleaseStatus::Succeeded), 2), "{end:?}");
     world.control.shutdown().await;
 }
 

@@ -542,6 +542,7 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Started> {
         costs: plan.costs.clone(),
         builder: Some(BuilderSettings { registry_socket: plan.paths.registry_socket.clone() }),
         base_images,
+        rebalance_after_ms: plan.settings.rebalance_after_s * 1000,
         kill_at: plan.kill_at.clone(),
         metrics: vec![metrics],
         ready: vec![certs::ready(plan.view.clone()) as Ready],

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 
 /// Of looking at a machine before it is put to sleep.
 const AUTOSTOP_AFTER_S: u64 = 60;
+/// Long enough that a host which comes and goes moves nothing.
+const REBALANCE_AFTER_S: u64 = 600;
 const READY_MACHINES: u16 = 16;
 
 pub const DEFAULT_MACHINE_PREFIX: &str = "10.201.0.0/16";
@@ -73,6 +75,9 @@ pub struct ServerArgs {
     /// Seconds without need for a machine after which auto_stop_machines puts it to sleep [default: 60]
     #[arg(long, env = "DUNLIN_AUTOSTOP_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub autostop_after: Option<u64>,
+    /// Seconds without a change of an app after which its machines move apart if they stand too close together [default: 600]
+    #[arg(long, env = "DUNLIN_REBALANCE_AFTER", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub rebalance_after: Option<u64>,
     /// Stopped machines that stand ready, all but their program started, 2 MiB each; 0 for none [default: 16]
     #[arg(long, env = "DUNLIN_READY_MACHINES", value_name = "COUNT", value_parser = clap::value_parser!(u16).range(0..=1024))]
     pub ready_machines: Option<u16>,
@@ -132,6 +137,7 @@ struct FileSettings {
     memory_mb: Option<u32>,
     rootfs_gb: Option<u32>,
     autostop_after: Option<u64>,
+    rebalance_after: Option<u64>,
     ready_machines: Option<u16>,
     log_format: Option<LogFormat>,
 }
@@ -157,6 +163,7 @@ pub struct Settings {
     pub memory_mb: u32,
     pub rootfs_gb: u32,
     pub autostop_after_s: u64,
+    pub rebalance_after_s: u64,
     pub ready_machines: u16,
     pub log_format: LogFormat,
     pub kill_at: Option<String>,
@@ -232,6 +239,7 @@ impl Settings {
                     memory_mb,
                     rootfs_gb: args.rootfs_gb.or(file.rootfs_gb).unwrap_or(ROOTFS_DEFAULT_GB).clamp(*ROOTFS_GB.start(), *ROOTFS_GB.end()),
                     autostop_after_s: args.autostop_after.or(file.autostop_after).unwrap_or(AUTOSTOP_AFTER_S).clamp(1, 86_400),
+                    rebalance_after_s: args.rebalance_after.or(file.rebalance_after).unwrap_or(REBALANCE_AFTER_S).clamp(1, 86_400),
                     ready_machines: args.ready_machines.or(file.ready_machines).unwrap_or(READY_MACHINES).min(1024),
                     log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
                     kill_at: args.kill_at.clone(),
@@ -255,7 +263,7 @@ impl Settings {
             "data_dir = {:?}\nhttp = {:?}\nhttps = {:?}\ncluster = {:?}\n{}domain = {:?}\nhost_id = {:?}\nregion = {:?}\n{}label = {:?}\n\
              role = {:?}\n\
              machine_prefix = \"{}/{}\"\nbase_images = {:?}\nmemory_mb = {}\nrootfs_gb = {}\nautostop_after = {}\n\
-             ready_machines = {}\nlog_format = {:?}",
+             rebalance_after = {}\nready_machines = {}\nlog_format = {:?}",
             self.data_dir,
             self.http.to_string(),
             self.https.to_string(),
@@ -273,6 +281,7 @@ impl Settings {
             self.memory_mb,
             self.rootfs_gb,
             self.autostop_after_s,
+            self.rebalance_after_s,
             self.ready_machines,
             format!("{:?}", self.log_format).to_lowercase(),
         )

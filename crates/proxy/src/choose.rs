@@ -5,12 +5,14 @@ use crate::answer::fault;
 use crate::exchange::admit_request;
 use crate::listen::{Edge, Worker};
 use crate::queue::{Patience, Waiting};
+use crate::request::Sender;
 use crate::time::now_ms;
 use crate::upstream::{Conn, Upstream};
 use crate::wake::{wake, wake_beside};
 use dunlin_api::{Admission, AdmitRefusal};
 use dunlin_model::MachineId;
 use dunlin_routing::{Availability, Candidate, Decision, Head, Reject, Route, Ticket, WaitReason};
+use dunlin_view::Freshness;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -22,6 +24,8 @@ use tokio::time::Instant;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// The same where another host has to be asked: that is a request to it each time.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
+/// The news that a host has just acted on reach this edge within this time, if any do.
+const NEWS_WITHIN: Duration = Duration::from_millis(250);
 /// Machines that one request is offered to before it is given up.
 const MAX_OFFERS: u32 = 8;
 
@@ -78,6 +82,8 @@ pub(crate) struct Search {
     is_full_elsewhere: bool,
     serial: u64,
     offers: u32,
+    /// One whose host has said that it is not what the table believes, and when a host first said so of any.
+    outdated: Option<(Arc<Candidate>, Instant)>,
     /// One that sleeps on another host, as that host said.
     asleep: Option<(Arc<Candidate>, Ticket)>,
     /// The last one that was woken.
@@ -185,6 +191,9 @@ impl Search {
                 return Look::Wake { target, ticket };
             }
             Decision::Wait { route, reason } => {
+                if let Some(look) = self.ask_who_knows_better(worker, record) {
+                    return look;
+                }
                 let reason = if self.full.is_empty() { reason } else { WaitReason::AtLimit };
                 self.full.clear();
                 return Look::Wait { route, reason };
@@ -234,19 +243,42 @@ impl Search {
         table.route(&head, &[&self.tried[..], &self.full].concat(), random, now_ms())
     }
 
+    /// No machine is as the table believes, and no news have come: this edge hears too little. A host that has refused knows
+    /// at least that, and its edge chooses.
+    fn ask_who_knows_better(&mut self, worker: &Rc<Worker>, record: &mut Record) -> Option<Look> {
+        self.outdated.as_ref().filter(|(_, since)| may_choose_another(record) && since.elapsed() >= NEWS_WITHIN)?;
+        let (target, _) = self.outdated.take()?;
+        let ticket = target.load.reserve(None)?;
+        let to = Upstream::Hop { target: target.clone(), is_doubtful: true };
+        Some(Look::Done(Ok(self.hold(worker, record, to, (target, ticket, None)))))
+    }
+
     fn place(
         &mut self,
         worker: &Rc<Worker>,
         record: &mut Record,
         (target, ticket, admission): (Arc<Candidate>, Ticket, Option<Admission>),
     ) -> Choice {
+        let to = match &admission {
+            Some(Admission { address, .. }) => Upstream::Machine { target: target.clone(), address: *address },
+            None => {
+                let is_doubtful = target.freshness != Freshness::Fresh && may_choose_another(record);
+                Upstream::Hop { target: target.clone(), is_doubtful }
+            }
+        };
+        self.hold(worker, record, to, (target, ticket, admission))
+    }
+
+    fn hold(
+        &mut self,
+        worker: &Rc<Worker>,
+        record: &mut Record,
+        to: Upstream,
+        (target, ticket, admission): (Arc<Candidate>, Ticket, Option<Admission>),
+    ) -> Choice {
         self.waiting = None;
         let freed = Freed { worker: Rc::downgrade(worker), target: target.clone() };
-        record.target = Some(target.clone());
-        let to = match &admission {
-            Some(Admission { address, .. }) => Upstream::Machine { target, address: *address },
-            None => Upstream::Hop { target },
-        };
+        record.target = Some(target);
         record.held = Some(Held { _admission: admission, ticket, _freed: freed });
         Choice::Place(to, None)
     }
@@ -266,6 +298,10 @@ impl Search {
             // It went to sleep since the table was made.
             self.asleep = Some((target.clone(), ticket));
             return Ok(());
+        }
+        if matches!(refusal, AdmitRefusal::NotHere | AdmitRefusal::OtherVersion) {
+            let since = self.outdated.as_ref().map_or_else(Instant::now, |(_, since)| *since);
+            self.outdated = Some((target.clone(), since));
         }
         self.is_full_elsewhere |= *refusal == AdmitRefusal::AtLimit;
         self.refused(record, target, refusal)
@@ -338,6 +374,12 @@ impl Search {
         }
         Ok(())
     }
+}
+
+/// Once, and only if the client does not insist on a machine or a place.
+fn may_choose_another(record: &Record) -> bool {
+    let request = &record.request;
+    request.sender == Sender::Client && request.force_instance.is_none() && request.force_region.is_none()
 }
 
 /// `None`: its host, which is another one, admits when it gets the request.

@@ -11,7 +11,7 @@ use crate::hop::{self, Ask, Denial, What};
 use crate::listen::Worker;
 use crate::reply::{Notes, Reply, room};
 use crate::request::Request;
-use crate::upstream::{Conn, Upstream};
+use crate::upstream::{Conn, HEAD_TAKEN_WITHIN, Upstream};
 use dunlin_api::{Admission, AdmitRefusal, AdmitRequest};
 use dunlin_model::ConcurrencyKind;
 use dunlin_routing::Candidate;
@@ -125,7 +125,7 @@ impl<'a, 'd> Exchange<'a, 'd> {
         conn: &'a mut Conn,
     ) -> Self {
         let hop_head = match &conn.to {
-            Upstream::Hop { target } => hop_head(worker, request, target),
+            Upstream::Hop { target, is_doubtful } => hop_head(worker, request, target, *is_doubtful),
             _ => Vec::new(),
         };
         Self {
@@ -153,7 +153,11 @@ impl<'a, 'd> Exchange<'a, 'd> {
 
     /// Sends the request until the answer's head is there and passed on; its status.
     pub async fn head(&mut self, timeout: Duration, notes: Notes<'_>) -> Result<u16, Fault> {
-        poll_fn(|cx| {
+        let mut is_quick = !self.hop_head.is_empty();
+        if is_quick {
+            self.conn.be_quick();
+        }
+        let status = poll_fn(|cx| {
             let upload = match self.poll_upload(cx) {
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(fault)),
                 Poll::Ready(Ok(())) => Awaits::Machine,
@@ -165,6 +169,11 @@ impl<'a, 'd> Exchange<'a, 'd> {
             if (self.is_uploaded() || matches!(self.stage, Stage::Held)) && self.down.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Fault::Client(ClientFault::Gone)));
             }
+            if is_quick {
+                ready!(self.poll_limit(cx, HEAD_TAKEN_WITHIN + HEAD_TAKEN_WITHIN / 4));
+                self.conn.be_patient(); // the head has arrived, or the connection would be gone
+                is_quick = false;
+            }
             let silence = self.worker.edge.limits.body_idle_timeout;
             let limit = if upload == Awaits::Client { silence } else { timeout };
             ready!(self.poll_limit(cx, limit));
@@ -173,7 +182,11 @@ impl<'a, 'd> Exchange<'a, 'd> {
                 Awaits::Machine => Fault::TooSlow,
             }))
         })
-        .await
+        .await?;
+        if is_quick {
+            self.conn.be_patient();
+        }
+        Ok(status)
     }
 
     /// Passes the answer's body on, to its end.
@@ -379,6 +392,7 @@ impl<'a, 'd> Exchange<'a, 'd> {
                         conn.inbox.consume(size);
                         if matches!(self.stage, Stage::Held) {
                             (self.stage, self.was_asked) = (Stage::Body, true);
+                            conn.be_patient();
                             cx.waker().wake_by_ref();
                         }
                         continue;
@@ -483,10 +497,11 @@ fn has_body(request: &Request) -> bool {
 }
 
 /// The machine's head with a line for its host in front of the end.
-fn hop_head(worker: &Worker, request: &Request, target: &Candidate) -> Vec<u8> {
+fn hop_head(worker: &Worker, request: &Request, target: &Candidate, is_doubtful: bool) -> Vec<u8> {
     let what = What::Forward {
         holds: has_body(request),
         once: target.service.concurrency.kind == ConcurrencyKind::Connections,
+        or_another: is_doubtful,
     };
     let ask = Ask { admit: admit_request(target), wait: Duration::ZERO, what };
     let mut head = worker.buffers.take_head();

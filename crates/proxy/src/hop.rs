@@ -7,7 +7,8 @@
 //! dunlin-hop: v1 <machine> <version> <placement> <port> <wait ms> <what>
 //! ```
 //! `what` is `go`, `hold` (the body waits for `100 Continue`, which says that the machine has taken the head), each with
-//! `,once` where the machine's connections count, or `wake`. What the last hop answers itself has `dunlin-hop-refused`
+//! `,once` where the machine's connections count, or `wake`; `,or-another`: the edge has not heard of that host for a while, so if
+//! the machine is not as it believes, the host's own edge chooses one. What the last hop answers itself has `dunlin-hop-refused`
 //! (nothing reached the machine) or `dunlin-hop-failed` (something may have), and it takes such fields from machines' answers.
 //!
 //! Times are durations, as the clocks of two hosts differ. Either side ends an idle connection with TLS's farewell and only
@@ -25,6 +26,7 @@ use std::time::Duration;
 pub(crate) const FIELD: &str = "dunlin-hop";
 const REFUSED: &str = "dunlin-hop-refused";
 const FAILED: &str = "dunlin-hop-failed";
+const OR_ANOTHER: &str = ",or-another";
 /// For people.
 const WHY: &str = "dunlin-hop-why";
 const MAX_WHY: usize = 512;
@@ -66,6 +68,8 @@ pub(crate) enum What {
         holds: bool,
         /// The connection to the machine is for this request alone.
         once: bool,
+        /// Whoever is asked knows better than who asks: if this machine is not what it was, the request goes to another.
+        or_another: bool,
     },
     Wake,
 }
@@ -74,13 +78,14 @@ impl Ask {
     pub fn value(&self) -> String {
         let AdmitRequest { machine, version, placement, internal_port } = &self.admit;
         let what = match self.what {
-            What::Forward { holds: false, once: false } => "go",
-            What::Forward { holds: true, once: false } => "hold",
-            What::Forward { holds: false, once: true } => "go,once",
-            What::Forward { holds: true, once: true } => "hold,once",
+            What::Forward { holds: false, once: false, .. } => "go",
+            What::Forward { holds: true, once: false, .. } => "hold",
+            What::Forward { holds: false, once: true, .. } => "go,once",
+            What::Forward { holds: true, once: true, .. } => "hold,once",
             What::Wake => "wake",
         };
-        format!("v1 {machine} {version} {placement} {internal_port} {} {what}", self.wait.as_millis())
+        let another = if matches!(self.what, What::Forward { or_another: true, .. }) { OR_ANOTHER } else { "" };
+        format!("v1 {machine} {version} {placement} {internal_port} {} {what}{another}", self.wait.as_millis())
     }
 
     pub fn read(value: &[u8]) -> Option<Self> {
@@ -94,12 +99,14 @@ impl Ask {
         let placement = Generation { incarnation: incarnation.parse().ok()?, revision: revision.parse().ok()? };
         let internal_port = word()?.parse().ok()?;
         let wait = Duration::from_millis(word()?.parse().ok()?).min(MAX_WAIT);
-        let what = match word()? {
-            "go" => What::Forward { holds: false, once: false },
-            "hold" => What::Forward { holds: true, once: false },
-            "go,once" => What::Forward { holds: false, once: true },
-            "hold,once" => What::Forward { holds: true, once: true },
-            "wake" => What::Wake,
+        let what = word()?;
+        let (what, or_another) = what.strip_suffix(OR_ANOTHER).map_or((what, false), |what| (what, true));
+        let what = match what {
+            "go" => What::Forward { holds: false, once: false, or_another },
+            "hold" => What::Forward { holds: true, once: false, or_another },
+            "go,once" => What::Forward { holds: false, once: true, or_another },
+            "hold,once" => What::Forward { holds: true, once: true, or_another },
+            "wake" if !or_another => What::Wake,
             _ => return None,
         };
         let admit = AdmitRequest { machine, version, placement, internal_port };
@@ -229,8 +236,8 @@ mod tests {
     #[test]
     fn what_is_asked_arrives() {
         let mut all = vec![ask(What::Wake)];
-        for (holds, once) in [(false, false), (false, true), (true, false), (true, true)] {
-            all.push(ask(What::Forward { holds, once }));
+        for bits in 0..8 {
+            all.push(ask(What::Forward { holds: bits & 1 != 0, once: bits & 2 != 0, or_another: bits & 4 != 0 }));
         }
         for ask in all {
             assert_eq!(Ask::read(ask.value().as_bytes()), Some(ask));
@@ -244,6 +251,7 @@ mod tests {
             String::new(),
             good.replace("v1", "v2"),
             good.replace("wake", "sing"),
+            format!("{good}{OR_ANOTHER}"),
             good.replace("8080", "80800"),
             good.replace("2.345", "2"),
             format!("{good} more"),

@@ -1,6 +1,7 @@
 //! The last hop for other edges: admits what they ask for from this host's own table, and forwards it to the machine.
 //!
-//! One attempt: where it fails, the edge is told how, and looks elsewhere itself. The head is passed on as it came, since
+//! One attempt: where it fails, the edge is told how, and looks elsewhere itself; unless it knows that it knows little, and
+//! has asked for another machine then. The head is passed on as it came, since
 //! a member made it.
 
 use crate::access::Record;
@@ -10,7 +11,7 @@ use crate::exchange::Fault;
 use crate::hop::{Ask, Denial, What};
 use crate::listen::Worker;
 use crate::metrics::count;
-use crate::serve::{Unanswered, forward, unless_gone};
+use crate::serve::{End, Unanswered, forward, to_a_machine, unless_gone};
 use crate::time::now_ms;
 use crate::upstream::Upstream;
 use dunlin_api::AdmitRefusal;
@@ -87,9 +88,37 @@ async fn wake(worker: &Rc<Worker>, ask: &Ask, down: &mut Downstream<'_>) -> Resu
     }
 }
 
+/// What an edge that hears of this host would know.
+fn is_news(refusal: &AdmitRefusal) -> bool {
+    use AdmitRefusal::{Cordoned, Draining, NotHere, NotRunning, OtherVersion};
+    matches!(refusal, NotHere | OtherVersion | NotRunning | Draining | Cordoned)
+}
+
+/// As if the client had come to this edge, but that it is not sent on once more.
+async fn to_another(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<'_>) -> Result<Passed, Stop> {
+    count(&worker.counters.hop_rerouted);
+    match to_a_machine(worker, record, down).await {
+        Ok(()) => Ok(Passed::Answer),
+        Err(End::Refused(reject)) => {
+            let told = answer::refuse(worker, &record.request, &reject, down).await;
+            told.map(|()| Passed::Answer).map_err(Stop::Broken)
+        }
+        // The connection between edges is TLS, so nobody is sent there.
+        Err(End::ToHttps) => Err(Denial::Unreached("the app answers over https only".into()).into()),
+        Err(End::Broken(error)) => Err(Stop::Broken(error)),
+    }
+}
+
 async fn pass_on(worker: &Rc<Worker>, record: &mut Record, ask: Ask, down: &mut Downstream<'_>) -> Result<Passed, Stop> {
-    let admission = worker.edge.last_hop.admit(&ask.admit)?;
-    let once = matches!(ask.what, What::Forward { once: true, .. });
+    let (once, or_another) = match ask.what {
+        What::Forward { once, or_another, .. } => (once, or_another),
+        What::Wake => (false, false),
+    };
+    let admission = match worker.edge.last_hop.admit(&ask.admit) {
+        Ok(admission) => admission,
+        Err(refusal) if or_another && is_news(&refusal) => return Box::pin(to_another(worker, record, down)).await,
+        Err(refusal) => return Err(refusal.into()),
+    };
     let to = Upstream::Admitted { version: ask.admit.version, address: admission.address, once };
     record.admission = Some(admission);
     let timeout = worker.edge.limits.response_timeout + EDGE_FIRST;

@@ -46,8 +46,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const SWEEP: Duration = Duration::from_secs(1);
 /// Silence of a client's socket before the kernel asks; after as long without an answer the client is gone.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
-/// A host of the fleet that acknowledges nothing for so long is gone.
-const HOST_GONE_AFTER: Duration = Duration::from_secs(12);
+/// A host of the fleet that acknowledges nothing for so long is gone: three questions in a row, of which one may get lost.
+pub(crate) const HOST_GONE_AFTER: Duration = Duration::from_secs(8);
 /// How often a drain looks whether it is done.
 const DRAIN_LOOK: Duration = Duration::from_millis(10);
 /// After the cut, connections are dropped at their next poll.

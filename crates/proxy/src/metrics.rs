@@ -28,6 +28,7 @@ pub(crate) struct Counters {
     pub hop_sent: AtomicU64,
     pub hop_served: AtomicU64,
     pub hop_denied: AtomicU64,
+    pub hop_rerouted: AtomicU64,
     pub stale: AtomicU64,
     pub request_seconds: Histogram,
     pub head_seconds: Histogram,
@@ -115,6 +116,8 @@ impl ProxyMetrics {
             ("hop_sent_total", "counter", "requests sent to machines by way of their hosts", self.sum(|c| &c.hop_sent)),
             ("hop_served_total", "counter", "requests taken from other edges", self.sum(|c| &c.hop_served)),
             ("hop_denied_total", "counter", "requests of other edges that this host answered itself", self.sum(|c| &c.hop_denied)),
+            ("hop_rerouted_total", "counter", "requests of edges that know too little, for which this edge has chosen a machine", self.sum(|c| &c.hop_rerouted)),
+            ("cut_off", "gauge", "whether this edge hears nothing of most other hosts", u64::from(self.routes.load().is_cut_off)),
             ("stale_total", "counter", "answers of machines on hosts that are not heard of", self.sum(|c| &c.stale)),
             ("log_lines_lost_total", "counter", "lines that the access log did not take", self.log_lines_lost.load(Relaxed)),
         ] {

@@ -41,7 +41,7 @@ pub(crate) struct Reply<'a> {
 pub(crate) struct Notes<'a> {
     /// `fly-preferred-instance-unavailable`.
     pub preferred_unavailable: Option<&'a str>,
-    /// `dunlin-stale`: how old what is known of the machine's host is, where that is a reason to doubt it.
+    /// `dunlin-stale`: `old`, nothing was heard of the machine's host for long; `cut-off`, nor of most hosts for a while.
     pub stale: Option<&'static str>,
 }
 

@@ -6,8 +6,11 @@ use dunlin_model::{HostId, Region};
 use dunlin_routing::{Loads, Table, Vantage};
 use dunlin_view::Snapshot;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
+
+/// A process that has just started has heard of nobody yet.
+const HEARS_WITHIN: Duration = Duration::from_secs(10);
 
 /// There and back to a host, as measured.
 pub type Rtt = Box<dyn Fn(&HostId) -> Option<Duration> + Send + Sync>;
@@ -18,6 +21,7 @@ pub struct Routes {
     fleet: Option<(HostId, Rtt)>,
     table: ArcSwap<Table>,
     loads: Loads,
+    began: Instant,
     changed: watch::Sender<u64>,
     /// Held while a table is built, so that an older one never replaces a newer.
     building: Mutex<()>,
@@ -40,6 +44,7 @@ impl Routes {
             fleet,
             table: ArcSwap::from_pointee(Table::default()),
             loads: Loads::default(),
+            began: Instant::now(),
             changed: watch::Sender::new(0),
             building: Mutex::new(()),
         })
@@ -48,8 +53,17 @@ impl Routes {
     /// Builds the table of a snapshot and swaps it in; requests that wait look again.
     pub fn update(&self, snapshot: &Snapshot) {
         let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
-        let table = Table::build(snapshot, &self.loads, Some(&self.table.load()), &self.vantage(snapshot));
+        let mut table = Table::build(snapshot, &self.loads, Some(&self.table.load()), &self.vantage(snapshot));
         let serial = table.serial;
+        table.is_cut_off &= self.began.elapsed() >= HEARS_WITHIN;
+        match (self.table.load().is_cut_off, table.is_cut_off) {
+            (false, true) => tracing::warn!(
+                "this edge hears nothing of most hosts: it goes on with what it knew, asks machines' hosts about it, and says dunlin-stale; \
+                 `dunlin cluster status` here shows who is heard: check this host's network (UDP)"
+            ),
+            (true, false) => tracing::info!("this edge hears of the other hosts again"),
+            _ => {}
+        }
         self.table.store(Arc::new(table));
         self.loads.prune();
         self.changed.send_replace(serial);

@@ -81,6 +81,11 @@ async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<
     if let Some(socket) = worker.edge.internal.get(&*record.request.host) {
         return Box::pin(internal(worker, record, down, socket.clone())).await;
     }
+    to_a_machine(worker, record, down).await
+}
+
+/// Looks for a machine of the app until one has answered.
+pub(crate) async fn to_a_machine(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<'_>) -> Result<(), End> {
     let timeout = worker.edge.limits.response_timeout;
     let mut search = Search::default();
     let mut may_repeat = record.request.may_repeat();
@@ -124,6 +129,14 @@ async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<
                 tracing::debug!(request_id = id, %machine, %error, "not reached");
                 search.failed(machine, not_reached(&target, &error));
             }
+            // It may have arrived all the same, so it goes elsewhere only if that does no harm; then as often as need be.
+            Fault::Broken { error, .. } if is_silence(worker, &target, &error) => {
+                let broken = broke_off(&target, &error);
+                if !record.request.may_repeat() {
+                    return Err(broken.into());
+                }
+                search.failed(&target.machine, broken);
+            }
             Fault::Broken { error, was_kept } => {
                 let broken = broke_off(&target, &error);
                 if !was_kept {
@@ -138,6 +151,17 @@ async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<
         }
     }
     Err(search.last_fault.map_or_else(lost, |fault| *fault).into())
+}
+
+/// Whether another host acknowledges nothing: then others are asked first, and no connection to it is used any more.
+fn is_silence(worker: &Worker, target: &Candidate, error: &io::Error) -> bool {
+    let is_silent = error.kind() == io::ErrorKind::TimedOut && worker.edge.is_elsewhere(target);
+    if is_silent {
+        target.host_load.record_failure(now_ms());
+        worker.pool.drop_host(&target.host);
+        tracing::debug!(host = %target.host, %error, "host silent");
+    }
+    is_silent
 }
 
 /// Why a request was not answered, or not to the end.
@@ -174,7 +198,7 @@ pub(crate) async fn forward(
         exchange.admission = record.admission.take();
         let notes = Notes {
             preferred_unavailable: record.request.prefer_instance.as_deref().filter(|_| record.preferred_unavailable),
-            stale: record.target.as_ref().filter(|target| target.freshness == Freshness::Old).map(|_| "old"),
+            stale: stale(worker, record),
         };
         let status = match exchange.head(timeout, notes).await {
             Ok(status) => status,
@@ -222,6 +246,15 @@ pub(crate) async fn forward(
             worker.pool.part(conn);
         }
         return passed.map_err(Unanswered::Broken);
+    }
+}
+
+/// Whether what the edge knew of the machine may be long past, and why.
+fn stale(worker: &Worker, record: &Record) -> Option<&'static str> {
+    match &record.target {
+        Some(target) if target.freshness == Freshness::Old => Some("old"),
+        Some(_) if worker.edge.routes.load().is_cut_off => Some("cut-off"),
+        _ => None,
     }
 }
 

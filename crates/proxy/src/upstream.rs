@@ -14,7 +14,7 @@ use crate::choose::Held;
 use crate::hop::Fleet;
 use crate::io::{UpstreamIo, is_quiet};
 use crate::limits::Limits;
-use crate::listen::watch_host;
+use crate::listen::{HOST_GONE_AFTER, watch_host};
 use crate::metrics::{Counters, count};
 use dunlin_model::{AppName, ConcurrencyKind, HostId, MachineVersion};
 use dunlin_routing::Candidate;
@@ -38,6 +38,9 @@ use tokio_util::either::Either;
 const KEEP_IDLE: Duration = Duration::from_secs(4);
 /// Last hops keep connections for longer than this: here the edge is the one that knows when to close.
 const KEEP_IDLE_HOP: Duration = Duration::from_secs(60);
+/// A host that acknowledges nothing of a request for so long is not reached; what may be sent again goes elsewhere. As long
+/// as a connection may take to be made.
+pub(crate) const HEAD_TAKEN_WITHIN: Duration = Duration::from_secs(3);
 /// Idle connections kept to one machine, on one core. As many as a burst over HTTP/2 uses: with fewer every
 /// second request of such load made a connection. There are no more than requests within `KEEP_IDLE` anyway.
 const MAX_IDLE: usize = 512;
@@ -49,8 +52,8 @@ const MAX_PARTING: usize = 1024;
 #[derive(Clone)]
 pub(crate) enum Upstream {
     Machine { target: Arc<Candidate>, address: SocketAddr },
-    /// A machine on another host, by way of that host.
-    Hop { target: Arc<Candidate> },
+    /// A machine on another host, by way of that host. Where this edge doubts what it knows, that host's edge may choose another.
+    Hop { target: Arc<Candidate>, is_doubtful: bool },
     /// A machine that another edge asked for. `once` = the connection is for one request.
     Admitted { version: MachineVersion, address: SocketAddr, once: bool },
     Internal(Arc<Path>),
@@ -85,7 +88,7 @@ impl Upstream {
     fn address(&self) -> Address {
         match self {
             Self::Machine { address, .. } | Self::Admitted { address, .. } => Address::Socket(*address),
-            Self::Hop { target } => Address::Host(target.host.clone()),
+            Self::Hop { target, .. } => Address::Host(target.host.clone()),
             Self::Internal(path) => Address::Path(path.clone()),
         }
     }
@@ -133,6 +136,22 @@ impl Conn {
         };
         if let Some(stream) = stream {
             let _ = sockopt::set_tcp_quickack(stream, true); // the answer comes without it too
+        }
+    }
+
+    /// A request is about to be sent to another host: its client waits, and others may answer.
+    pub fn be_quick(&self) {
+        self.give_up_after(HEAD_TAKEN_WITHIN);
+    }
+
+    /// What follows cannot be sent anywhere else.
+    pub fn be_patient(&self) {
+        self.give_up_after(HOST_GONE_AFTER);
+    }
+
+    fn give_up_after(&self, silence: Duration) {
+        if let Either::Right(Either::Right(tls)) = &self.io {
+            let _ = sockopt::set_tcp_user_timeout(tls.get_ref().0, silence.as_millis() as u32); // else it takes longer
         }
     }
 }
@@ -198,7 +217,7 @@ impl Pool {
                     stream.set_nodelay(true)?;
                     Ok(Either::Left(stream))
                 }
-                Upstream::Hop { target } => {
+                Upstream::Hop { target, .. } => {
                     let fleet = self.fleet.as_ref().ok_or_else(|| io::Error::other("this edge knows no other host"))?;
                     let address = (fleet.address)(&target.host).ok_or_else(|| io::Error::other("its address is not known"))?;
                     let stream = TcpStream::connect(address).await?;
@@ -214,6 +233,11 @@ impl Pool {
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer to the connection attempt")))?;
         Ok(Conn { io, inbox: Inbox::new(self.buffers.clone()), is_reused: false, to: to.clone() })
+    }
+
+    /// The host acknowledges nothing: what is kept to it is as dead as the connection that told so.
+    pub fn drop_host(&self, host: &HostId) {
+        self.idle.borrow_mut().remove(&Address::Host(host.clone()));
     }
 
     /// Keeps a connection whose last answer was read to its end.

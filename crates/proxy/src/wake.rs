@@ -7,7 +7,7 @@ use crate::listen::Worker;
 use crate::metrics::count;
 use crate::reply::{Reply, room};
 use crate::time::now_ms;
-use crate::upstream::{Conn, Upstream};
+use crate::upstream::{Conn, HEAD_TAKEN_WITHIN, Upstream};
 use dunlin_api::AdmitRefusal;
 use dunlin_routing::Candidate;
 use std::future::poll_fn;
@@ -55,7 +55,7 @@ pub(crate) fn wake_beside(worker: &Rc<Worker>, target: &Arc<Candidate>) {
 }
 
 async fn wake_elsewhere(worker: &Worker, target: &Arc<Candidate>, wait: Duration) -> Result<(), AdmitRefusal> {
-    let to = Upstream::Hop { target: target.clone() };
+    let to = Upstream::Hop { target: target.clone(), is_doubtful: false };
     let not_reached = |error: io::Error| {
         target.host_load.record_failure(now_ms());
         AdmitRefusal::DidNotWake(format!("its host {} is not reached: {error}", target.host))
@@ -70,6 +70,10 @@ async fn wake_elsewhere(worker: &Worker, target: &Arc<Candidate>, wait: Duration
             Ok(woken) => {
                 worker.pool.keep(conn);
                 return woken;
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                worker.pool.drop_host(&target.host);
+                return Err(not_reached(error));
             }
             // The host had just closed it. To ask twice does no harm: there is one start.
             Err(_) if conn.is_reused => {}
@@ -86,6 +90,7 @@ async fn ask(conn: &mut Conn, target: &Candidate, wait: Duration) -> io::Result<
     line(&mut head, b"content-length", b"0");
     line(&mut head, hop::FIELD.as_bytes(), ask.value().as_bytes());
     head.extend_from_slice(b"\r\n");
+    conn.be_quick();
     conn.io.write_all(&head).await?;
     conn.io.flush().await?;
     loop {
@@ -102,7 +107,15 @@ async fn ask(conn: &mut Conn, target: &Candidate, wait: Duration) -> io::Result<
                 return Ok(woken);
             }
         }
-        if conn.inbox.is_full() || poll_fn(|cx| conn.inbox.poll_fill(&mut conn.io, cx)).await? == 0 {
+        if conn.inbox.is_full() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let filling = tokio::time::timeout(HEAD_TAKEN_WITHIN * 5 / 4, poll_fn(|cx| conn.inbox.poll_fill(&mut conn.io, cx)));
+        let Ok(filled) = filling.await else {
+            conn.be_patient(); // it has arrived, or the connection would be gone
+            continue;
+        };
+        if filled? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }

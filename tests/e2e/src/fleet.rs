@@ -24,7 +24,7 @@ const INTERNET: &str = "10.77.0.254";
 /// The table of nftables with the faults of a host.
 const FAULTS: &str = "e2e_faults";
 /// What hosts may say at WARN while others are away.
-const AWAY: &[&str] = &[];
+const AWAY: &[&str] = &["this edge hears nothing of most hosts"];
 
 /// The first of its hosts has control, until a test says otherwise.
 pub struct Fleet {
@@ -36,6 +36,7 @@ pub struct Fleet {
 
 struct Host {
     id: String,
+    region: &'static str,
     number: usize,
     server: Server,
 }
@@ -43,10 +44,6 @@ struct Host {
 impl Host {
     fn address(&self) -> String {
         format!("10.77.0.{}", self.number)
-    }
-
-    fn region(&self) -> &'static str {
-        REGIONS[(self.number - 1) % REGIONS.len()]
     }
 
     /// Its end of the line, in the internet.
@@ -79,6 +76,15 @@ impl Fleet {
         fleet
     }
 
+    /// w1 to w6, two in each of three regions: w1 and w2 in ams, w3 and w4 in fra, w5 and w6 in iad.
+    pub fn of_three_regions() -> Self {
+        let mut fleet = Self::of_control("w1");
+        for (id, region) in [("w2", "ams"), ("w3", "fra"), ("w4", "fra"), ("w5", "iad"), ("w6", "iad")] {
+            fleet.join_in(id, region);
+        }
+        fleet
+    }
+
     /// The host that has control, and no other yet.
     pub fn of_control(id: &str) -> Self {
         let internet = Namespace::make("internet");
@@ -86,9 +92,9 @@ impl Fleet {
         internet.ip(&["address", "add", &format!("{INTERNET}/24"), "dev", "br0"]);
         internet.ip(&["link", "set", "br0", "up"]);
         let mut fleet = Self { hosts: vec![], control: 0, internet };
-        let mut control = fleet.prepare(id, Server::prepare());
+        let mut control = fleet.prepare(id, REGIONS[0], Server::prepare());
         let prefix = format!("{}0/24", control.server.address_prefix());
-        control.server.flags = ["--host-id", id, "--region", control.region(), "--machine-prefix", &prefix].map(str::to_owned).to_vec();
+        control.server.flags = ["--host-id", id, "--region", control.region, "--machine-prefix", &prefix].map(str::to_owned).to_vec();
         control.server.flags.extend(["--advertise".into(), format!("{}:{CLUSTER_PORT}", control.address())]);
         control.server.boot();
         fleet.hosts.push(control);
@@ -97,12 +103,16 @@ impl Fleet {
 
     /// One more, with nothing but a token.
     pub fn join(&mut self, id: &str) {
+        self.join_in(id, REGIONS[self.hosts.len() % REGIONS.len()]);
+    }
+
+    fn join_in(&mut self, id: &str, region: &'static str) {
         let dir = tempfile::Builder::new().prefix("dunlin-e2e-").tempdir().unwrap();
         let data = dir.path().join("data");
-        let mut host = self.prepare(id, Server::without_images(dir, data));
+        let mut host = self.prepare(id, region, Server::without_images(dir, data));
         let token = self.control().ok(&["host", "token"]);
         let at = format!("{}:{CLUSTER_PORT}", self.hosts[0].address());
-        let args = ["host", "join", &at, "--host-id", id, "--region", host.region()];
+        let args = ["host", "join", &at, "--host-id", id, "--region", region];
         let joined = host.server.cli(host.server.dir(), &args).env("DUNLIN_JOIN_TOKEN", token.trim()).output().unwrap();
         assert!(joined.status.success(), "{}\n--- log of control\n{}", text(&joined), self.control().log());
         host.server.spawn();
@@ -110,13 +120,13 @@ impl Fleet {
         self.until_up(&[id]);
     }
 
-    fn prepare(&self, id: &str, mut server: Server) -> Host {
+    fn prepare(&self, id: &str, region: &'static str, mut server: Server) -> Host {
         assert!(self.hosts.len() < MAX_HOSTS, "their addresses are one block's");
         (server.http, server.https, server.bind) = (80, 443, "0.0.0.0");
         for text in AWAY {
             server.expect_log(text);
         }
-        let mut host = Host { id: id.to_owned(), number: self.hosts.len() + 1, server };
+        let mut host = Host { id: id.to_owned(), region, number: self.hosts.len() + 1, server };
         host.plug_in(&self.internet);
         host
     }
@@ -150,8 +160,7 @@ impl Fleet {
 
     /// What control says of all hosts.
     pub fn list(&self) -> Vec<Value> {
-        let answer = Api::of(&self.control().data()).once("GET", "/v1/hosts", &[], "");
-        answer.ok().and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or_default()
+        self.ask("/v1/hosts").as_array().cloned().unwrap_or_default()
     }
 
     pub fn state_of(&self, id: &str) -> Option<String> {
@@ -170,11 +179,29 @@ impl Fleet {
         Pulse::start(&self.internet, self.edge(host), &format!("{app}.localhost"), "/", per_second)
     }
 
+    /// The head of an answer of an app, through the edge of `host`, to a request with this field.
+    pub fn head(&self, host: &str, app: &str, field: &str) -> String {
+        let url = format!("http://{}/", self.edge(host));
+        let mut curl = self.internet.command("curl");
+        let output = curl.args(["-sS", "-i", "--max-time", "30", "-H", &format!("host: {app}.localhost"), "-H", field, &url]).output().unwrap();
+        text(&output).to_lowercase()
+    }
+
     /// What control says of the machines of an app, and which host each is on.
     pub fn machines(&self, app: &str) -> BTreeMap<String, String> {
-        let all = self.control().machine_list(app);
-        let host_of = |machine: &Value| self.hosts.iter().find(|host| host.region() == machine["region"]).expect("a region of a host").id.clone();
-        all.iter().map(|machine| (machine["id"].as_str().unwrap().to_owned(), host_of(machine))).collect()
+        let mut found = BTreeMap::new();
+        for host in &self.hosts {
+            let detail = self.ask(&format!("/v1/hosts/{}", host.id));
+            let machines = detail["machines"].as_array().into_iter().flatten().filter(|machine| machine["app"] == app);
+            found.extend(machines.map(|machine| (machine["id"].as_str().unwrap().to_owned(), host.id.clone())));
+        }
+        found
+    }
+
+    /// What control's API answers; null where it does not.
+    pub fn ask(&self, path: &str) -> Value {
+        let answer = Api::of(&self.control().data()).once("GET", path, &[], "");
+        answer.ok().and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or_default()
     }
 
     /// (machine, host) for each supervisor that lives, whatever anybody says.
@@ -216,7 +243,7 @@ impl Fleet {
         let data = dir.path().join("data");
         let copied = Command::new("cp").args(["-a", "--one-file-system"]).arg(&self.host(id).data).arg(&data).status().unwrap();
         assert!(copied.success());
-        let mut clone = self.prepare(name, Server::without_images(dir, data));
+        let mut clone = self.prepare(name, self.find(id).region, Server::without_images(dir, data));
         clone.server.spawn();
         self.hosts.push(clone);
     }
@@ -228,7 +255,7 @@ impl Fleet {
         self.cut(id);
         let host = self.find_mut(id);
         // Some of it may have a moment to see the rest go.
-        ["the keeper is gone", "its supervisor was killed"].iter().for_each(|text| host.server.expect_log(text));
+        ["the keeper is gone", "its supervisor was killed", "the server died; restarting it"].iter().for_each(|text| host.server.expect_log(text));
         host.namespace().kill_all();
         host.server.forget_keeper();
     }

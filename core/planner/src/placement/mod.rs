@@ -173,6 +173,18 @@ impl<'a> Capacity<'a> {
         spread
     }
 
+    /// Hosts that by what they said of themselves could not even take it back after a failure, though nothing else stands in the
+    /// way; the roomiest first.
+    pub fn claim_to_be_full(&self, ask: &Ask<'_>) -> Vec<&'a HostId> {
+        let claims = |room: &&Room<'a>| {
+            let is_in_question = !room.row.cordoned && room.refused.is_none() && room.addresses != Some(0);
+            is_in_question && ask.regions.rank(&room.row.region).is_some() && !room.fits(&ask.demand, For::Restart)
+        };
+        let mut found: Vec<&Room<'a>> = self.hosts.iter().filter(claims).collect();
+        found.sort_by_key(|room| (ask.regions.rank(&room.row.region), std::cmp::Reverse(room.free_mb), &room.row.id));
+        found.into_iter().map(|room| &room.row.id).collect()
+    }
+
     /// The best host for a machine of the group; from now on what it takes is taken.
     pub fn place(&mut self, ask: &Ask<'_>, spread: &mut Spread) -> Result<&'a HostRow, NoCapacity> {
         let wishes = self.wishes(ask.regions);

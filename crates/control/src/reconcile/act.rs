@@ -1,5 +1,6 @@
 //! One step of a plan, done so that doing it again is harmless.
 
+use super::confirm;
 use super::finish::{self, Failed};
 use super::story::tell;
 use super::{Turn, record};
@@ -41,6 +42,7 @@ pub(crate) async fn act(
                 Ok(()) => Done::Passed { floor: None, change: Change::default() },
                 Err(refusal) => {
                     // The next plan goes elsewhere, or says what each host lacks.
+                    confirm::look_at_claim(ctx, host, guest, &refusal);
                     ctx.room.refused_by(host, &plan.app, plan.release, &refusal, now_ms());
                     Done::Replan("a host has no room after all")
                 }

@@ -6,8 +6,8 @@ use crate::rows::{AddressRow, Change, Row, key};
 use crate::{Ctx, now_ms, spec, volumes};
 use dunlin_model::config::Strategy;
 use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow};
-use dunlin_model::{AppName, HostId, MachineId, MachineVersion, VolumeId};
-use dunlin_planner::{Desired, Observed, Plan, PlanError, Pool, Progress, Purpose, check, plan};
+use dunlin_model::{AppName, Guest, HostId, MachineId, MachineVersion, RegionExpr, VolumeId};
+use dunlin_planner::{Ask, Capacity, Demand, Desired, Observed, Plan, PlanError, Pool, Progress, Purpose, check, plan};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -22,6 +22,8 @@ pub(crate) struct Made {
     pub impossible: Option<String>,
     /// There is no room as far as is known; by then, newer facts say whether that is so.
     pub doubtful_until_ms: Option<u64>,
+    /// Hosts that say that they are full, and what they are to be asked for before that is believed.
+    pub to_confirm: Option<(Vec<HostId>, Guest)>,
 }
 
 pub(crate) async fn make(
@@ -35,9 +37,20 @@ pub(crate) async fn make(
         Err(PlanError::NoCapacity(_)) => ctx.room.doubt(&app.name, desired.sequence, &observed, now_ms()),
         _ => None,
     };
+    let is_final = matches!(made, Err(PlanError::NoCapacity(_))) && doubtful_until_ms.is_none();
+    let to_confirm = if is_final { who_is_full(&desired, &observed) } else { None };
     let (plan, impossible) = checked(&desired, &observed, made);
     let progress = Progress::new(&plan, now_ms());
-    Ok(Made { plan, progress, impossible, doubtful_until_ms })
+    Ok(Made { plan, progress, impossible, doubtful_until_ms, to_confirm })
+}
+
+/// As far as its largest machine is concerned.
+fn who_is_full(desired: &Desired, observed: &Observed) -> Option<(Vec<HostId>, Guest)> {
+    let largest = desired.groups.values().max_by_key(|group| group.spec.guest.memory_mb)?;
+    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
+    let ask = Ask { demand: Demand::of(&largest.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+    let hosts = Capacity::new(&desired.hosts, observed).claim_to_be_full(&ask).into_iter().cloned().collect();
+    Some((hosts, largest.spec.guest.clone()))
 }
 
 /// What a plan for the release would be, or why there is none. Nothing is written, and nobody is asked.
@@ -158,7 +171,7 @@ pub(crate) async fn observe(ctx: &Ctx, app: &AppName) -> Result<Observed, Failur
     Ok(Observed {
         assigned: of_app().map(|row| row.value.id.clone()).collect(),
         machines: view.machines_of(app).map(|fact| (fact.id.clone(), Arc::clone(fact))).collect(),
-        hosts: view.hosts.iter().filter(|(id, _)| !dead.contains(*id)).map(|(id, fact)| (id.clone(), Arc::clone(fact))).collect(),
+        hosts: view.hosts.iter().filter(|(id, _)| !dead.contains(*id) && ctx.room.believes(id, now_ms())).map(|(id, fact)| (id.clone(), Arc::clone(fact))).collect(),
         lost: of_app().filter(|row| dead.contains(&row.value.host)).map(|row| row.value.id.clone()).collect(),
         dead,
         refused: BTreeMap::new(),

@@ -5,6 +5,7 @@
 //! stopped. It fires on a signal and on a timer.
 
 mod act;
+mod confirm;
 mod destroy;
 mod explain;
 mod finish;
@@ -14,6 +15,7 @@ mod story;
 mod want;
 
 pub(crate) use act::destroy_machine;
+pub(crate) use confirm::look_at_claim;
 pub(crate) use room::Room;
 pub(crate) use story::{history, note, region_note, summary};
 pub(crate) use want::lacking;
@@ -155,6 +157,11 @@ async fn turn(ctx: &Ctx, name: &AppName, memory: &mut Memory) -> Result<Turn, Fa
     let made = make(ctx, &app.value, &release, purpose).await?;
     if let Some(until_ms) = made.doubtful_until_ms {
         return Ok(Turn::Wait { until_ms });
+    }
+    if let Some((hosts, guest)) = &made.to_confirm
+        && confirm::someone_has_room(ctx, name, hosts, guest).await
+    {
+        return Ok(Turn::Again);
     }
     if let Some(reason) = made.impossible {
         let before = ctx.state.get::<Progress>(&key::progress(name)).await?;

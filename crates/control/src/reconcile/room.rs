@@ -19,8 +19,16 @@ const DRIFT_LOOK_MS: u64 = 60_000;
 #[derive(Default)]
 pub(crate) struct Room(Mutex<Known>);
 
+/// What a host says of its room is left out of account for this long once it was found to be wrong.
+const DISBELIEVED_MS: u64 = 60_000;
+/// Claims and answers that differ for longer than facts travel, and twice in this time, are no matter of moments.
+const DIFFERS_WITHIN_MS: u64 = 120_000;
+
 #[derive(Default)]
 struct Known {
+    disbelieved: BTreeMap<HostId, u64>,
+    /// Of hosts that refused although they had said that they have room: when, and when they had said so.
+    boasted: BTreeMap<HostId, (u64, u64)>,
     refused: BTreeMap<(AppName, u32), BTreeMap<HostId, Refused>>,
     doubts: BTreeMap<AppName, Doubt>,
     drifts: BTreeMap<AppName, Drift>,
@@ -29,6 +37,8 @@ struct Known {
 /// Whether an app's machines stood too close together when that was last looked at.
 struct Drift {
     found: bool,
+    /// They are all on one host, and have nowhere to go.
+    crowded: bool,
     until_ms: u64,
 }
 
@@ -53,6 +63,22 @@ impl Room {
         };
         let refused = Refused { why, until_ms: now_ms + REFUSED_MS };
         self.lock().refused.entry((app.clone(), release)).or_default().insert(host.clone(), refused);
+    }
+
+    /// It says that it is full, and promises room when it is asked: until it says something sensible its word counts for nothing.
+    pub fn disbelieve(&self, host: &HostId, now_ms: u64) {
+        self.lock().disbelieved.insert(host.clone(), now_ms + DISBELIEVED_MS);
+    }
+
+    pub fn believes(&self, host: &HostId, now_ms: u64) -> bool {
+        self.lock().disbelieved.get(host).is_none_or(|until_ms| now_ms >= *until_ms)
+    }
+
+    /// It refused, and its fact of `spoke_at_ms` claims room. Once means nothing: another app may have been faster. True if it has
+    /// claimed that again since it last refused.
+    pub fn boasts(&self, host: &HostId, spoke_at_ms: u64, now_ms: u64) -> bool {
+        let before = self.lock().boasted.insert(host.clone(), (now_ms, spoke_at_ms));
+        before.is_some_and(|(at_ms, spoke_before_ms)| now_ms < at_ms + DIFFERS_WITHIN_MS && spoke_at_ms > spoke_before_ms)
     }
 
     /// Who refused the release lately, and why.
@@ -92,10 +118,12 @@ impl Room {
         self.lock().drifts.get(app).filter(|drift| now_ms < drift.until_ms).map(|drift| drift.found)
     }
 
-    pub fn looked_for_drift(&self, app: &AppName, found: bool, now_ms: u64) {
+    /// Gives whether its machines are all on one host, and were not when that was last looked at.
+    pub fn looked_for_drift(&self, app: &AppName, found: bool, crowded: bool, now_ms: u64, rest_ms: u64) -> bool {
         let drifts = &mut self.lock().drifts;
-        drifts.retain(|_, drift| now_ms < drift.until_ms);
-        drifts.insert(app.clone(), Drift { found, until_ms: now_ms + DRIFT_LOOK_MS });
+        drifts.retain(|_, drift| now_ms < drift.until_ms + DRIFT_LOOK_MS);
+        let before = drifts.insert(app.clone(), Drift { found, crowded, until_ms: now_ms + DRIFT_LOOK_MS.min(rest_ms) });
+        crowded && !before.is_some_and(|before| before.crowded)
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {

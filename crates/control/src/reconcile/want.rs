@@ -6,12 +6,8 @@ use crate::rows::{Row, key};
 use crate::{Ctx, now_ms, spec};
 use dunlin_model::HostId;
 use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow, ReleaseStatus};
-use dunlin_planner::{Move, Observed, Plan, Progress, Purpose, Standing, drift, stays};
+use dunlin_planner::{Desired, Move, Observed, Plan, Progress, Purpose, Standing, drift, is_replaceable, stays};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// After the end of any plan, and after control has started, machines stay where they are for so long: what a person just
-/// did settles first, hosts that were away speak, and nobody's machines move all the time.
-const REBALANCE_REST_MS: u64 = 600_000;
 
 /// The app's plan, if it is not ended and still wanted.
 pub(crate) async fn active(ctx: &Ctx, app: &AppRow) -> Result<Option<(Plan, Row<Progress>)>, Failure> {
@@ -58,8 +54,10 @@ pub(crate) async fn wants_plan(
     if !failed_lately && is_moved_off(ctx, app, &current, machines).await? {
         return Ok(Some((current, Purpose::Rebalance)));
     }
+    // After any plan, and after control has started: what a person just did settles first, hosts that were away speak, and
+    // nobody's machines move all the time.
     let ended_at_ms = last.map_or(0, |(_, progress)| progress.since_ms).max(ctx.started_ms);
-    let drifts = now_ms() >= ended_at_ms.saturating_add(REBALANCE_REST_MS) && has_drifted(ctx, app, &current).await?;
+    let drifts = now_ms() >= ended_at_ms.saturating_add(ctx.rebalance_after_ms) && has_drifted(ctx, app, &current).await?;
     Ok(drifts.then_some((current, Purpose::Rebalance)))
 }
 
@@ -69,15 +67,37 @@ async fn has_drifted(ctx: &Ctx, app: &AppRow, release: &ReleaseRow) -> Result<bo
         return Ok(known);
     }
     let is_fleet = ctx.state.keys("hosts/").await?.len() > 1;
-    let found = is_fleet && !drift_now(ctx, app, release).await?.is_empty();
-    ctx.room.looked_for_drift(&app.name, found, now_ms());
+    let (mut found, mut crowded) = (false, None);
+    if is_fleet {
+        let desired = desired(ctx, app, release, Purpose::Rebalance).await?;
+        found = !drift_now(ctx, app, release, &desired).await?.is_empty();
+        crowded = if found { None } else { all_on_one_host(&desired) };
+    }
+    if ctx.room.looked_for_drift(&app.name, found, crowded.is_some(), now_ms(), ctx.rebalance_after_ms)
+        && let Some((group, host, count)) = crowded
+    {
+        tracing::warn!(
+            app = %app.name, group, %host, machines = count,
+            "all machines of the group are on one host, and no other that it may use has room: they are lost together; add a host, or name more regions"
+        );
+    }
     Ok(found)
 }
 
-async fn drift_now(ctx: &Ctx, app: &AppRow, release: &ReleaseRow) -> Result<Vec<Move>, Failure> {
-    let desired = desired(ctx, app, release, Purpose::Rebalance).await?;
+/// A group whose machines would all be lost with one host.
+fn all_on_one_host(desired: &Desired) -> Option<(String, HostId, usize)> {
+    let movable = desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec));
+    movable.map(|(name, _)| name).find_map(|name| {
+        let mut hosts = desired.machines.iter().filter(|row| row.spec.process_group == *name).map(|row| &row.host);
+        let first = hosts.next()?;
+        let rest = hosts.clone().count();
+        (rest > 0 && hosts.all(|host| host == first)).then(|| (name.clone(), first.clone(), rest + 1))
+    })
+}
+
+async fn drift_now(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, desired: &Desired) -> Result<Vec<Move>, Failure> {
     let observed = Observed { refused: ctx.room.refused(&app.name, release.number, now_ms()), ..observe(ctx, &app.name).await? };
-    let moves = drift(&desired, &observed);
+    let moves = drift(desired, &observed);
     for moved in &moves {
         tracing::debug!(app = %app.name, machine = %moved.machine, from = %moved.from, to = %moved.to, why = %moved.why, "spread has drifted");
     }
@@ -92,7 +112,11 @@ async fn is_moved_off(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, machines: &
         row.value.spec.app == app.name && drained.contains(&row.value.host) && stays(&row.value.spec).is_none()
     };
     let is_in_question = !drained.is_empty() && machines.iter().any(may_move);
-    Ok(is_in_question && drift_now(ctx, app, release).await?.iter().any(|moved| drained.contains(&moved.from)))
+    if !is_in_question {
+        return Ok(false);
+    }
+    let desired = desired(ctx, app, release, Purpose::Rebalance).await?;
+    Ok(drift_now(ctx, app, release, &desired).await?.iter().any(|moved| drained.contains(&moved.from)))
 }
 
 fn made_by_releases<'r>(app: &AppRow, machines: &'r [Row<MachineRow>]) -> Vec<&'r MachineRow> {

@@ -489,6 +489,7 @@ impl World {
             costs: vec![],
             builder: Some(BuilderSettings { registry_socket: data.join("registry.sock") }),
             base_images: BaseImages::Bootstrapped,
+            rebalance_after_ms: 600_000,
             kill_at,
             metrics: vec![Box::new(|text| text.push_str("dunlin_test_total 1\n"))],
             ready: vec![],

@@ -47,7 +47,7 @@ fn a_host_in_a_namespace_serves_and_fails_as_a_whole() {
 }
 
 /// The usual app, in so many machines on hosts that the planner chooses.
-pub(crate) fn app(fleet: &Fleet, count: usize) -> PathBuf {
+pub fn app(fleet: &Fleet, count: usize) -> PathBuf {
     let control = fleet.control();
     let dir = control.source("web", PYTHON);
     config(&dir, "1", "");
@@ -202,14 +202,15 @@ fn a_copy_of_a_hosts_disk_is_told_that_it_is_one() {
 
 #[test]
 fn all_hosts_lose_power_and_come_back_in_any_order() {
-    let mut fleet = Fleet::start(&["w1", "w2", "w3"]);
+    let mut fleet = Fleet::of_three_regions();
     app(&fleet, 3);
     let before = fleet.machines("web");
-    for id in ["w1", "w2", "w3"] {
+    for id in ["w1", "w2", "w3", "w4", "w5", "w6"] {
         fleet.host(id).expect_log("its supervisor was killed");
     }
     ["most hosts do not answer", "the host is dead"].iter().for_each(|text| fleet.control().expect_log(text));
-    for order in [["w3", "w2", "w1"], ["w1", "w3", "w2"]] {
+    // Control is the last once, and the first once.
+    for order in [["w6", "w2", "w4", "w3", "w5", "w1"], ["w1", "w3", "w5", "w4", "w6", "w2"]] {
         for id in order {
             fleet.kill(id);
         }
