@@ -7,7 +7,7 @@ use crate::beat::Beat;
 use crate::catalogue::{Bad, Taken};
 use crate::head::{Certificate, Head, Scope};
 use crate::id::{Addr, OriginId};
-use crate::log::{Cursor, ROW_COST_BYTES};
+use crate::log::{Cursor, Log, ROW_COST_BYTES};
 use crate::message::{Batch, Fork, MAX_BEATS, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES, Message, More, Wanted};
 use crate::node::{Event, Node};
 use crate::planted::planted;
@@ -46,6 +46,8 @@ const MAX_STAGES: usize = 4_096;
 const PARTS_A_WANT: usize = 8;
 /// What one input may make this host send: a small message must not cause a flood.
 const MAX_GIVEN_BYTES: usize = 4 << 20;
+/// While parts of a log come at this pace nobody else is asked for it, nor the same peer again.
+const FETCHING_MS: u64 = 500;
 /// What one peer may be asked for within [`ASK_AGAIN_MS`], whatever it says it has.
 const MAX_ASKED_A_PEER: usize = 4_096;
 
@@ -286,6 +288,7 @@ impl Node {
                 }
                 self.hold(from, copy);
             }
+            Taken::Gap { .. } if is_bare(&copy) => self.ask_for_bare(from, &copy),
             Taken::Gap { id } | Taken::Stranger { id } => {
                 self.want(from, Wanted { id, epoch: copy.head.is.epoch, after: Cursor::START });
             }
@@ -364,7 +367,7 @@ impl Node {
         let is = &batch.head.is;
         let soon_ms = self.now_ms.saturating_sub(self.config.hold_ms);
         let is_asked = self.pushes.asked.values().any(|asked| asked.get(&is.id).is_some_and(|(at_ms, _)| *at_ms > soon_ms));
-        if batch.rows.is_empty() && batch.after == Cursor::after(is.seq) && !is_asked {
+        if is_bare(batch) && !is_asked && !self.is_fetching(is.id) {
             let seq = self.catalogue.log(is.id).filter(|log| log.head.is.epoch == is.epoch).map_or(0, |log| log.head.is.seq);
             let after = if is.floor > seq { Cursor::START } else { Cursor::after(seq) };
             self.want(from, Wanted { id: is.id, epoch: is.epoch, after });
@@ -410,7 +413,10 @@ impl Node {
 
     pub(crate) fn tick_held(&mut self) {
         let now_ms = self.now_ms;
-        let (due, others) = std::mem::take(&mut self.pushes.held).into_iter().partition(|held: &Held| held.until_ms <= now_ms);
+        let held = std::mem::take(&mut self.pushes.held);
+        let (due, mut others): (Vec<Held>, Vec<Held>) = held.into_iter().partition(|held| held.until_ms <= now_ms);
+        let (waiting, due): (Vec<Held>, Vec<Held>) = due.into_iter().partition(|held| self.is_fetching(held.batch.head.is.id));
+        others.extend(waiting.into_iter().map(|held| Held { until_ms: now_ms + self.config.hold_ms, ..held }));
         self.pushes.held = others;
         for held in due {
             let is = &held.batch.head.is;
@@ -428,6 +434,25 @@ impl Node {
     }
 
     // ---- asking and giving
+
+    /// Parts of the log are on their way.
+    pub(crate) fn is_fetching(&self, id: OriginId) -> bool {
+        let stages = self.pushes.staged.range((id, Addr::new([]).expect("it is short"))..).take_while(|((of, _), _)| *of == id);
+        stages.into_iter().any(|(_, stage)| self.now_ms.saturating_sub(stage.touched_ms) < FETCHING_MS)
+    }
+
+    /// What a peer lacks and has not asked for: of more than a message holds only the head, so that it asks, and asks one.
+    pub(crate) fn offer(&mut self, to: &Addr, wanted: Wanted) {
+        let log = self.catalogue.log(wanted.id).filter(|_| self.catalogue.fork(wanted.id).is_none());
+        match log.filter(|log| log.rows_after(&begin_of(log, &wanted), MAX_CHUNK_BYTES).1.is_some()) {
+            None => self.give(to, wanted),
+            Some(log) => {
+                let after = Cursor::after(log.head.is.seq);
+                let bare = Batch { after, ..stage_of(Some(log.certificate.clone()), log.head.clone()) };
+                self.stream(to.clone(), &Message::Batches(vec![bare]));
+            }
+        }
+    }
 
     pub(crate) fn want(&mut self, from: &Addr, wanted: Wanted) {
         let now_ms = self.now_ms;
@@ -454,8 +479,7 @@ impl Node {
             return self.stream(to.clone(), &Message::Fork(Box::new(fork)));
         }
         let Some(log) = self.catalogue.log(wanted.id) else { return };
-        let same_epoch = log.head.is.epoch == wanted.epoch;
-        let mut after = if !same_epoch || (wanted.after.key.is_none() && wanted.after.seq < log.head.is.floor) { Cursor::START } else { wanted.after };
+        let mut after = begin_of(log, &wanted);
         let certificate = log.certificate.clone();
         if self.pushes.given_bytes > MAX_GIVEN_BYTES {
             return; // it asks again
@@ -509,6 +533,17 @@ enum Route {
     Push,
     /// Asked for, or found by comparing.
     Repair,
+}
+
+/// A head without its rows: they are to be asked for.
+fn is_bare(batch: &Batch) -> bool {
+    batch.rows.is_empty() && batch.after == Cursor::after(batch.head.is.seq)
+}
+
+/// Where what is given begins: who is below the floor, or in another epoch, gets the whole.
+fn begin_of(log: &Log, wanted: &Wanted) -> Cursor {
+    let is_below = wanted.after.key.is_none() && wanted.after.seq < log.head.is.floor;
+    if log.head.is.epoch != wanted.epoch || is_below { Cursor::START } else { wanted.after.clone() }
 }
 
 fn stage_of(certificate: Option<crate::Certificate>, head: crate::Head) -> Batch {

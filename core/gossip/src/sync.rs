@@ -189,7 +189,7 @@ impl Node {
         let missing = |bucket: &u8| self.catalogue.entries(realm, *bucket).filter(|entry| !known.contains(&entry.id)).collect::<Vec<_>>();
         let missing: Vec<Entry> = buckets.iter().flat_map(missing).collect();
         for entry in missing {
-            self.give(from, Wanted { id: entry.id, epoch: entry.epoch, after: Cursor::START });
+            self.offer(from, Wanted { id: entry.id, epoch: entry.epoch, after: Cursor::START });
         }
     }
 
@@ -202,12 +202,15 @@ impl Node {
             let contradicts = ours.is_some_and(|ours| ours.at() == theirs.at() && ours.tag != theirs.tag);
             if self.is_newer(theirs) || contradicts {
                 differs = true;
+                if self.is_fetching(theirs.id) {
+                    continue;
+                }
                 let same_epoch = ours.filter(|ours| ours.epoch == theirs.epoch && !ours.forked);
                 let after = same_epoch.map_or(Cursor::START, |ours| Cursor::after(ours.seq));
                 self.want(from, Wanted { id: theirs.id, epoch: theirs.epoch, after });
             } else if ours.is_some_and(|ours| ours.at() > theirs.at()) {
                 differs = true;
-                self.give(from, Wanted { id: theirs.id, epoch: theirs.epoch, after: Cursor::after(theirs.seq) });
+                self.offer(from, Wanted { id: theirs.id, epoch: theirs.epoch, after: Cursor::after(theirs.seq) });
             }
         }
         differs

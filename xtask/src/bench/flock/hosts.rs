@@ -18,7 +18,7 @@ const FIRST_RELAY_PORT: usize = 9000;
 const AHEAD: Duration = Duration::from_millis(100);
 
 /// What the hosts are.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Dunlin,
     Chitchat,

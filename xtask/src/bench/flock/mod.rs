@@ -153,6 +153,7 @@ fn loaded_and_back(kind: Kind) -> anyhow::Result<(Duration, Duration, f64)> {
     let loaded = hosts.together(&format!("say {}", ROWS / HOSTS), ROWS)?;
     thread::sleep(SETTLE);
     let (back, memory_mb) = hosts.wipe_last(ROWS)?;
+    println!("    {kind:?}: loaded after {loaded:.1?}, back after {back:.1?} with {memory_mb:.0} MB");
     Ok((loaded, back, memory_mb))
 }
 
