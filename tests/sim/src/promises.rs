@@ -111,7 +111,8 @@ impl Promises {
     /// Only the first time that it is obeyed a command is judged; its journalled answer may be told at any time.
     pub fn ordered(&mut self, now_ms: u64, id: &MachineId, record: &Record, order: &Order) {
         let promised = self.promised(id);
-        let known = promised.counted.contains(&order.id);
+        // A start that found no room is remembered, too, though the agent may have been killed before it said so.
+        let known = promised.counted.contains(&order.id) || record.commands.iter().any(|known| known.id == order.id);
         let lease = promised.lease.clone().filter(|lease| now_ms < lease.expires_at_ms);
         promised.before = (!known).then(|| (order.id.clone(), Box::new(record.clone()), lease));
     }

@@ -175,7 +175,8 @@ impl World {
         let Some(control) = &mut self.control else { return };
         let mut config = self.store.projection();
         if control.half_until_ms > 0 {
-            config.machines.retain(|id, _| id.as_str().as_bytes()[13].is_multiple_of(2));
+            let half = config.machines.iter().filter(|(id, _)| id.as_str().as_bytes()[13].is_multiple_of(2));
+            config.machines = half.map(|(id, row)| (id.clone(), row.clone())).collect();
         }
         control.published = Some(config.generation);
         let rows = rows::of_config(&config);
