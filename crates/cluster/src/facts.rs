@@ -3,8 +3,10 @@
 use dunlin_gossip::{Change, Key, MAX_VALUE_BYTES, Row, Topic};
 use dunlin_model::{HostId, MachineId};
 use dunlin_view::{CheckState, HostFact, HostFacts, MachineFact, Snapshot};
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -23,6 +25,10 @@ pub(crate) struct Published {
     host: HostId,
     said: Option<(Arc<HostFact>, Instant)>,
     machines: BTreeMap<MachineId, (Arc<MachineFact>, Instant)>,
+    /// All facts as they were at the last look: what has not changed since is not looked at again.
+    looked_at: OrdMap<MachineId, Arc<MachineFact>>,
+    /// Machines of which something is held back.
+    waiting: BTreeSet<MachineId>,
 }
 
 /// The difference between the view and what is published.
@@ -35,7 +41,7 @@ pub(crate) struct Difference {
 
 impl Published {
     pub fn nothing(host: HostId) -> Self {
-        Self { host, said: None, machines: BTreeMap::new() }
+        Self { host, said: None, machines: BTreeMap::new(), looked_at: OrdMap::new(), waiting: BTreeSet::new() }
     }
 
     /// The first time it is all that the host says, and waits until the host has said all: it speaks of itself last.
@@ -48,25 +54,38 @@ impl Published {
             self.said = Some((said.clone(), now));
         }
         difference.hold(held);
-        let own: BTreeMap<&MachineId, &Arc<MachineFact>> = view.machines.iter().filter(|(_, fact)| fact.host == self.host).collect();
-        let gone: Vec<MachineId> = self.machines.keys().filter(|id| !own.contains_key(id)).cloned().collect();
-        for id in gone {
-            self.machines.remove(&id);
-            difference.changes.push(change(format!("{MACHINE_PREFIX}{id}"), "", None));
-        }
-        for (id, fact) in own {
-            match self.machines.get(id) {
-                Some((held, _)) if Arc::ptr_eq(held, fact) => continue,
-                Some((held, at)) if *at + PAUSE > now && !decides(held, fact) => {
-                    difference.hold(Some(*at + PAUSE));
-                    continue;
+        for id in self.changed(view) {
+            let fact = view.machines.get(&id).filter(|fact| fact.host == self.host);
+            match (self.machines.get(&id), fact) {
+                (None, None) => {}
+                (Some(_), None) => {
+                    self.machines.remove(&id);
+                    difference.changes.push(change(format!("{MACHINE_PREFIX}{id}"), "", None));
                 }
-                _ => {}
+                (Some((held, _)), Some(fact)) if Arc::ptr_eq(held, fact) => {}
+                (Some((held, at)), Some(fact)) if *at + PAUSE > now && !decides(held, fact) => {
+                    difference.hold(Some(*at + PAUSE));
+                    self.waiting.insert(id);
+                }
+                (_, Some(fact)) => {
+                    difference.changes.push(change(format!("{MACHINE_PREFIX}{id}"), fact.app.as_str(), Some(machine_value(fact))));
+                    self.machines.insert(id, (fact.clone(), now));
+                }
             }
-            difference.changes.push(change(format!("{MACHINE_PREFIX}{id}"), fact.app.as_str(), Some(machine_value(fact))));
-            self.machines.insert(id.clone(), (fact.clone(), now));
         }
         difference
+    }
+
+    /// Own machines whose facts differ from those of the last look, and those of which something was held back.
+    fn changed(&mut self, view: &Snapshot) -> BTreeSet<MachineId> {
+        let mut changed = std::mem::take(&mut self.waiting);
+        let is_own = |fact: &MachineFact| fact.host == self.host;
+        changed.extend(self.looked_at.diff(&view.machines).filter_map(|item| match item {
+            DiffItem::Add(id, fact) | DiffItem::Remove(id, fact) => is_own(fact).then(|| id.clone()),
+            DiffItem::Update { old: (id, old), new: (_, new) } => (is_own(old) || is_own(new)).then(|| id.clone()),
+        }));
+        self.looked_at = view.machines.clone();
+        changed
     }
 }
 
