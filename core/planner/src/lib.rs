@@ -23,6 +23,7 @@ mod placement;
 mod plan;
 mod rebalance;
 mod types;
+pub mod upgrade;
 mod want;
 mod watch;
 
