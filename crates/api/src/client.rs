@@ -135,6 +135,12 @@ impl Client {
         self.json(Method::PUT, path, full(bytes)).await
     }
 
+    /// An answer that is no JSON.
+    pub async fn bytes(&self, path: &str) -> Result<Bytes, ApiError> {
+        let response = self.send(Method::GET, path, &[], empty()).await?;
+        read_bounded(response.into_body()).await
+    }
+
     pub async fn lines(&self, path: &str) -> Result<Lines, ApiError> {
         let response = self.send(Method::GET, path, &[], empty()).await?;
         Ok(Lines::new(response.into_body()))
@@ -150,6 +156,16 @@ impl Client {
         let body = BodyExt::boxed(StreamBody::new(body.map(|chunk| chunk.map(Frame::data))));
         let response = self.send(Method::POST, path, headers, body).await?;
         Ok(Lines::new(response.into_body()))
+    }
+
+    /// Sends a stream (a file) and reads an answer that is JSON.
+    pub async fn send_stream<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: impl futures_util::Stream<Item = io::Result<Bytes>> + Send + Sync + 'static,
+    ) -> Result<T, ApiError> {
+        let body = BodyExt::boxed(StreamBody::new(body.map(|chunk| chunk.map(Frame::data))));
+        self.json(Method::POST, path, body).await
     }
 
     /// Opens the WebSocket of a command in a machine.

@@ -4,6 +4,8 @@
 //! - `GET /v1/hosts` -> `Vec<HostShown>`; `GET /v1/hosts/{id}` -> [`HostDetail`]
 //! - `POST /v1/hosts/{id}/cordon`, `.../uncordon`, `.../drain` -> [`HostDetail`]
 //! - `DELETE /v1/hosts/{id}?force=` -> [`HostRemoved`]
+//! - `GET /v1/hosts/{id}/debug` -> a tar.gz for people
+//! - `POST /v1/cluster/upgrade` (the binary) -> 202 [`UpgradeShown`]; `GET /v1/cluster/upgrade`, `POST .../resume`, `.../abort` -> the same
 //! - `GET /v1/cluster/status`, `GET /v1/cluster/verify`: what the host that control runs on knows of the cluster
 
 use dunlin_model::{AppName, HostId, MachineId, MachineState, Region, VolumeId, Zone};
@@ -118,4 +120,51 @@ pub struct HostRemoved {
     pub machines: u32,
     /// Their files are on the host's disk, and nowhere else.
     pub volumes: u32,
+}
+
+/// The last upgrade of the fleet, or the one that is under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeShown {
+    pub id: String,
+    /// What the new binary says of itself.
+    pub version: String,
+    pub sha256: String,
+    pub state: UpgradeState,
+    /// Why it stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    pub bake_s: u64,
+    pub parallel: u32,
+    pub started_at_ms: u64,
+    /// In the order of their turns.
+    pub hosts: Vec<UpgradeTurn>,
+    /// What happened, the oldest first; `story_dropped` older lines are not kept.
+    pub story: Vec<UpgradeLine>,
+    pub story_dropped: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeState {
+    Running,
+    Stopped,
+    Done,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeTurn {
+    pub host: HostId,
+    /// `waiting`, `installing`, `baking`, `keeping`, `going_back`, `kept`, `failed` or `skipped`.
+    pub phase: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// Of one that failed: whether the binary from before runs there again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub is_back: Option<bool>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeLine {
+    pub at_ms: u64,
+    pub text: String,
 }

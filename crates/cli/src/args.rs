@@ -600,6 +600,15 @@ pub enum HostCommand {
     #[command(after_help = "Machines with volumes stay, and so do those that must not run twice: `dunlin host status ID` says \
                             which, and what can be done.\n\nExample:\n  dunlin host drain h2 && dunlin host status h2")]
     Drain { id: HostId },
+    /// Collect what a person needs who looks for a fault on a host, without secrets, in one tar.gz
+    #[command(after_help = "A host that cannot be reached is told of as far as control knows it; missing.txt in the bundle says what is not in \
+                            it.\n\nExample:\n  dunlin host debug h2 -o h2.tar.gz")]
+    Debug {
+        id: HostId,
+        /// Where to write it; `-` is standard output [default: dunlin-debug-ID.tar.gz here]
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
     /// Remove a host from the cluster for good; its id is never used again
     #[command(after_help = "Example, of a host that is lost:\n  dunlin host remove h2 --force")]
     Remove {
@@ -613,12 +622,51 @@ pub enum HostCommand {
     },
 }
 
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum ClusterCommand {
     /// Show the members that control's host knows of, and how fresh what each says is
     Status,
     /// Check that what control's host holds is what its writers signed
     Verify,
+    /// Exchange the binary on all hosts, one after the other; it stops by itself where a host does worse with it
+    ///
+    /// The canary takes it first and is watched, then the others; control's host is the last. A host that does worse goes back to
+    /// the binary from before, and nobody else begins. Machines and their connections live on.
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = "As root where control runs. It goes on without this command, and with a control that was \
+        started again.\n\nExamples:\n  dunlin cluster upgrade --binary ./dunlin\n  dunlin cluster upgrade --binary ./dunlin --canary h2 --bake 10m --parallel 4\n  \
+        dunlin cluster upgrade status")]
+    Upgrade(UpgradeArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct UpgradeArgs {
+    #[command(subcommand)]
+    pub command: Option<UpgradeCommand>,
+    /// The new binary
+    #[arg(long, value_name = "FILE", required = true)]
+    pub binary: Option<PathBuf>,
+    /// The host that takes it first [default: one with few machines]
+    #[arg(long, value_name = "HOST")]
+    pub canary: Option<HostId>,
+    /// How many hosts take it at once, once the canary has kept it
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub parallel: u32,
+    /// How long each host is watched before it keeps it
+    #[arg(long, value_name = "TIME", default_value = "60s")]
+    pub bake: String,
+    /// Begin it and do not wait for its end
+    #[arg(long)]
+    pub detach: bool,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum UpgradeCommand {
+    /// Show how far the upgrade is, or how the last one ended
+    Status,
+    /// Let an upgrade that has stopped go on, with another turn for the hosts that failed
+    Resume,
+    /// End an upgrade: hosts that are not through go back, those that kept the new binary stay with it
+    Abort,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

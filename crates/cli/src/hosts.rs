@@ -2,10 +2,12 @@
 
 use crate::args::{ClusterCommand, HostCommand};
 use crate::logs::{now_ms, parse_time};
-use crate::{CliError, Exit, Session, ui};
+use crate::{CliError, Exit, Session, ui, upgrade};
 use dunlin_api::fleet::{CreateHostToken, HostDetail, HostMachine, HostRemoved, HostShown, HostState, HostToken};
 use dunlin_model::HostId;
 use serde_json::{Value, json};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
 pub async fn host(session: &Session, command: HostCommand) -> Result<Exit, CliError> {
     match command {
@@ -33,6 +35,7 @@ pub async fn host(session: &Session, command: HostCommand) -> Result<Exit, CliEr
             }
             Ok(exit)
         }
+        HostCommand::Debug { id, output } => debug(session, &id, output).await,
         HostCommand::Remove { id, force, yes } => remove(session, &id, force, yes).await,
     }
 }
@@ -74,10 +77,41 @@ async fn remove(session: &Session, id: &HostId, force: bool, yes: bool) -> Resul
     Ok(Exit::Ok)
 }
 
+async fn debug(session: &Session, id: &HostId, output: Option<PathBuf>) -> Result<Exit, CliError> {
+    let path = output.unwrap_or_else(|| format!("dunlin-debug-{id}.tar.gz").into());
+    let bytes = session.client.bytes(&format!("/v1/hosts/{id}/debug")).await?;
+    let written = match path.to_str() {
+        Some("-") => std::io::stdout().write_all(&bytes),
+        _ => write_private(&path, &bytes),
+    };
+    written.map_err(|error| CliError::failed(format!("{} cannot be written: {error}", path.display())).hint("name another file with -o"))?;
+    if path.to_str() == Some("-") {
+        return Ok(Exit::Ok);
+    }
+    match session.json {
+        true => ui::print_json(&json!({ "host": id, "file": path, "bytes": bytes.len() })),
+        false => {
+            ui::print_line(&path.display().to_string());
+            eprintln!("what is not in it, missing.txt in it says; look through it before you give it to others: it names apps, machines and addresses");
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// For whoever asked, and nobody else on this computer.
+fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)?.write_all(bytes)
+}
+
 pub async fn cluster(session: &Session, command: ClusterCommand) -> Result<Exit, CliError> {
     let path = match command {
         ClusterCommand::Status => "/v1/cluster/status",
         ClusterCommand::Verify => "/v1/cluster/verify",
+        ClusterCommand::Upgrade(args) => return upgrade::upgrade(session, args).await,
     };
     let answer: Value = session.client.get(path).await?;
     if session.json {

@@ -25,6 +25,7 @@ mod sftp;
 mod ssh;
 mod terminal;
 mod ui;
+mod upgrade;
 mod volumes;
 
 pub use args::{Command, DEFAULT_DATA_DIR, Globals, HostCommand, default_data_dir};

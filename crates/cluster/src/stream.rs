@@ -20,11 +20,13 @@ pub enum Service {
     Registry = 4,
     Blob = 5,
     Ping = 6,
+    /// What control asks a host's server itself.
+    Operate = 7,
 }
 
 impl Service {
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Join, Self::Host, Self::Api, Self::Registry, Self::Blob, Self::Ping].into_iter().find(|service| *service as u8 == byte)
+        [Self::Join, Self::Host, Self::Api, Self::Registry, Self::Blob, Self::Ping, Self::Operate].into_iter().find(|service| *service as u8 == byte)
     }
 }
 

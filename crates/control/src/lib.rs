@@ -31,6 +31,7 @@ mod launch;
 mod logs;
 mod machine_rows;
 mod members;
+pub mod operate;
 mod owners;
 mod project;
 mod reconcile;
@@ -44,6 +45,7 @@ mod spec;
 mod standbys;
 mod start;
 mod tokens;
+pub mod upgrade;
 mod volumes;
 mod watch_hosts;
 mod without;
@@ -115,6 +117,10 @@ pub(crate) struct Ctx {
     pub work: Notify,
     /// Rings when a machine made by hand is to be started.
     pub launches: Notify,
+    /// Rings when the upgrade of the fleet is to be looked at.
+    pub upgrades: Notify,
+    /// Asks a host's server itself.
+    pub operate: operate::Operate,
     /// Machines are made by hand one at a time: names and addresses are looked for before they are taken.
     pub machines_writer: Mutex<()>,
     /// Hosts join and are removed one at a time: blocks of addresses are looked for before they are taken.

@@ -93,6 +93,9 @@ pub(crate) struct RemovedHostRow {
 pub(crate) mod key {
     use super::*;
 
+    /// The last upgrade of the fleet.
+    pub const UPGRADE: &str = "upgrade";
+
     pub fn app(app: &AppName) -> String {
         format!("apps/{app}")
     }

@@ -5,9 +5,10 @@ use crate::failure::Failure;
 use crate::images::{BaseImages, Images, ResolveImage};
 use crate::keys::{KeyError, Keys, private_dir};
 use crate::kill::KillPoints;
+use crate::operate::Operate;
 use crate::rows::{Change, RemovedHostRow, SecretsVersionRow, State, key};
 use crate::tokens::Tokens;
-use crate::{Ctx, adopt, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry, watch_hosts};
+use crate::{Ctx, adopt, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry, upgrade, watch_hosts};
 use axum::Router;
 use dunlin_api::{ErrorCode, HostApi};
 use dunlin_api::wire::HostCost;
@@ -102,6 +103,8 @@ pub struct Parts {
     pub images: ResolveImage,
     /// What the registry keeps: images of builds that nobody uses and of apps that were destroyed are removed.
     pub content: ContentStore,
+    /// Asks a host's server itself: how it does, to take a new binary.
+    pub operate: Operate,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -174,6 +177,8 @@ impl Control {
             requests: Default::default(),
             work: Notify::new(),
             launches: Notify::new(),
+            upgrades: Notify::new(),
+            operate: parts.operate,
             machines_writer: Mutex::new(()),
             hosts_writer: Mutex::new(()),
             secrets_writer: Mutex::new(()),
@@ -195,6 +200,7 @@ impl Control {
         tasks.spawn(launch::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(ended::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(forget::run(Arc::clone(&ctx), ctx.stop.clone()));
+        tasks.spawn(upgrade::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(grow::run(Arc::clone(&ctx), ctx.stop.clone()));
         tasks.spawn(certificates::run(Arc::clone(&ctx), ctx.stop.clone()));
         Ok(Self { ctx, tasks })

@@ -5,7 +5,11 @@
 //! The server is this binary again, as a hidden personality; it gets the sockets over its standard
 //! input, a socket pair whose end also tells it that the keeper is gone, and says there that it is ready. A reload
 //! takes up the binary that an upgrade put in the old one's place; one that does not get ready is taken back
-//! ([`Program`]). What is said over the socket pair is frozen: a keeper drives the servers of later versions.
+//! ([`Program`]). An upgrade of the fleet asks for more: the new binary stays on trial until its server passes control's word on,
+//! and is taken back if none comes ([`wire`]). What is said over the socket pair is frozen: a keeper drives the servers of
+//! later versions.
+
+pub mod wire;
 
 use crate::program::Program;
 use crate::settings::Settings;
@@ -14,7 +18,7 @@ use dunlin_runtime::enclave::{self, Enclave};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::{self, File, OpenOptions};
-use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
+use std::io::{IoSlice, IoSliceMut, Write as _};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +29,7 @@ use std::process::{Child, Stdio};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
+use wire::Said;
 
 /// First argument of the server's personality.
 pub const SERVE: &str = "__serve";
@@ -39,12 +44,12 @@ const TAKEOVER: Duration = Duration::from_secs(15);
 const BACKLOG: i32 = 4096;
 /// How long machines may be without a way out after what carries their connections died.
 const LOOK_AT_EGRESS: Duration = Duration::from_secs(5);
+/// A server that is to make room for the one before may finish what is under way.
+const LEAVES_WITHIN: Duration = Duration::from_secs(20);
 /// A new binary's server must be ready by then: machines adopted, edge and control up.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 /// And must live this long after it.
 const PROVEN_AFTER: Duration = Duration::from_secs(10);
-/// What a server says when it is ready.
-const READY: u8 = b'r';
 
 /// The sockets, as the server receives them.
 pub struct Sockets {
@@ -63,8 +68,8 @@ pub struct Sockets {
 
 enum Input {
     Signal(i32),
-    /// The server with this process id does all that it is there for.
-    Ready(u32),
+    /// The server with this process id says something.
+    Said(u32, Said),
     Exited(std::io::Result<std::process::ExitStatus>),
 }
 
@@ -94,6 +99,8 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     let mut program = Program::of_this_process(&settings.data_dir)?;
     let mut backoff = FIRST_BACKOFF;
     let mut args = server_args.to_vec();
+    // Of the binary on trial: how long it waits for control's word, if it does.
+    let mut word_within = None;
     loop {
         let started = Instant::now();
         let mut sockets = vec![http.as_fd(), https.as_fd(), api.as_fd(), lock.as_fd()];
@@ -122,13 +129,15 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
         watch(child, inputs.clone());
         // A kill point is for one life: the next is the one that a test looks at.
         take_kill_point(&mut args);
-        let (status, asked, was_ready) = live(&input, id, &mut program)?;
+        let (status, asked, was_ready) = live(&input, id, &mut program, word_within.take())?;
         match asked {
-            Some(SIGHUP) => {
+            Some(Asked::Reload { word_within: within }) => {
                 tracing::info!("restarting the server");
                 program.take_up();
+                word_within = within;
             }
-            Some(_) => return Ok(()),
+            Some(Asked::GoBack(why)) => program.go_back(&why),
+            Some(Asked::Stop) => return Ok(()),
             None if program.is_on_trial() => program.go_back(&format!("its server ended: {status}")),
             None if status.code() == Some(EXIT_DO_NOT_RESTART) => bail!("the server cannot run; its reason is above"),
             None => {
@@ -144,18 +153,26 @@ pub fn keep(settings: &Settings, server_args: &[String]) -> anyhow::Result<()> {
     }
 }
 
-/// Until the server ends: how it did, the signal that asked for it, and whether it was ever ready.
+/// Why the server is to end.
+enum Asked {
+    Stop,
+    Reload { word_within: Option<Duration> },
+    GoBack(String),
+}
+
+/// Until the server ends: how it did, what it was asked for, and whether it was ever ready.
 fn live(
     input: &mpsc::Receiver<Input>,
     id: u32,
     program: &mut Program,
-) -> anyhow::Result<(std::process::ExitStatus, Option<i32>, bool)> {
+    word_within: Option<Duration>,
+) -> anyhow::Result<(std::process::ExitStatus, Option<Asked>, bool)> {
     let pid = rustix::process::Pid::from_raw(id as i32).context("a process has an id")?;
     let tell = |signal| {
         let _ = rustix::process::kill_process(pid, signal); // gone already: its exit is the next input
     };
     let (mut asked, mut was_ready) = (None, false);
-    let mut trial = program.is_on_trial().then(|| Trial { is_ready: false, until: Instant::now() + READY_WITHIN });
+    let mut trial = program.is_on_trial().then(|| Trial::new(word_within));
     loop {
         let heard = match &trial {
             Some(trial) => input.recv_timeout(trial.until.saturating_duration_since(Instant::now())),
@@ -163,28 +180,52 @@ fn live(
         };
         match heard {
             Ok(Input::Exited(status)) => return Ok((status?, asked, was_ready)),
-            Ok(Input::Ready(which)) => {
-                was_ready |= which == id;
-                if let Some(trial) = trial.as_mut().filter(|trial| which == id && !trial.is_ready) {
-                    *trial = Trial { is_ready: true, until: Instant::now() + PROVEN_AFTER };
+            Ok(Input::Said(which, _)) if which != id => {}
+            Ok(Input::Said(_, Said::Ready)) => {
+                was_ready = true;
+                trial.iter_mut().for_each(Trial::ready);
+            }
+            Ok(Input::Said(_, Said::Keep)) => {
+                if trial.take_if(|trial| !matches!(trial.stage, Stage::Leaves)).is_some() {
+                    program.prove();
                 }
             }
-            Ok(Input::Signal(SIGHUP)) if trial.is_some() => {
+            Ok(Input::Said(_, Said::GoBack(why))) => match &mut trial {
+                Some(Trial { stage: Stage::Leaves, .. }) => {}
+                Some(trial) => {
+                    (trial.stage, trial.until) = (Stage::Leaves, Instant::now() + LEAVES_WITHIN);
+                    asked = Some(Asked::GoBack(why));
+                    tell(rustix::process::Signal::HUP);
+                }
+                None => tracing::info!("no binary is on trial: there is nothing to go back from"),
+            },
+            Ok(Input::Signal(SIGHUP) | Input::Said(_, Said::TakeUp { .. })) if trial.is_some() => {
                 tracing::info!("a new binary is on trial; reload again when it is over");
+            }
+            Ok(Input::Said(_, Said::TakeUp { word_within })) => {
+                asked = Some(Asked::Reload { word_within: Some(word_within) });
+                tell(rustix::process::Signal::HUP);
             }
             Ok(Input::Signal(signal)) => {
                 trial = None;
-                asked = Some(signal);
-                tell(if signal == SIGHUP { rustix::process::Signal::HUP } else { rustix::process::Signal::TERM });
+                let is_reload = signal == SIGHUP;
+                asked = Some(if is_reload { Asked::Reload { word_within: None } } else { Asked::Stop });
+                tell(if is_reload { rustix::process::Signal::HUP } else { rustix::process::Signal::TERM });
             }
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                if trial.take().is_some_and(|trial| trial.is_ready) {
-                    program.prove();
-                } else {
+            Err(mpsc::RecvTimeoutError::Timeout) => match trial.take().map(|trial| trial.stage) {
+                Some(Stage::Proving) => program.prove(),
+                Some(Stage::Waits { within }) => {
+                    // What does not pass the word on may not hear a signal either: its way back is the one of a failed start.
+                    let why = format!("nobody said within {} s that this host does well with it", within.as_secs());
+                    asked = Some(Asked::GoBack(why));
+                    tell(rustix::process::Signal::KILL);
+                }
+                Some(Stage::Leaves) | None => tell(rustix::process::Signal::KILL),
+                Some(Stage::Starts) => {
                     tracing::error!("the new binary's server is not ready after {} s", READY_WITHIN.as_secs());
                     tell(rustix::process::Signal::KILL);
                 }
-            }
+            },
             Err(mpsc::RecvTimeoutError::Disconnected) => bail!("nothing watches the server any more"),
         }
     }
@@ -192,8 +233,36 @@ fn live(
 
 /// Of a new binary.
 struct Trial {
-    is_ready: bool,
+    stage: Stage,
     until: Instant,
+    word_within: Option<Duration>,
+}
+
+enum Stage {
+    Starts,
+    /// Ready, and to live on.
+    Proving,
+    /// Ready, and to hear that it may stay.
+    Waits { within: Duration },
+    /// It was told to end.
+    Leaves,
+}
+
+impl Trial {
+    fn new(word_within: Option<Duration>) -> Self {
+        Self { stage: Stage::Starts, until: Instant::now() + READY_WITHIN, word_within }
+    }
+
+    fn ready(&mut self) {
+        if !matches!(self.stage, Stage::Starts) {
+            return;
+        }
+        let (stage, within) = match self.word_within {
+            Some(within) => (Stage::Waits { within }, within),
+            None => (Stage::Proving, PROVEN_AFTER),
+        };
+        (self.stage, self.until) = (stage, Instant::now() + within);
+    }
 }
 
 /// With this code the server says that a restart would not help.
@@ -364,7 +433,7 @@ fn spawn(
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(sockets));
     rustix::net::sendmsg(&ours, &[IoSlice::new(b"s")], &mut ancillary, rustix::net::SendFlags::empty())?;
-    let mut said = ours.try_clone()?;
+    let said = ours.try_clone()?;
     let child = program
         .command()
         .arg(SERVE)
@@ -373,20 +442,14 @@ fn spawn(
         .spawn()
         .context("the server could not be started")?;
     let (id, inputs) = (child.id(), inputs.clone());
-    thread::spawn(move || {
-        let mut byte = [0];
-        // It ends without a word, or the keeper does.
-        if said.read_exact(&mut byte).is_ok() && byte[0] == READY {
-            let _ = inputs.send(Input::Ready(id));
-        }
-    });
+    // It ends without a word, or the keeper does.
+    thread::spawn(move || wire::hear(&said, |word| inputs.send(Input::Said(id, word)).is_ok()));
     Ok((child, ours))
 }
 
 /// The server's side: all that it is there for works.
 pub fn say_ready(keeper: &UnixStream) {
-    let mut keeper = keeper;
-    if let Err(error) = keeper.write_all(&[READY]) {
+    if let Err(error) = wire::say(keeper, &Said::Ready) {
         tracing::warn!(%error, "the keeper could not be told that the server is ready");
     }
 }

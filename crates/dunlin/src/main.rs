@@ -9,6 +9,7 @@ mod doctor;
 mod image;
 mod join;
 mod keeper;
+mod log;
 mod program;
 mod server;
 mod settings;
@@ -161,7 +162,7 @@ fn cleanup(data_dir: Option<&Path>) -> anyhow::Result<()> {
 fn start_log(format: LogFormat) {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("DUNLIN_LOG").unwrap_or_else(|_| EnvFilter::new("info,access=info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(log::Tee);
     match format {
         LogFormat::Text => builder.with_ansi(false).init(),
         LogFormat::Json => builder.json().init(),

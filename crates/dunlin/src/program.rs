@@ -17,6 +17,9 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// Tells a server that its binary is on trial. A variable and no flag: one of before there was such would not start with that.
+pub const ON_TRIAL: &str = "DUNLIN_ON_TRIAL";
+
 /// How an upgrade ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
@@ -62,11 +65,18 @@ impl Program {
     pub fn command(&self) -> Command {
         let file = self.trial.as_ref().unwrap_or(&self.proven);
         let stands = File::open(&self.path).and_then(|found| same_file(&found, file)).unwrap_or(false);
-        if stands {
-            return Command::new(&self.path);
+        let mut command = match stands {
+            true => Command::new(&self.path),
+            false => {
+                let mut command = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
+                command.arg0("dunlin");
+                command
+            }
+        };
+        command.env_remove(ON_TRIAL);
+        if self.is_on_trial() {
+            command.env(ON_TRIAL, "1");
         }
-        let mut command = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        command.arg0("dunlin");
         command
     }
 
@@ -112,6 +122,21 @@ impl Program {
     }
 }
 
+/// How the last upgrade ended, once it has.
+pub fn outcome_of(data_dir: &Path) -> Option<Outcome> {
+    serde_json::from_slice(&fs::read(outcome_path(data_dir)).ok()?).ok()
+}
+
+/// Before the next upgrade: whatever stands there then is how that one ended.
+pub fn forget_outcome(data_dir: &Path) -> anyhow::Result<()> {
+    match fs::remove_file(outcome_path(data_dir)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).context("the outcome of the upgrade before cannot be removed")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Where the outcome of the last upgrade stands.
 pub fn outcome_path(data_dir: &Path) -> PathBuf {
     data_dir.join("run/upgrade.json")
@@ -150,7 +175,7 @@ pub fn path_of(process: &str) -> anyhow::Result<PathBuf> {
     Ok(OsStr::from_bytes(path).into())
 }
 
-fn beside(path: &Path, ending: &str) -> PathBuf {
+pub fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name: OsString = path.as_os_str().to_owned();
     name.push(ending);
     name.into()

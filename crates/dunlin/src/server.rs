@@ -8,6 +8,7 @@ pub mod fleet;
 mod front;
 pub mod keys;
 mod machines;
+pub mod operate;
 mod proven;
 mod relay;
 mod sweep;
@@ -29,6 +30,7 @@ use dunlin_runtime::features::Abilities;
 use dunlin_runtime::enclave::Enclave;
 use dunlin_store::Store;
 use front::Front;
+use operate::Operated;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -91,10 +93,14 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
     let local_metrics = metrics(&host, &proxy, fleet.as_ref());
     api.set_metrics(local_metrics.clone());
 
+    let keeper = (sockets.keeper.try_clone()?, std::env::var_os(crate::program::ON_TRIAL).is_some());
+    let operated = Operated::new(settings.clone(), (view.clone(), host.clone(), proxy.metrics()), keeper, local_metrics.clone(), fleet.clone())?;
+
     let enrolment = Arc::new(OnceLock::new());
     if let Some(fleet) = &fleet {
         fleet.serve(host.clone(), &content, &edge_api, &registry);
         fleet.enrol(&enrolment);
+        operated.serve(fleet);
         if fleet.runs_control() {
             tokio::spawn(fleet.clone().keep_certified(settings.clone(), stop.clone()));
         }
@@ -133,6 +139,7 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
             fronts: (api, edge_api, registry),
             fleet: fleet.clone(),
             enrolment,
+            operated,
         };
         tokio::spawn(keep_control(plan, stop.clone(), ready))
     });
@@ -422,6 +429,7 @@ struct ControlPlan {
     fleet: Option<fleet::Fleet>,
     /// How hosts join, for whoever stands at the cluster's door.
     enrolment: Arc<OnceLock<Enrolment>>,
+    operated: Arc<Operated>,
 }
 
 /// Starts control once the host knows its machines; if it cannot start, says why and tries again. Traffic goes on
@@ -556,6 +564,7 @@ async fn start_control(plan: &ControlPlan) -> anyhow::Result<Started> {
         host: plan.host.clone(),
         images: dunlin_control::resolver(plan.content.clone(), base_images),
         content: plan.content.clone(),
+        operate: operate::operator(plan.operated.clone()),
     };
     match Control::start(config, parts).await {
         Ok(control) => Ok(Started::Here(control)),

@@ -2,6 +2,7 @@
 
 use crate::keeper;
 use crate::program::{self, Outcome};
+use crate::server::operate;
 use anyhow::{Context, bail};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -31,13 +32,15 @@ pub fn run(args: &UpgradeArgs, data_dir: &Path, json: bool) -> anyhow::Result<()
     if fs::canonicalize(&binary)? == fs::canonicalize(&path).unwrap_or_default() {
         bail!("{} is the server's own binary; name the new one: dunlin upgrade PATH", binary.display());
     }
-    let outcome = program::outcome_path(data_dir);
-    match fs::remove_file(&outcome) {
+    program::forget_outcome(data_dir)?;
+    // What becomes of this one is none of control's business.
+    match fs::remove_file(operate::record_path(data_dir)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).context("the outcome of the upgrade before cannot be removed");
+            return Err(error).context("what control gave last cannot be forgotten");
         }
         _ => {}
     }
+    let outcome = program::outcome_path(data_dir);
     say(json, &format!("installing {version} at {}", path.display()));
     program::install(&File::open(&binary)?, &path, || Ok(()))?;
     let pid = keeper.parse().ok().and_then(rustix::process::Pid::from_raw).context("the keeper's process id")?;
@@ -62,7 +65,7 @@ pub fn run(args: &UpgradeArgs, data_dir: &Path, json: bool) -> anyhow::Result<()
 }
 
 /// A binary that cannot even say its version is not installed.
-fn version_of(binary: &Path) -> anyhow::Result<String> {
+pub fn version_of(binary: &Path) -> anyhow::Result<String> {
     let output = Command::new(binary)
         .arg("version")
         .stdin(Stdio::null())

@@ -93,6 +93,17 @@ impl ProxyMetrics {
         self.connections.load(Relaxed)
     }
 
+    /// All answers of the apps that it serves now, and those of them that failed: cut off, or 5xx.
+    pub fn answers(&self) -> (u64, u64) {
+        let table = self.routes.load();
+        let mut seen = BTreeSet::new();
+        let loads = table.routes().filter(|(_, route)| seen.insert(&route.app)).map(|(_, route)| &route.load.answers);
+        loads.fold((0, 0), |(all, failed), answers| {
+            let of = |class: usize| answers.get(class).map_or(0, |count| count.load(Relaxed));
+            (all + answers.iter().map(|count| count.load(Relaxed)).sum::<u64>(), failed + of(0) + of(5))
+        })
+    }
+
     fn sum(&self, of: impl Fn(&Counters) -> &AtomicU64) -> u64 {
         self.cores.iter().map(|core| of(core).load(Relaxed)).sum()
     }

@@ -76,6 +76,8 @@ enum Needs {
     Token,
     /// The verb on one app, or on the organization itself.
     Verb(Verb, Option<AppName>),
+    /// No token is enough: who does that is root of all hosts.
+    Root,
 }
 
 /// `verify` gives the capability of a token.
@@ -93,6 +95,10 @@ pub(crate) fn authorize(
         return Ok(Caller::Anybody);
     }
     let capability = verify(bearer(request.headers())?)?;
+    if needs == Needs::Root {
+        return Err(Failure::new(ErrorCode::Forbidden, "only root on the host where control runs may do that, whatever a token allows")
+            .hint("run it there, without --api"));
+    }
     if let Needs::Verb(verb, app) = &needs
         && !capability.allows(*verb, org, app.as_ref())
     {
@@ -124,6 +130,8 @@ fn needs(method: &Method, path: &str) -> Result<Needs, Failure> {
         ["metrics"] => Needs::Verb(Verb::Admin, None),
         ["v1", "version"] | ["v1", "platform", ..] => Needs::Token,
         ["v1", "tokens", ..] => Needs::Verb(Verb::Admin, None),
+        ["v1", "cluster", "upgrade", ..] if !reads => Needs::Root,
+        ["v1", "hosts", _, "debug"] => Needs::Verb(Verb::Admin, None),
         ["v1", "hosts", ..] | ["v1", "cluster", ..] => Needs::Verb(if reads { Verb::Read } else { Verb::Admin }, None),
         ["v1", "apps"] if reads => Needs::Token, // shows only what the caller sees
         ["v1", "apps"] => Needs::Verb(Verb::Deploy, None),
@@ -161,6 +169,10 @@ mod tests {
         check(Method::POST, "/v1/hosts/tokens", Needs::Verb(Verb::Admin, None));
         check(Method::DELETE, "/v1/hosts/h2", Needs::Verb(Verb::Admin, None));
         check(Method::GET, "/v1/cluster/verify", Needs::Verb(Verb::Read, None));
+        check(Method::GET, "/v1/cluster/upgrade", Needs::Verb(Verb::Read, None));
+        check(Method::POST, "/v1/cluster/upgrade", Needs::Root);
+        check(Method::POST, "/v1/cluster/upgrade/abort", Needs::Root);
+        check(Method::GET, "/v1/hosts/h2/debug", Needs::Verb(Verb::Admin, None));
         check(Method::POST, "/v1/apps", Needs::Verb(Verb::Deploy, None));
         check(Method::GET, "/v1/apps/web/logs", Needs::Verb(Verb::Read, web()));
         check(Method::POST, "/v1/apps/web/releases", Needs::Verb(Verb::Deploy, web()));

@@ -139,7 +139,7 @@ pub async fn list(State(ctx): State<Arc<Ctx>>) -> Result<Json<Vec<HostShown>>, F
     Ok(Json(rows.iter().map(|row| known.shown(&ctx, &row.value)).collect()))
 }
 
-async fn detail(ctx: &Ctx, id: &HostId) -> Result<Json<HostDetail>, Failure> {
+pub(super) async fn detail(ctx: &Ctx, id: &HostId) -> Result<Json<HostDetail>, Failure> {
     let row = removal::load(ctx, id).await?;
     Ok(Json(Known::read(ctx).await?.detail(ctx, &row.value)))
 }

@@ -13,6 +13,8 @@ mod machines;
 mod openapi;
 mod releases;
 mod status;
+mod debug;
+mod upgrades;
 pub(crate) mod volumes;
 
 pub(crate) use authorize::{Caller, Entrance, authorize, bearer};
@@ -71,8 +73,12 @@ fn routes() -> Vec<(&'static str, MethodRouter<Arc<Ctx>>)> {
         ("/v1/hosts/{id}/cordon", post(hosts::cordon)),
         ("/v1/hosts/{id}/uncordon", post(hosts::uncordon)),
         ("/v1/hosts/{id}/drain", post(hosts::drain)),
+        ("/v1/hosts/{id}/debug", get(debug::bundle)),
         ("/v1/cluster/status", get(hosts::cluster_status)),
         ("/v1/cluster/verify", get(hosts::cluster_verify)),
+        ("/v1/cluster/upgrade", get(upgrades::get).post(upgrades::start).layer(DefaultBodyLimit::disable())),
+        ("/v1/cluster/upgrade/resume", post(upgrades::resume)),
+        ("/v1/cluster/upgrade/abort", post(upgrades::abort)),
         ("/v1/apps", post(apps::create)),
         ("/v1/apps/{app}", delete(apps::destroy)),
         ("/v1/apps/{app}/scale", get(apps::scale).post(apps::set_scale)),

@@ -501,6 +501,9 @@ impl World {
             reach: if plays_all { Some(all_played_by(&host)) } else { others.reach() },
             probe: others.probe(),
             content: content.clone(),
+            operate: Arc::new(|host, _, _| {
+                Box::pin(async move { Err(dunlin_control::operate::NoAnswer::Silent(format!("host {host} has no server here"))) })
+            }),
             images: Box::new(|app, wanted| {
                 Box::pin(async move {
                     let digest = match wanted {
