@@ -30,6 +30,8 @@ const AWAY: &[&str] = &["this edge hears nothing of most hosts"];
 pub struct Fleet {
     hosts: Vec<Host>,
     control: usize,
+    /// Each host's server runs from a file of its own, which may be exchanged.
+    has_own_binaries: bool,
     // After the hosts: they are taken down in it.
     internet: Namespace,
 }
@@ -69,11 +71,19 @@ impl Host {
 impl Fleet {
     /// These hosts, each in a region of its own, all of them up.
     pub fn start(ids: &[&str]) -> Self {
-        let mut fleet = Self::of_control(ids[0]);
-        for id in &ids[1..] {
-            fleet.join(id);
+        Self::of_control(ids[0]).joined_by(&ids[1..])
+    }
+
+    /// The same, each with a binary of its own.
+    pub fn with_own_binaries(ids: &[&str]) -> Self {
+        Self::begin(ids[0], true).joined_by(&ids[1..])
+    }
+
+    fn joined_by(mut self, ids: &[&str]) -> Self {
+        for id in ids {
+            self.join(id);
         }
-        fleet
+        self
     }
 
     /// w1 to w6, two in each of three regions: w1 and w2 in ams, w3 and w4 in fra, w5 and w6 in iad.
@@ -87,11 +97,15 @@ impl Fleet {
 
     /// The host that has control, and no other yet.
     pub fn of_control(id: &str) -> Self {
+        Self::begin(id, false)
+    }
+
+    fn begin(id: &str, has_own_binaries: bool) -> Self {
         let internet = Namespace::make("internet");
         internet.ip(&["link", "add", "br0", "type", "bridge"]);
         internet.ip(&["address", "add", &format!("{INTERNET}/24"), "dev", "br0"]);
         internet.ip(&["link", "set", "br0", "up"]);
-        let mut fleet = Self { hosts: vec![], control: 0, internet };
+        let mut fleet = Self { hosts: vec![], control: 0, has_own_binaries, internet };
         let mut control = fleet.prepare(id, REGIONS[0], Server::prepare());
         let prefix = format!("{}0/24", control.server.address_prefix());
         control.server.flags = ["--host-id", id, "--region", control.region, "--machine-prefix", &prefix].map(str::to_owned).to_vec();
@@ -123,6 +137,9 @@ impl Fleet {
     fn prepare(&self, id: &str, region: &'static str, mut server: Server) -> Host {
         assert!(self.hosts.len() < MAX_HOSTS, "their addresses are one block's");
         (server.http, server.https, server.bind) = (80, 443, "0.0.0.0");
+        if self.has_own_binaries {
+            server.with_own_binary();
+        }
         for text in AWAY {
             server.expect_log(text);
         }

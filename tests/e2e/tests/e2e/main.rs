@@ -12,6 +12,8 @@ mod errors;
 mod exec;
 mod faults;
 mod fleet;
+mod fleet_upgrades;
+mod host_debug;
 mod hostile;
 mod kills;
 mod machines;
