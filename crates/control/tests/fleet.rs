@@ -191,7 +191,7 @@ async fn a_standby_rests_until_the_host_of_what_it_stands_in_for_is_dead() {
     let watched = make(json!({ "region": "ams", "config": { "image": image } })).await.json();
     let id = watched["id"].as_str().unwrap();
     let refused = make(json!({ "region": "ams", "config": { "image": image, "standbys": [id] } })).await;
-    assert_eq!((refused.status, refused.json()["code"].as_str()), (422, Some("invalid")), "its host would be lost with it: {}", refused.text);
+    assert_eq!((refused.status.as_u16(), refused.json()["code"].as_str()), (422, Some("invalid")), "its host would be lost with it: {}", refused.text);
     let refused = make(json!({ "config": { "image": image, "standbys": ["00000000000000"] } })).await;
     assert!(refused.status == 422 && refused.text.contains("has no machine 00000000000000"), "{}", refused.text);
     let standby = make(json!({ "config": { "image": image, "standbys": [id] } })).await.json();

@@ -80,7 +80,8 @@ async fn what_was_made_since_goes_on_and_what_was_destroyed_stays_so() {
     assert_eq!(after.machines, before.machines);
     assert!(before.tombstones.iter().all(|(id, host)| after.tombstones.get(id) == Some(host) || !after.machines.contains_key(id)));
     assert_eq!(after.revoked_tokens, before.revoked_tokens);
-    assert_eq!(after.apps["web"], before.apps["web"]);
+    let web: dunlin_model::AppName = "web".parse().unwrap();
+    assert_eq!(after.apps[&web], before.apps[&web]);
     assert!(after.machines.values().all(|machine| machine.spec.app.as_str() != "gone"), "nothing of it comes back");
     // The set that no backup has stays as it was sealed to the host.
     let version = after.machines.values().find(|machine| machine.spec.app.as_str() == "web").unwrap().spec.secrets_version;

@@ -499,11 +499,8 @@ impl World {
             view: view.clone(),
             host: host.clone(),
             reach: if plays_all { Some(all_played_by(&host)) } else { others.reach() },
-            probe: others.probe(),
+            probe: others.probe(), operate: others::no_servers(),
             content: content.clone(),
-            operate: Arc::new(|host, _, _| {
-                Box::pin(async move { Err(dunlin_control::operate::NoAnswer::Silent(format!("host {host} has no server here"))) })
-            }),
             images: Box::new(|app, wanted| {
                 Box::pin(async move {
                     let digest = match wanted {

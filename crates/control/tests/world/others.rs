@@ -2,7 +2,7 @@
 
 use super::{SmallHost, host_row};
 use dunlin_api::HostApi;
-use dunlin_api::remote::{Dial, Duplex, RemoteHost, serve};
+use dunlin_api::remote::{Asker, Dial, Duplex, RemoteHost, serve};
 use dunlin_cluster::View;
 use dunlin_control::{Fleet, Probe, Reach};
 use dunlin_model::HostId;
@@ -88,7 +88,7 @@ fn dial(host: Arc<SmallHost>, is_cut: watch::Receiver<bool>) -> Dial {
             let (here, there) = tokio::io::duplex(8 * 1024);
             tokio::spawn(async move {
                 tokio::select! {
-                    () = serve(there, host) => {}
+                    () = serve(there, host, Asker::Control) => {}
                     _ = is_cut.wait_for(|is_cut| *is_cut) => {}
                 }
             });
@@ -109,4 +109,9 @@ pub fn fleet() -> Fleet {
 pub fn all_played_by(small: &Arc<SmallHost>) -> Reach {
     let small = small.clone();
     Arc::new(move |_| Some(small.clone() as Arc<dyn HostApi>))
+}
+
+/// Hosts here have no server of their own that could be asked.
+pub fn no_servers() -> dunlin_control::operate::Operate {
+    Arc::new(|host, _, _| Box::pin(async move { Err(dunlin_control::operate::NoAnswer::Silent(format!("host {host} has no server here"))) }))
 }
