@@ -13,7 +13,7 @@ use dunlin_api::{ErrorBody, ErrorCode};
 use dunlin_cluster::{Cluster, Service, Stream};
 use dunlin_control::Away;
 use dunlin_model::HostId;
-use http::{StatusCode, header};
+use http::{Method, StatusCode, header};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
@@ -32,8 +32,11 @@ const THERE_WITHIN: Duration = Duration::from_secs(3);
 /// A control that is starting is waited for, but less than its askers wait.
 const STARTS_WITHIN: Duration = Duration::from_secs(2);
 const MAX_REASON_BYTES: usize = 4096;
-/// An answer is believed for so long: a command of the CLI asks several times.
-const BELIEVED: Duration = Duration::from_secs(1);
+/// A request under way is given up when control, which may be busy, does not answer in so long.
+const LOST_AFTER: Duration = Duration::from_secs(5);
+const LOOK_WHILE_WAITING: Duration = Duration::from_secs(2);
+/// An answer is believed for so long: some clients ask for much at once.
+const BELIEVED: Duration = Duration::from_millis(200);
 /// That it is not there is found out slowly, and not each time anew.
 const BELIEVED_AWAY: Duration = Duration::from_secs(4);
 
@@ -67,22 +70,29 @@ impl Relay {
         })
     }
 
-    async fn answer(&self, service: Service, without: Option<Router>, mut request: Request) -> Response {
+    async fn answer(&self, service: Service, without: Option<Router>, request: Request) -> Response {
         let id = request.headers().get("dunlin-request-id").cloned();
         let control = (self.control)();
-        let why = match (self.away(&control).await, without) {
-            (Some(why), Some(mut without)) => {
-                tracing::debug!(%control, why, "control is away: answered here");
-                request.extensions_mut().insert(Away { control, why });
-                let Ok(response) = without.call(request).await;
-                return response;
+        let (why, request) = match self.away(&control).await {
+            Some(why) => (why, Some(request)),
+            None => {
+                let again = repeatable(&request);
+                let passed = tokio::select! {
+                    passed = pass_on(&self.cluster, &control, service, request) => passed,
+                    why = self.lost(&control) => Err(why),
+                };
+                match passed {
+                    Ok(response) => return response,
+                    Err(why) => (why, again),
+                }
             }
-            (Some(why), None) => why,
-            (None, _) => match pass_on(&self.cluster, &control, service, request).await {
-                Ok(response) => return response,
-                Err(why) => why,
-            },
         };
+        if let (Some(mut request), Some(mut without)) = (request, without) {
+            tracing::debug!(%control, why, "control is away: answered here");
+            request.extensions_mut().insert(Away { control, why });
+            let Ok(response) = without.call(request).await;
+            return response;
+        }
         tracing::debug!(%control, why, "a request could not be passed on to control");
         let body = ErrorBody {
             error: format!("control, which runs on host {control}, cannot be asked from here: {why}"),
@@ -91,6 +101,17 @@ impl Relay {
             request_id: id.and_then(|id| Some(id.to_str().ok()?.to_owned())),
         };
         (StatusCode::SERVICE_UNAVAILABLE, axum::Json(body)).into_response()
+    }
+
+    /// Once control does not answer any more, while an answer is waited for: why.
+    async fn lost(&self, control: &HostId) -> String {
+        loop {
+            tokio::time::sleep(LOOK_WHILE_WAITING).await;
+            if let Err(error) = self.cluster.ping(control, LOST_AFTER).await {
+                *self.found.lock().await = None;
+                return error.to_string();
+            }
+        }
     }
 
     /// Why control cannot be asked now. Whoever asks meanwhile waits for the one answer.
@@ -107,6 +128,17 @@ impl Relay {
         *found = Some(Found { control: control.clone(), at: Instant::now(), away: away.clone() });
         away
     }
+}
+
+/// The same request once more, if that asks for nothing twice.
+fn repeatable(request: &Request) -> Option<Request> {
+    let is_read = matches!(*request.method(), Method::GET | Method::HEAD) && !request.headers().contains_key(header::UPGRADE);
+    is_read.then(|| {
+        let mut again = Request::new(Body::empty());
+        (*again.method_mut(), *again.uri_mut()) = (request.method().clone(), request.uri().clone());
+        *again.headers_mut() = request.headers().clone();
+        again
+    })
 }
 
 async fn ask_whether_there(cluster: &Cluster, control: &HostId) -> Option<String> {
