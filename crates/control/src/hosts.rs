@@ -73,8 +73,13 @@ pub(crate) struct Wanted<'w> {
 /// A host that has promised the room, and an address there. The best one is asked first; who refuses is left out.
 pub(crate) async fn promised(ctx: &Ctx, wanted: &Wanted<'_>) -> Result<(HostRow, Ipv4Addr), Failure> {
     let hosts = ctx.state.list::<HostRow>("hosts/").await?;
-    let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).filter(|host| !wanted.not.contains(&host.id)).collect();
+    let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).collect();
     some_are_there(&hosts, wanted.regions)?;
+    let hosts: Vec<HostRow> = hosts.into_iter().filter(|host| !wanted.not.contains(&host.id)).collect();
+    if some_are_there(&hosts, wanted.regions).is_err() {
+        return Err(Failure::invalid("config.standbys cannot be used: every host there would be lost with what the machine stands in for")
+            .hint("name another region, or add a host: `dunlin host token` tells how"));
+    }
     let used = reconcile::addresses_in_use(ctx).await?;
     let machines = ctx.state.machines_of(wanted.app).await?;
     let mut observed = reconcile::observe(ctx, wanted.app).await?;

@@ -1,6 +1,8 @@
 //! From what people write to an image by its content.
 
+use crate::Ctx;
 use crate::failure::Failure;
+use dunlin_api::ErrorCode;
 use dunlin_model::{AppName, ImageRef};
 use std::future::Future;
 use std::pin::Pin;
@@ -55,6 +57,18 @@ impl Images {
             wanted => (self.resolve)(app.clone(), wanted).await.map(Some),
         }
     }
+}
+
+/// By what `text` says. An image that a machine of the app runs is known although the registry here has nothing of it, as after
+/// control's restore on another host: hosts give it to each other.
+pub(crate) async fn resolve(ctx: &Ctx, app: &AppName, text: &str) -> Result<ImageRef, Failure> {
+    let missing = match ctx.images.resolve(app, text).await {
+        Err(failure) if failure.code == ErrorCode::NotFound => failure,
+        resolved => return resolved,
+    };
+    let Some((_, digest)) = text.rsplit_once('@') else { return Err(missing) };
+    let mut running = ctx.state.machines_of(app).await?.into_iter().map(|row| row.value.spec.image);
+    running.find(|image| image.digest == digest && image.repository == app.as_str()).ok_or(missing)
 }
 
 fn parse(app: &AppName, text: &str, domain: &str) -> Result<Wanted, Failure> {

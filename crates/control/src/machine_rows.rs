@@ -143,12 +143,12 @@ pub(crate) fn machine_id(app: &AppName, launch_id: Option<&CommandId>) -> Machin
 
 /// The machine's, and those of its containers. A tag means the same everywhere in one machine.
 async fn images(ctx: &Ctx, app: &AppName, asked: &Asked) -> Result<(ImageRef, Vec<ImageRef>), Failure> {
-    let image = ctx.images.resolve(app, &asked.image).await?;
+    let image = crate::images::resolve(ctx, app, &asked.image).await?;
     let mut resolved = BTreeMap::from([(asked.image.as_str(), image.clone())]);
     let mut of_containers = Vec::new();
     for reference in asked.container_images() {
         if !resolved.contains_key(reference) {
-            resolved.insert(reference, ctx.images.resolve(app, reference).await?);
+            resolved.insert(reference, crate::images::resolve(ctx, app, reference).await?);
         }
         of_containers.extend(resolved.get(reference).cloned());
     }

@@ -153,7 +153,7 @@ pub(crate) async fn deploy(ctx: &Ctx, name: &AppName, body: CreateRelease) -> Re
     for mount in body.config.mounts.iter().filter(|mount| mount.encrypted == Some(true)) {
         volumes::encrypted_somewhere(ctx, mount.encrypted).await?;
     }
-    let image = ctx.images.resolve(name, &body.image).await?;
+    let image = crate::images::resolve(ctx, name, &body.image).await?;
     let found = registry::made_here(&ctx.content, ctx.base_images, &body.image);
     let is_made_here = found.ok().flatten().is_some_and(|(_, digest)| digest.as_str() == image.digest);
     let made = create(ctx, name, |base| {

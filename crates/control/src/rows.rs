@@ -370,7 +370,15 @@ fn parse<T: DeserializeOwned>(key: &str, value: &[u8], modified: u64) -> Result<
 }
 
 fn unreadable(error: &StoreError) -> Failure {
-    Failure::internal("desired state cannot be read", error)
+    match error {
+        StoreError::Closed => stopping(),
+        _ => Failure::internal("desired state cannot be read", error),
+    }
+}
+
+/// Whoever asks while the process ends.
+fn stopping() -> Failure {
+    Failure::new(ErrorCode::Unavailable, "control stops").hint("try again in a moment")
 }
 
 fn unwritable(error: &StoreError) -> Failure {
@@ -378,6 +386,7 @@ fn unwritable(error: &StoreError) -> Failure {
         StoreError::Full => Failure::new(ErrorCode::DiskFull, error.to_string())
             .hint("free some space in the data directory, then try again"),
         StoreError::Invalid(_) => Failure::invalid(error.to_string()),
+        StoreError::Closed => stopping(),
         _ => Failure::internal("desired state cannot be written", error),
     }
 }

@@ -302,7 +302,11 @@ fn written(answer: Result<JoinAnswer, Failure>) -> Vec<u8> {
     let json = match answer {
         Ok(answer) => serde_json::to_vec(&answer),
         Err(failure) => {
-            tracing::warn!(%failure, "a host was refused");
+            if failure.code == ErrorCode::Unavailable {
+                tracing::info!(%failure, "a host asks again later");
+            } else {
+                tracing::warn!(%failure, "a host was refused");
+            }
             serde_json::to_vec(&failure.body())
         }
     };

@@ -185,13 +185,12 @@ async fn what_a_dead_host_ran_comes_back_elsewhere_and_nothing_runs_twice_when_i
 async fn a_standby_rests_until_the_host_of_what_it_stands_in_for_is_dead() {
     let data = tempfile::tempdir().unwrap();
     let world = World::start_fleet(data.path(), &[other_row(2, "ams")]).await;
-    world.create_app("web").await;
     let image = format!("web@sha256:{}", "b".repeat(64));
     let make = async |body: Value| world.post("/v1/apps/web/machines", body).await;
     let watched = make(json!({ "region": "ams", "config": { "image": image } })).await.json();
     let id = watched["id"].as_str().unwrap();
     let refused = make(json!({ "region": "ams", "config": { "image": image, "standbys": [id] } })).await;
-    assert_eq!((refused.status.as_u16(), refused.json()["code"].as_str()), (422, Some("invalid")), "its host would be lost with it: {}", refused.text);
+    assert!(refused.status == 422 && refused.text.contains("would be lost with"), "{}", refused.text);
     let refused = make(json!({ "config": { "image": image, "standbys": ["00000000000000"] } })).await;
     assert!(refused.status == 422 && refused.text.contains("has no machine 00000000000000"), "{}", refused.text);
     let standby = make(json!({ "config": { "image": image, "standbys": [id] } })).await.json();

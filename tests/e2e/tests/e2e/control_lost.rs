@@ -69,7 +69,8 @@ fn members_command_machines_by_token_while_control_is_gone() {
         assert_eq!(state(&fleet, "w2", &all, machine), "started");
         ok(&fleet, "w2", &all, &["machine", "restart", machine, "--app", "web"]);
         let logs = || ok(&fleet, "w2", &all, &["logs", "-n", "1000", "--app", "web", "--machine", machine]);
-        fleet.host("w2").until("its logs are read", || logs().matches("listens on").count() >= 3);
+        // Of two starts at least: the one in the middle may have been ended before it said anything.
+        fleet.host("w2").until("its logs are read", || logs().matches("listens on").count() >= 2);
     }
     assert!(ok(&fleet, "w2", &all, &["logs", "--app", "web"]).contains("lines of its machines are missing here"), "w1 is gone, and that is said");
     // Without a machine's own app it is looked for.
@@ -169,7 +170,7 @@ fn control_goes_on_from_a_backup_on_another_host_and_the_old_one_stays_off() {
     assert!(Heard::failed(&heard).is_empty(), "{:?}", Heard::failed(&heard));
     assert_eq!(Heard::bodies_after(&heard, Instant::now() - Duration::from_secs(600)), ["release 3"]);
 
-    // A deploy works again, above all numbers that there were.
+    // A deploy works again, above all numbers that there were, also of the image that only hosts have.
     config(&dir, "4", "");
     fleet.control().ok_in(&dir, &["deploy", "--image", &image]);
     assert!(releases(&fleet).iter().all(|number| *number == lost + 1), "{:?}", releases(&fleet));

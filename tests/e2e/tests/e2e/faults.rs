@@ -199,7 +199,7 @@ fn what_no_reader_understands_harms_nobody() {
     fleet.host_mut(victim).stop();
     fleet.host_mut(carrier).stop();
     let bad = poison::spread_from(&fleet.host(victim).data(), &fleet.host(carrier).data(), RESERVED_MB);
-    fleet.host_mut(carrier).boot();
+    fleet.start_again(carrier);
     for id in ALL.into_iter().filter(|id| *id != victim) {
         let counted = || fleet.host(id).json(&["cluster", "status"])["cluster"]["gossip"]["unreadable_facts"].as_u64();
         fleet.host(id).until(&format!("{id} has counted what it cannot read"), || counted() >= Some(bad));
@@ -211,7 +211,7 @@ fn what_no_reader_understands_harms_nobody() {
     assert_eq!(fleet.ask(&format!("/v1/hosts/{victim}"))["host"]["memory_reserved_mb"], RESERVED_MB, "what can be read of it counts");
     until_asked(&all, Instant::now(), 10);
 
-    fleet.host_mut(victim).boot();
+    fleet.start_again(victim);
     fleet.until_up(&ALL);
     let itself = || fleet.ask(&format!("/v1/hosts/{victim}"))["host"]["memory_reserved_mb"] == 0;
     fleet.control().until("the host speaks for itself again", itself);

@@ -141,6 +141,7 @@ fn bodies() -> Vec<Value> {
     let program = json!({ "env_from": [{ "env_var": "A", "field_ref": "id" }], "secrets": [{ "name": "B" }] });
     let mut processes = json!({ "config": { "image": "web:1", "processes": [program] } });
     processes["config"]["guest"] = json!({});
+    processes["config"]["standbys"] = json!(["0123456789abcd"]);
     let probes = [
         json!({ "http": { "port": 80, "headers": [{ "name": "x-a", "values": ["b"] }] } }),
         json!({ "tcp": { "port": 80 } }),
