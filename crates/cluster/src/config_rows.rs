@@ -274,7 +274,7 @@ fn entry_of(key: &str) -> &str {
     key.split_once(PIECE).map_or(key, |(entry, _)| entry)
 }
 
-fn insert(config: &mut ConfigState, entry: &str, value: &[u8]) -> Option<()> {
+pub(crate) fn insert(config: &mut ConfigState, entry: &str, value: &[u8]) -> Option<()> {
     let (kind, id) = entry.split_once('/')?;
     match kind {
         "app" => drop(config.apps.insert(parse::<AppName>(id)?, read(value)?)),

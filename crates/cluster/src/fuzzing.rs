@@ -2,8 +2,9 @@
 
 use crate::facts::{Skipped, read};
 use crate::{JoinAnswer, JoinRequest, JoinToken, config_rows};
-use dunlin_gossip::{Key, Row, Topic};
+use dunlin_gossip::{Change, Key, Row, Topic};
 use dunlin_model::{Generation, HostId};
+use dunlin_view::ConfigState;
 use std::collections::BTreeMap;
 
 /// One row: a byte that says under which key, and its value.
@@ -30,20 +31,33 @@ pub fn row(bytes: &[u8]) {
 /// Desired state: lines of a key, a tab and a value.
 ///
 /// # Panics
-/// When what was understood is written as something else.
+/// When what was understood is read as something else by others.
 pub fn config(bytes: &[u8]) {
-    let mut entries = BTreeMap::new();
+    let mut state = ConfigState { generation: Generation { incarnation: 1, revision: 1 }, ..ConfigState::default() };
     for line in bytes.split(|byte| *byte == b'\n') {
         let Some(at) = line.iter().position(|byte| *byte == b'\t') else { continue };
         if let Ok(key) = std::str::from_utf8(&line[..at]) {
-            entries.insert(key.to_owned(), line[at + 1..].to_vec());
+            let _ = config_rows::insert(&mut state, key, &line[at + 1..]);
         }
     }
-    let (state, _) = config_rows::from_entries(Generation::default(), &entries);
-    let written = config_rows::entries(&state);
-    let (again, unreadable) = config_rows::from_entries(Generation::default(), &written);
-    assert_eq!(unreadable, config_rows::Unreadable::default(), "an own entry cannot be read");
-    assert_eq!(config_rows::entries(&again), written);
+    // What has an order has that of its keys from then on.
+    let read = published(&state);
+    assert_eq!(published(&read), read);
+}
+
+fn published(state: &ConfigState) -> ConfigState {
+    let (changes, _) = config_rows::Published::default().next(state);
+    let (mut reader, mut rows) = (config_rows::Reader::default(), BTreeMap::new());
+    for Change { key, value, .. } in changes {
+        let (topic, value) = value.expect("nothing was there before");
+        let row = Row::live(key.clone(), 1, &topic, &value).expect("rows that are published are no longer than they may be");
+        reader.take(false, &[row]);
+        rows.insert(key, value);
+    }
+    let value = |key: &str| rows.get(&Key::new(key).ok()?).map(Vec::as_slice);
+    let whole = reader.read(value).expect("all of it has come");
+    assert_eq!(whole.unreadable, [] as [String; 0], "an own entry cannot be read");
+    whole.config
 }
 
 /// What comes before anybody is known.
