@@ -21,6 +21,7 @@ const TEST: &[(&str, &str, &str)] = &[
     ("/usr/bin/skopeo", "skopeo", "a registry client in tests"),
     ("/usr/bin/podman", "podman", "a registry client in tests"),
     ("/usr/bin/docker-registry", "docker-registry", "another registry in tests"),
+    ("/usr/sbin/runc", "runc", "the Docker engine in tests, and a peer"),
     ("/bin/ip", "iproute2", "network namespaces in tests"),
     ("/bin/busybox", "busybox-static", "a root file system in tests"),
     ("/usr/bin/setfattr", "attr", "extended attributes in tests"),
@@ -37,7 +38,6 @@ const TEST: &[(&str, &str, &str)] = &[
 const BENCH: &[(&str, &str, &str)] = &[
     ("/usr/sbin/nginx", "nginx-light", "a peer"),
     ("/usr/sbin/haproxy", "haproxy", "a peer"),
-    ("/usr/sbin/runc", "runc", "a peer"),
     ("/usr/bin/wrk", "wrk", "load"),
     ("/usr/bin/h2load", "nghttp2-client", "load"),
 ];

@@ -2,6 +2,7 @@
 
 use crate::deploys::{config, image, two_machines};
 use dunlin_e2e::*;
+use serde_json::Value;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -198,7 +199,9 @@ fn the_host_is_killed_at_every_boundary() {
                 ] {
                     let _ = server.dunlin(&args); // the kill may take its answer
                 }
-                if let Some(machine) = server.machines("web").first() {
+                let listed = server.dunlin(&["machine", "list", "--app", "web", "--json"]); // and this one's
+                let listed: Vec<Value> = serde_json::from_slice(&listed.stdout).unwrap_or_default();
+                if let Some(machine) = listed.first().and_then(|machine| machine["id"].as_str()) {
                     let path = format!("/v1/apps/web/machines/{machine}/signal");
                     let _ = api_post(server, &path, r#"{"signal":"SIGWINCH"}"#);
                     for verb in ["suspend", "start"] {
