@@ -3,6 +3,7 @@
 mod encrypted;
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dunlin_runtime::volume::{Grown, LoopVolume, MountedVolume, VolumeError};
@@ -12,8 +13,11 @@ use nix::sched::{CloneFlags, unshare};
 const DEADLINE: Duration = Duration::from_secs(10);
 const SIZE: u64 = 32 << 20;
 
-/// A temporary directory with a mount point, used on a thread whose mounts end with it.
+/// A temporary directory with a mount point, used on a thread whose mounts end with it. One at a time: whatever one test has
+/// open in a mount, a tool that another one starts has open too until it is executed, and a mount with users stays.
 fn in_private_mounts(work: impl FnOnce(&Path, &Path) + Send + 'static) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir().expect("temporary directory");
     let (file, at) = (dir.path().join("volume.ext4"), dir.path().join("at"));
     std::fs::create_dir(&at).expect("mount point");
