@@ -6,6 +6,7 @@ mod demo;
 mod demo_fleet;
 mod endure;
 mod fuzz;
+mod lane;
 mod packages;
 mod sh;
 mod sim;
@@ -57,7 +58,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["demo", "--stop"] => demo::Demo::of_this_checkout().stop(),
         ["test"] => test::run(test::Scope::All),
         ["test", "--fast"] => test::run(test::Scope::Fast),
-        ["test", "--vm"] => vm::run(),
+        ["test", "--vm"] => vm::run().map(|alone| test::name(&alone)),
         ["sim", rest @ ..] => sim::command(rest),
         ["endure", rest @ ..] => endure::command(rest),
         ["fuzz", rest @ ..] => fuzz::command(rest),

@@ -4,7 +4,7 @@
 //! they were compiled for. QEMU emulates, so that it runs anywhere (a KVM that opens and then hangs is not rare in clouds);
 //! everything takes some ten times as long.
 
-use crate::{packages, sh};
+use crate::{lane, packages, sh};
 use anyhow::{Context, bail};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -21,14 +21,15 @@ const MEMORY_MB: u32 = 3072;
 /// Nothing hangs for longer than this. On two cores that others use too it takes some six minutes.
 const PATIENCE_S: &str = "900";
 const RESULT: &str = "vm-result: ";
-/// Crates whose tests need a kernel, and which of their tests: all, or those with this in their names.
-const TESTED: &[(&str, &str)] = &[("dunlin-runtime", ""), ("dunlin-host", "volumes::")];
+/// Crates whose tests need a kernel, by their directories, and which of their tests: all, or those with this in their names.
+const TESTED: &[(&str, &str)] = &[("crates/runtime", ""), ("crates/host", "volumes::")];
 
 pub fn is_possible() -> bool {
     packages::are_there(packages::For::Vm) || Path::new("/usr/bin/apt-get").exists()
 }
 
-pub fn run() -> anyhow::Result<()> {
+/// Gives the names of the tests that passed only alone, see [`lane`].
+pub fn run() -> anyhow::Result<Vec<String>> {
     packages::ensure(packages::For::Vm)?;
     let home = sh::target_dir().join("vm");
     fs::create_dir_all(&home)?;
@@ -47,18 +48,19 @@ pub fn run() -> anyhow::Result<()> {
         .stdout(Stdio::piped())
         .spawn()
         .context("QEMU could not be started")?;
-    let mut result = None;
+    let (mut result, mut failed) = (None, Vec::new());
     for line in BufReader::new(qemu.stdout.take().context("QEMU has no output")?).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
         println!("  {}", line.trim_end());
         std::io::stdout().flush()?;
-        if let Some(failed) = line.trim_end().strip_prefix(RESULT) {
-            result = Some(failed == "0");
+        if let Some(code) = line.trim_end().strip_prefix(RESULT) {
+            result = Some(code == "0");
         }
+        failed.extend(lane::failed_test(&line).map(str::to_owned));
     }
     qemu.wait()?;
     match result {
-        Some(true) => Ok(()),
+        Some(true) => Ok(failed),
         Some(false) => bail!("tests failed in the virtual machine; the lines above say which"),
         None => bail!("the virtual machine ended before its tests did"),
     }
@@ -105,21 +107,21 @@ fn tests_disk(home: &Path) -> anyhow::Result<PathBuf> {
     fs::create_dir_all(&stage)?;
     let target = sh::target_dir();
     let mut list = String::new();
-    for (package, only) in TESTED {
-        let messages = sh::output(sh::cargo().args([
-            "test", "--package", package, "--lib", "--tests", "--no-run", "--message-format=json-render-diagnostics", "--quiet",
-        ]))?;
-        for message in messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()) {
-            let Some(binary) = message["executable"].as_str().map(Path::new) else { continue };
-            let within = binary.strip_prefix(&target).context("a binary lies outside of the target directory")?;
-            let staged = stage.join("target").join(within);
-            fs::create_dir_all(staged.parent().context("a binary has no folder")?)?;
-            sh::run(Command::new("strip").arg("-o").arg(&staged).arg(binary))?;
-            if message["profile"]["test"].as_bool() == Some(true) {
-                let manifest = message["manifest_path"].as_str().map(Path::new).and_then(Path::parent);
-                let dir = manifest.context("a test has no package")?;
-                list.push_str(&format!("{} {} {} {only}\n", target.display(), dir.display(), within.display()));
-            }
+    // With all others, as they were built before: with fewer, their dependencies would have other features.
+    let messages = sh::output(sh::cargo().args([
+        "test", "--workspace", "--exclude", "dunlin-e2e", "--lib", "--bins", "--tests", "--no-run", "--message-format=json-render-diagnostics",
+        "--quiet",
+    ]))?;
+    for message in messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()) {
+        let Some(binary) = message["executable"].as_str().map(Path::new) else { continue };
+        let dir = message["manifest_path"].as_str().map(Path::new).and_then(Path::parent).context("a binary has no package")?;
+        let Some((_, only)) = TESTED.iter().find(|(tested, _)| sh::root().join(tested) == dir) else { continue };
+        let within = binary.strip_prefix(&target).context("a binary lies outside of the target directory")?;
+        let staged = stage.join("target").join(within);
+        fs::create_dir_all(staged.parent().context("a binary has no folder")?)?;
+        sh::run(Command::new("strip").arg("-o").arg(&staged).arg(binary))?;
+        if message["profile"]["test"].as_bool() == Some(true) {
+            list.push_str(&format!("{} {} {} {only}\n", target.display(), dir.display(), within.display()));
         }
     }
     fs::write(stage.join("list"), list)?;
