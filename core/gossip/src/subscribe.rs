@@ -1,17 +1,20 @@
 //! Detail of another region: whole logs, because a digest covers the whole, of the hosts there that have to do with a topic.
 //!
 //! Who reads it asks some host there every two seconds, and hears of changes in between. After ten idle minutes it is dropped.
+//! The empty topic stands for all of the region: that is for the few who have to know everything.
 
 use crate::beat::Beat;
 use crate::head::{Certificate, Scope};
 use crate::id::{Addr, OriginId, Region, Topic};
-use crate::log::Cursor;
+use crate::log::{Cursor, Log};
 use crate::message::{Entry, Message, Wanted};
 use crate::node::{Event, Node};
 use crate::planted::planted;
 use std::collections::{BTreeMap, BTreeSet};
 
 const POLL_MS: u64 = 2_000;
+/// Somebody waits, and one of them may just have died.
+const ASKED_AT_FIRST: usize = 2;
 pub const IDLE_MS: u64 = 600_000;
 /// Without a poll for this long, nobody is told of changes any more.
 const SERVED_MS: u64 = 15_000;
@@ -19,6 +22,9 @@ const MAX_SUBSCRIPTIONS: usize = 4_096;
 /// What one peer may subscribe to here; each has its own room.
 const MAX_TOPICS_A_PEER: usize = MAX_SUBSCRIPTIONS;
 const BEATS_A_DATAGRAM: usize = 40;
+
+/// The topic that every log bears.
+const ALL: &[u8] = b"";
 
 #[derive(Default)]
 pub(crate) struct Subscriptions {
@@ -45,9 +51,20 @@ impl Node {
         if at.0 == self.me.region || (self.subscriptions.used.len() >= MAX_SUBSCRIPTIONS && !self.subscriptions.used.contains_key(&at)) {
             return;
         }
-        if self.subscriptions.used.insert(at, self.now_ms).is_none() {
-            self.subscriptions.next_ms = self.now_ms;
+        if self.subscriptions.used.insert(at.clone(), self.now_ms).is_none() {
+            self.ask_for_detail(at, ASKED_AT_FIRST);
         }
+    }
+
+    /// Some hosts of the region, others each time.
+    fn ask_for_detail(&mut self, (region, topic): (Region, Topic), count: usize) {
+        let others = self.members.others();
+        let there: Vec<&Addr> = others.all.iter().filter(|peer| peer.region == region).map(|peer| &peer.addr).collect();
+        let to: Vec<Addr> = self.rng.choose(count, there.len()).into_iter().map(|at| there[at].clone()).collect();
+        let held = self.catalogue.of_region(&region).map(|log| log.head.is.id);
+        let entries = held.filter_map(|id| self.catalogue.entry(id)).collect();
+        let message = Message::Subscribe { topic, entries };
+        to.into_iter().for_each(|to| self.stream(to, &message));
     }
 
     pub(crate) fn tick_subscriptions(&mut self) {
@@ -64,21 +81,14 @@ impl Node {
         let is_idle = |used: &u64| now_ms.saturating_sub(*used) >= IDLE_MS && !planted!(SubscribeForEver);
         let idle: Vec<(Region, Topic)> = self.subscriptions.used.iter().filter(|(_, used)| is_idle(used)).map(|(at, _)| at.clone()).collect();
         idle.into_iter().for_each(|at| self.unsubscribe(at));
-        let others = self.members.others();
-        for (region, topic) in self.subscriptions.used.keys().cloned().collect::<Vec<_>>() {
-            let there: Vec<&Addr> = others.all.iter().filter(|peer| peer.region == region).map(|peer| &peer.addr).collect();
-            let Some(to) = there.get(self.rng.below(there.len())) else { continue };
-            let held = self.catalogue.of_region(&region).map(|log| log.head.is.id);
-            let entries = held.filter_map(|id| self.catalogue.entry(id)).collect();
-            self.stream((*to).clone(), &Message::Subscribe { topic, entries });
-        }
+        self.subscriptions.used.keys().cloned().collect::<Vec<_>>().into_iter().for_each(|at| self.ask_for_detail(at, 1));
     }
 
     fn unsubscribe(&mut self, at: (Region, Topic)) {
         self.subscriptions.used.remove(&at);
         let (region, topic) = at;
         let left: Vec<&Topic> = self.subscriptions.used.keys().filter(|(of, _)| *of == region).map(|(_, topic)| topic).collect();
-        let is_used = |log: &&crate::Log| log.rows().any(|row| left.iter().any(|topic| row.has_topic(topic)));
+        let is_used = |log: &&Log| left.iter().any(|topic| bears(log, topic));
         let unused: Vec<OriginId> = self.catalogue.of_region(&region).filter(|log| !is_used(log)).map(|log| log.head.is.id).collect();
         unused.into_iter().for_each(|id| self.catalogue.drop_log(id));
         self.event(Event::Unsubscribed { region, topic });
@@ -93,7 +103,7 @@ impl Node {
 
     pub(crate) fn receive_subscribe(&mut self, from: Addr, topic: Topic, theirs: &[Entry]) {
         let region = self.me.region.clone();
-        let with_topic = self.catalogue.of_region(&region).filter(|log| log.rows().any(|row| row.has_topic(&topic)));
+        let with_topic = self.catalogue.of_region(&region).filter(|log| bears(log, &topic));
         let bearing: BTreeSet<OriginId> = with_topic.map(|log| log.head.is.id).collect();
         let known: BTreeMap<OriginId, &Entry> = theirs.iter().map(|entry| (entry.id, entry)).collect();
         let mut beats: Vec<Beat> = vec![];
@@ -134,7 +144,7 @@ impl Node {
             return;
         }
         let (now, new_until_ms) = ((log.head.is.epoch, log.head.is.seq), self.now_ms + SERVED_MS);
-        let topics: BTreeSet<&[u8]> = log.rows().filter_map(|row| row.body()).map(|body| body.topic).collect();
+        let topics: BTreeSet<&[u8]> = log.rows().filter_map(|row| row.body()).map(|body| body.topic).chain([ALL]).collect();
         let mut told = vec![];
         for (to, served) in &mut self.subscriptions.served {
             let known = served.origins.get(&id).map(|told| (told.at, told.until_ms));
@@ -149,4 +159,8 @@ impl Node {
             self.give(&to, Wanted { id, epoch: known.map_or(now.0, |(epoch, _)| epoch), after });
         }
     }
+}
+
+fn bears(log: &Log, topic: &Topic) -> bool {
+    topic.as_bytes() == ALL || log.rows().any(|row| row.has_topic(topic))
 }

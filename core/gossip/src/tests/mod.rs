@@ -5,6 +5,7 @@ mod greed;
 mod lives;
 mod logs;
 mod pushes;
+mod regions;
 
 use crate::*;
 use ed25519_dalek::SigningKey;
