@@ -18,6 +18,8 @@ pub struct Head<'a> {
     pub force_region: Option<&'a str>,
     /// `fly-prefer-region`: in this order, others after them.
     pub prefer_region: Option<&'a str>,
+    /// Detail of other regions that is not here yet is worth waiting for. Not again, once it did not come.
+    pub waits_for_detail: bool,
 }
 
 #[derive(Debug)]
@@ -27,6 +29,8 @@ pub enum Decision {
         ticket: Ticket,
         /// The preferred machine could not take it.
         preferred_unavailable: bool,
+        /// It is not what one would wish for, and there are regions that are not seen: [`Route::look_into`] has them.
+        look_further: bool,
         /// All that run are above their soft limit: this one may be started beside, without waiting for it.
         also_wake: Option<Arc<Candidate>>,
     },
@@ -47,6 +51,8 @@ pub enum WaitReason {
     Unhealthy,
     /// All are at their hard limit.
     AtLimit,
+    /// The machines that might take it are in regions of which only summaries are here: their detail is on its way.
+    Detail,
     /// Every machine refused or failed this request; a newer table may know more.
     Tried,
 }
@@ -57,7 +63,7 @@ impl WaitReason {
         match self {
             Self::Coming => 30_000,
             Self::Unhealthy | Self::AtLimit => 5_000,
-            Self::Tried => 2_000,
+            Self::Detail | Self::Tried => 2_000,
         }
     }
 
@@ -80,6 +86,14 @@ impl WaitReason {
                 format!("all machines of app {app} are at their hard limit"),
                 format!("try again, or add machines with `dunlin scale count -a {app}`"),
             ),
+            Self::Detail => {
+                let regions: Vec<&str> = route.far.iter().map(|far| far.region.as_str()).take(8).collect();
+                (
+                    "PR15",
+                    format!("app {app} has machines in {}, and this edge could not learn which of them run", regions.join(", ")),
+                    "try again; `dunlin cluster status` on this server shows which hosts it hears".to_owned(),
+                )
+            }
             Self::Tried => (
                 "PR09",
                 format!("no machine of app {app} took the request"),

@@ -21,4 +21,4 @@ mod table;
 pub use decision::{Decision, Head, Reject, WaitReason};
 pub use host::host_name;
 pub use load::{AppLoad, Load, Loads, Ticket};
-pub use table::{Availability, Candidate, Route, Table, Vantage};
+pub use table::{Availability, Candidate, Far, Route, Table, Vantage};

@@ -1,15 +1,17 @@
 //! The choice among an app's machines.
 
-use crate::{Availability, Candidate, Decision, Head, Reject, Route, Table, WaitReason};
+use crate::{Availability, Candidate, Decision, Far, Head, Reject, Route, Table, WaitReason};
 use dunlin_model::region::RegionExpr;
 use dunlin_model::{MachineId, Region};
-use dunlin_view::Freshness;
+use dunlin_view::{Freshness, Summary};
 use std::sync::Arc;
 
 /// Up to this many machines all are compared; beyond, a few drawn ones suffice as long as one has room.
 const SCAN_ALL: usize = 16;
 /// How many are drawn.
 const DRAWN: usize = 4;
+/// Regions that are looked into at once: when the nearest has just died, the next is known already.
+const LOOK_INTO: usize = 2;
 
 impl Table {
     /// The way of one request. `tried` are machines that this table sent it to in vain; `random` breaks
@@ -25,7 +27,7 @@ impl Table {
             Ok(regions) => regions,
             Err(forced) => return Decision::Reject(no_region(forced)),
         };
-        let ask = Ask { route, regions, tried, random, now_ms };
+        let ask = Ask { route, regions, tried, random, now_ms, waits: head.waits_for_detail };
         if let Some(id) = head.force_instance {
             return ask.forced(id);
         }
@@ -45,12 +47,51 @@ impl Table {
     }
 }
 
+impl Route {
+    /// The regions whose detail this request needs, nearest first: those that say they have what can serve it go before
+    /// those that only can wake, and those before all others. None are left out, since what is starting is in no summary.
+    pub fn look_into(&self, head: &Head<'_>) -> Vec<&Region> {
+        let instance = |id: &str| self.candidates.iter().find(|c| c.machine.as_str() == id && c.availability == Availability::Unseen);
+        if let Some(c) = head.force_instance.and_then(instance) {
+            return vec![&c.region];
+        }
+        let Ok(regions) = Regions::asked(head) else { return vec![] };
+        let mut far: Vec<&Far> = self.far.iter().filter(|far| regions.may_serve(&far.region)).collect();
+        far.sort_by_key(|far| (regions.rank(&far.region), far.promise(), far.distance));
+        far.truncate(LOOK_INTO);
+        far.into_iter().map(|far| &far.region).collect()
+    }
+}
+
+impl Far {
+    /// Smaller is better.
+    fn promise(&self) -> u8 {
+        match self.summary {
+            Some(Summary { ready, .. }) if ready > 0 => 0,
+            Some(Summary { wakeable, .. }) if wakeable > 0 => 1,
+            None => 1,
+            Some(_) => 2,
+        }
+    }
+
+    fn is_promising(&self) -> bool {
+        self.summary.is_some_and(|summary| summary.ready + summary.wakeable > 0)
+    }
+
+    /// How many of the machines that are not seen run: all, where nobody says.
+    fn running(&self) -> usize {
+        self.summary.map_or(self.unseen, |summary| self.unseen.min(summary.running as usize))
+    }
+}
+
 struct Ask<'a> {
     route: &'a Arc<Route>,
     regions: Regions,
     tried: &'a [MachineId],
     random: u64,
     now_ms: u64,
+    /// For the detail of other regions, where that may be better than what is seen.
+    waits: bool,
 }
 
 /// The regions that a request names.
@@ -67,6 +108,14 @@ impl Regions {
             return text.parse().map(Self::Force).map_err(|_| text);
         }
         Ok(head.prefer_region.and_then(|text| text.parse().ok()).map_or(Self::All, Self::Prefer))
+    }
+
+    /// It is where the request may go.
+    fn may_serve(&self, region: &Region) -> bool {
+        match self {
+            Self::Force(named) => named.rank(region).is_some(),
+            Self::All | Self::Prefer(_) => true,
+        }
     }
 
     /// Smaller is better.
@@ -102,6 +151,11 @@ impl Rank {
         let Self { is_old, is_penalised, is_aging, is_above_soft, region, distance, .. } = *self;
         !(is_old || is_penalised || is_aging || is_above_soft) && region == 0 && distance == 0
     }
+
+    /// Another one might be better, if there is one that is not seen.
+    fn is_poor(&self) -> bool {
+        self.is_old || self.is_penalised || self.is_aging || self.is_above_soft
+    }
 }
 
 impl Ask<'_> {
@@ -115,6 +169,10 @@ impl Ask<'_> {
             {
                 return decision; // it sleeps, but it is there for sure
             }
+            if self.prefers_unseen(&best.region) {
+                return self.wait(WaitReason::Detail);
+            }
+            let is_poor = self.rank(best, 0).is_poor();
             let Some(ticket) = best.load.reserve(best.service.concurrency.hard_limit) else { continue };
             self.begin_trial(best);
             let is_busy = best.load.in_flight() > best.service.concurrency.soft_limit;
@@ -122,6 +180,7 @@ impl Ask<'_> {
                 target: best.clone(),
                 ticket,
                 preferred_unavailable,
+                look_further: is_poor && !self.route.far.is_empty(),
                 also_wake: is_busy.then(|| self.sleeper(|_| true)).flatten(),
             };
         }
@@ -175,10 +234,7 @@ impl Ask<'_> {
 
     /// It is where the request may go.
     fn may_serve(&self, c: &Candidate) -> bool {
-        match &self.regions {
-            Regions::Force(named) => named.rank(&c.region).is_some(),
-            Regions::All | Regions::Prefer(_) => true,
-        }
+        self.regions.may_serve(&c.region)
     }
 
     fn was_tried(&self, c: &Candidate) -> bool {
@@ -195,8 +251,9 @@ impl Ask<'_> {
         if candidates().any(is_coming) {
             return None;
         }
-        let runs = self.route.candidates.iter().filter(|c| !matches!(c.availability, Availability::Asleep | Availability::Unavailable));
-        let runs = runs.count();
+        let does_not_run = |c: &&Arc<Candidate>| matches!(c.availability, Availability::Asleep | Availability::Unavailable | Availability::Unseen);
+        let runs = self.route.candidates.iter().filter(|c| !does_not_run(c)).count();
+        let runs = runs + self.route.far.iter().map(Far::running).sum::<usize>();
         let can_wake = |c: &&Arc<Candidate>| {
             c.service.max_machines_running.is_none_or(|max| runs < max as usize)
                 && c.availability == Availability::Asleep && c.service.autostart && !self.was_tried(c) && has_room(c)
@@ -222,9 +279,8 @@ impl Ask<'_> {
         let any = |wanted: fn(Availability) -> bool| {
             self.route.candidates.iter().any(|c| wanted(c.availability) && self.may_serve(c) && !self.was_tried(c))
         };
-        let wait = |reason| Decision::Wait { route: self.route.clone(), reason };
         if any(|a| a == Availability::Ready) {
-            return wait(WaitReason::AtLimit);
+            return self.wait(WaitReason::AtLimit);
         }
         // Asleep and without room: as many requests as it may take are waking it already.
         let is_being_woken = |c: &Arc<Candidate>| {
@@ -233,16 +289,29 @@ impl Ask<'_> {
         if any(|a| matches!(a, Availability::Starting | Availability::Returning))
             || self.route.candidates.iter().any(is_being_woken)
         {
-            return wait(WaitReason::Coming);
+            return self.wait(WaitReason::Coming);
         }
         // A machine of which nothing was heard yet may be there: the host is starting, or the view is new.
         if any(|a| matches!(a, Availability::Unhealthy | Availability::Unknown)) {
-            return wait(WaitReason::Unhealthy);
+            return self.wait(WaitReason::Unhealthy);
+        }
+        if any(|a| a == Availability::Unseen) && self.waits {
+            return self.wait(WaitReason::Detail);
         }
         if !self.tried.is_empty() {
-            return wait(WaitReason::Tried);
+            return self.wait(WaitReason::Tried);
         }
-        Decision::Reject(nobody(self.route))
+        Decision::Reject(if any(|a| a == Availability::Unseen) { unseen(self.route) } else { nobody(self.route) })
+    }
+
+    fn wait(&self, reason: WaitReason) -> Decision {
+        Decision::Wait { route: self.route.clone(), reason }
+    }
+
+    /// The request names a region that has something for it, as its reporters say, before the one that is seen.
+    fn prefers_unseen(&self, best: &Region) -> bool {
+        let is_better = |far: &Far| self.regions.may_serve(&far.region) && self.regions.rank(&far.region) < self.regions.rank(best);
+        self.waits && self.route.far.iter().any(|far| is_better(far) && far.is_promising())
     }
 
     fn forced(&self, id: &str) -> Decision {
@@ -263,6 +332,8 @@ impl Ask<'_> {
             },
             Availability::Starting | Availability::Returning => WaitReason::Coming,
             Availability::Unhealthy | Availability::Unknown => WaitReason::Unhealthy,
+            Availability::Unseen if self.waits => WaitReason::Detail,
+            Availability::Unseen => return Decision::Reject(unseen(self.route)),
             Availability::Asleep | Availability::Unavailable => {
                 return Decision::Reject(instance_unavailable(self.route, id));
             }
@@ -280,7 +351,7 @@ impl Ask<'_> {
 }
 
 fn forward(c: &Arc<Candidate>, ticket: crate::Ticket) -> Decision {
-    Decision::Forward { target: c.clone(), ticket, preferred_unavailable: false, also_wake: None }
+    Decision::Forward { target: c.clone(), ticket, preferred_unavailable: false, look_further: false, also_wake: None }
 }
 
 fn has_room(c: &Candidate) -> bool {
@@ -340,6 +411,10 @@ fn nobody_in_region(route: &Route, named: &str) -> Reject {
         reason: format!("app {} has no machine in region {named} that serves requests", route.app),
         hint: format!("`dunlin machine list -a {}` shows where its machines are", route.app),
     }
+}
+
+fn unseen(route: &Route) -> Reject {
+    WaitReason::Detail.reject(route)
 }
 
 fn nobody(route: &Route) -> Reject {

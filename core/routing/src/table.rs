@@ -2,7 +2,7 @@
 
 use crate::load::{AppLoad, Load, Loads};
 use dunlin_model::{AppName, Generation, HostId, MachineId, MachineState, MachineVersion, OrgName, Region, Service, region};
-use dunlin_view::{CheckState, Freshness, MachineAssignment, MachineFact, Snapshot};
+use dunlin_view::{CheckState, Freshness, MachineAssignment, MachineFact, Snapshot, Summary};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -48,6 +48,8 @@ pub struct Route {
     pub machine_count: usize,
     /// Machines that serve, in the order of their ids.
     pub candidates: Vec<Arc<Candidate>>,
+    /// Regions with machines of which nothing is seen from here, in the order of their names.
+    pub far: Vec<Far>,
     pub load: Arc<AppLoad>,
 }
 
@@ -89,6 +91,19 @@ pub enum Availability {
     Unavailable,
     /// Its host has said nothing of it.
     Unknown,
+    /// In another region, and its host's detail is not here: whoever wants it asks for it, see [`Route::look_into`].
+    Unseen,
+}
+
+/// A region of which only the summary is here, or not all of the detail.
+#[derive(Debug)]
+pub struct Far {
+    pub region: Region,
+    pub distance: u32,
+    /// By its reporters; `None`: they have said nothing of the app, or were not heard lately.
+    pub summary: Option<Summary>,
+    /// Machines there of which the detail is not here.
+    pub unseen: usize,
 }
 
 impl Table {
@@ -118,6 +133,7 @@ impl Table {
                 org: fact.org.clone(),
                 force_https: candidates.iter().any(|c| c.service.force_https),
                 machine_count: assigned.len(),
+                far: seen.far(app, &candidates),
                 candidates,
                 load: loads.app(app),
             });
@@ -182,11 +198,21 @@ impl Seen<'_> {
             availability: match fact {
                 _ if is_removed => Availability::Unavailable,
                 Some(fact) => availability(assignment, fact),
+                None if assignment.region != self.vantage.region && !self.snapshot.told.contains(&assignment.host) => Availability::Unseen,
                 None => Availability::Unknown,
             },
             load: self.loads.machine(&assignment.id),
             host_load: self.loads.host(&assignment.host),
         })
+    }
+
+    fn far(&self, app: &AppName, candidates: &[Arc<Candidate>]) -> Vec<Far> {
+        let mut far: BTreeMap<&Region, Far> = BTreeMap::new();
+        for c in candidates.iter().filter(|c| c.availability == Availability::Unseen) {
+            let begin = || Far { region: c.region.clone(), distance: c.distance, summary: self.snapshot.summary(&c.region, app), unseen: 0 };
+            far.entry(&c.region).or_insert_with(begin).unseen += 1;
+        }
+        far.into_values().collect()
     }
 
     fn distance(&self, to: &Region) -> u32 {

@@ -1,14 +1,15 @@
 //! Routing as a whole: examples first, then properties over generated apps.
 
 use dunlin_model::{
-    Concurrency, ConcurrencyKind, Generation, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
+    Concurrency, ConcurrencyKind, Generation, HostId, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
     Region, Service,
 };
 use dunlin_routing::{Availability, Decision, Head, Loads, Table, Vantage, WaitReason};
 use dunlin_view::{
-    AppFact, CheckState, CheckStatus, ConfigState, Freshness, HostFact, MachineAssignment, MachineFact, Snapshot,
+    AppFact, CheckState, CheckStatus, ConfigState, Freshness, HostFact, MachineAssignment, MachineFact, ReportNews, Snapshot, Summary,
 };
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 const HOST: &str = "web.localhost";
@@ -565,5 +566,118 @@ proptest! {
             }
             _ => prop_assert!(best.is_none()),
         }
+    }
+}
+
+/// As `h1` in Frankfurt sees it, which was told nothing by the hosts of other regions but what their regions have.
+fn seen_with_summaries(machines: &[M], told: &[&str], summaries: &[(&str, Summary)]) -> Table {
+    let mut view = snapshot(machines);
+    let told: BTreeSet<HostId> = told.iter().map(|host| host.parse().unwrap()).collect();
+    let untold = machines.iter().filter(|m| m.region != "fra").map(|m| m.host.parse().unwrap()).filter(|host| !told.contains(host)).collect();
+    view = view.without_detail_of(&untold);
+    view.told = Arc::new(told);
+    let report = |(region, summary): &(&str, Summary)| ReportNews {
+        host: format!("reporter-{region}").parse().unwrap(),
+        region: region.parse().unwrap(),
+        apps: vec![("web".parse().unwrap(), Some(*summary))],
+        whole: true,
+    };
+    view = view.with_reports(summaries.iter().map(report).collect());
+    Table::build(&view, &Loads::default(), None, &Vantage { host: Some("h1".parse().unwrap()), ..here() })
+}
+
+fn waits(decision: &Decision) -> Option<WaitReason> {
+    if let Decision::Wait { reason, .. } = decision { Some(*reason) } else { None }
+}
+
+fn looked_into(table: &Table, head: &Head<'_>) -> Vec<String> {
+    table.find(HOST).unwrap().look_into(head).into_iter().map(Region::to_string).collect()
+}
+
+const READY: Summary = Summary { ready: 1, wakeable: 0, running: 1 };
+const WAKEABLE: Summary = Summary { ready: 0, wakeable: 1, running: 0 };
+const NOTHING: Summary = Summary { ready: 0, wakeable: 0, running: 0 };
+
+#[test]
+fn what_only_other_regions_have_is_waited_for_and_not_for_ever() {
+    let waiting = Head { waits_for_detail: true, ..head(HOST) };
+    let far = [at("h3", "ams"), at("h4", "syd"), at("h5", "iad")];
+    let table = seen_with_summaries(&far, &[], &[("ams", WAKEABLE), ("syd", READY), ("iad", NOTHING)]);
+    assert_eq!(waits(&table.route(&waiting, &[], 0, NOW)), Some(WaitReason::Detail));
+    assert_eq!(looked_into(&table, &waiting), ["syd", "ams"], "what is ready comes before what is near");
+    assert_eq!(rejected(route(&table, &[], 0)), (503, "PR15"), "it did not come");
+    let forced = Head { force_region: Some("iad"), ..waiting };
+    assert_eq!(waits(&table.route(&forced, &[], 0, NOW)), Some(WaitReason::Detail));
+    assert_eq!(looked_into(&table, &forced), ["iad"]);
+    let one = id(1);
+    let instance = Head { force_instance: Some(one.as_str()), ..waiting };
+    assert_eq!(waits(&table.route(&instance, &[], 0, NOW)), Some(WaitReason::Detail));
+    assert_eq!(looked_into(&table, &instance), ["syd"]);
+    // Nobody says anything of it: the nearest are asked.
+    let table = seen_with_summaries(&far, &[], &[]);
+    assert_eq!(looked_into(&table, &waiting), ["ams", "iad"]);
+    // Once it is there, it is as if it had always been.
+    let table = seen_with_summaries(&far, &["h4"], &[]);
+    assert!(matches!(table.route(&waiting, &[], 0, NOW), Decision::Forward { target, .. } if target.machine == id(1)));
+}
+
+#[test]
+fn nobody_looks_elsewhere_while_the_own_region_has_something() {
+    let waiting = Head { waits_for_detail: true, ..head(HOST) };
+    let summaries = [("syd", READY)];
+    let asleep = M { state: MachineState::Stopped, ..at("h2", "fra") };
+    for (own, wakes) in [(at("h2", "fra"), false), (asleep.clone(), true)] {
+        let table = seen_with_summaries(&[own, at("h4", "syd")], &[], &summaries);
+        match table.route(&waiting, &[], 0, NOW) {
+            Decision::Forward { target, look_further, .. } => assert!(target.machine == id(0) && !look_further && !wakes),
+            Decision::Wake { target, .. } => assert!(target.machine == id(0) && wakes),
+            other => panic!("{other:?}"),
+        }
+    }
+    // It serves, and is not what one would wish for: others are looked for meanwhile.
+    let busy = M { soft: 1, ..at("h2", "fra") };
+    let table = seen_with_summaries(&[busy, at("h4", "syd")], &[], &summaries);
+    let held = [0, 1].map(|random| table.route(&waiting, &[], random, NOW));
+    let looks = held.each_ref().map(|decision| matches!(decision, Decision::Forward { look_further: true, .. }));
+    assert_eq!(looks, [false, true]);
+    // It refused: then the other region is all there is.
+    let table = seen_with_summaries(&[at("h2", "fra"), at("h4", "syd")], &[], &summaries);
+    assert_eq!(waits(&table.route(&waiting, &[id(0)], 0, NOW)), Some(WaitReason::Detail));
+    assert_eq!(waits(&route(&table, &[id(0)], 0)), Some(WaitReason::Tried));
+    // What is coming here has its time, as ever.
+    let boots = M { state: MachineState::Starting, ..at("h2", "fra") };
+    let table = seen_with_summaries(&[boots, at("h4", "syd")], &[], &summaries);
+    assert_eq!(waits(&table.route(&waiting, &[], 0, NOW)), Some(WaitReason::Coming));
+}
+
+#[test]
+fn a_region_that_is_preferred_and_has_something_is_waited_for() {
+    let prefers = Head { waits_for_detail: true, prefer_region: Some("syd"), ..head(HOST) };
+    let machines = [at("h2", "fra"), at("h4", "syd")];
+    for (summaries, expected) in [(vec![("syd", READY)], Some(WaitReason::Detail)), (vec![("syd", NOTHING)], None), (vec![], None)] {
+        let table = seen_with_summaries(&machines, &[], &summaries);
+        assert_eq!(waits(&table.route(&prefers, &[], 0, NOW)), expected, "{summaries:?}");
+    }
+    let table = seen_with_summaries(&machines, &[], &[("syd", READY)]);
+    let done = Head { waits_for_detail: false, ..prefers };
+    assert!(matches!(table.route(&done, &[], 0, NOW), Decision::Forward { target, .. } if target.machine == id(0)));
+}
+
+#[test]
+fn what_sleeps_here_is_woken_unless_as_many_run_elsewhere_as_may() {
+    let asleep = M { state: MachineState::Stopped, ..at("h2", "fra") };
+    for (summary, wakes) in [(NOTHING, true), (WAKEABLE, true), (READY, false)] {
+        let mut view = snapshot(&[asleep.clone(), at("h4", "syd")]);
+        let mut config = ConfigState::clone(&view.config);
+        for n in 0..2 {
+            config.machines.get_mut(&id(n)).unwrap().spec.services[0].max_machines_running = Some(1);
+        }
+        view.config = Arc::new(config);
+        let apps = vec![("web".parse().unwrap(), Some(summary))];
+        let report = ReportNews { host: "h4".parse().unwrap(), region: "syd".parse().unwrap(), apps, whole: true };
+        let view = view.without_detail_of(&["h4".parse().unwrap()].into()).with_reports(vec![report]);
+        let table = Table::build(&view, &Loads::default(), None, &here());
+        let decision = table.route(&Head { waits_for_detail: true, ..head(HOST) }, &[], 0, NOW);
+        assert_eq!(matches!(decision, Decision::Wake { .. }), wakes, "{summary:?}: {decision:?}");
     }
 }

@@ -1,9 +1,9 @@
 //! The fold of facts into what a reader sees.
 
-use crate::{ConfigState, Freshness, HostFact, MachineFact};
+use crate::{ConfigState, Freshness, HostFact, MachineFact, Report};
 use dunlin_model::{AppName, Generation, HostId, MachineId};
 use imbl::OrdMap;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// One immutable view: config facts of one revision, and the newest fact of each machine and host. A copy shares what it does
@@ -17,6 +17,10 @@ pub struct Snapshot {
     pub hosts: OrdMap<HostId, Arc<HostFact>>,
     /// Of the other hosts; this process's own is always fresh.
     pub heard: Arc<BTreeMap<HostId, Freshness>>,
+    /// Hosts that have told which machines they have. Of others it is not known: those of other regions tell who asks.
+    pub told: Arc<BTreeSet<HostId>>,
+    /// What each region has, by its reporters.
+    pub reports: Arc<BTreeMap<HostId, Report>>,
 }
 
 /// What one host says at once.
@@ -28,7 +32,7 @@ pub struct HostFacts {
     pub machines: Vec<MachineFact>,
     /// It has them no more.
     pub gone: Vec<MachineId>,
-    /// It has no others than `machines`. That orders nobody to do anything.
+    /// It has no others than `machines`, and so has told all. That orders nobody to do anything.
     pub whole: bool,
 }
 
@@ -73,6 +77,9 @@ impl Snapshot {
                 // Its log begins anew, perhaps from an older disk or none, where sequences are lower: what it said before is no
                 // measure of what it says now.
                 remove_if(&mut next.machines, |_, fact| fact.host == host);
+                if !next.told.contains(&host) {
+                    Arc::make_mut(&mut next.told).insert(host.clone());
+                }
             }
             for id in gone {
                 if next.machines.get(&id).is_some_and(|fact| fact.host == host) {
@@ -125,8 +132,12 @@ impl Snapshot {
         remove_if(&mut self.machines, |_, fact| is_removed(&fact.host));
     }
 
+    /// The view with what this process's host says of itself; its machines it has told before.
     pub fn with_host(&self, fact: Arc<HostFact>) -> Self {
         let mut next = self.clone();
+        if !next.told.contains(&fact.id) {
+            Arc::make_mut(&mut next.told).insert(fact.id.clone());
+        }
         next.hosts.insert(fact.id.clone(), fact);
         next
     }

@@ -20,6 +20,8 @@ use std::time::{Duration, SystemTime};
 
 /// Every host's name in TLS ends with it, and the authority can vouch for no other name.
 pub(crate) const HOSTS_DOMAIN: &str = "hosts.dunlin.internal";
+pub(crate) const HOST_LOG: &str = "host/";
+pub(crate) const MACHINES_LOG: &str = "machines/";
 /// All of desired state is one log.
 pub const CONFIG_LOG: &str = "config/0";
 const CA_VALID: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
@@ -33,9 +35,14 @@ pub(crate) fn tls_name(host: &HostId) -> String {
     format!("{host}.{HOSTS_DOMAIN}")
 }
 
-/// The log that a host writes.
+/// The log in which a host speaks of itself, and of its region if it is a reporter. Everybody holds it.
 pub fn log_name(host: &HostId) -> Name {
-    Name::new(format!("host/{host}")).expect("a host's id is shorter than a name may be")
+    Name::new(format!("{HOST_LOG}{host}")).expect("a host's id is shorter than a name may be")
+}
+
+/// The log of its machines. The hosts of its region hold it, and who subscribes.
+pub fn machines_log_name(host: &HostId) -> Name {
+    Name::new(format!("{MACHINES_LOG}{host}")).expect("a host's id is shorter than a name may be")
 }
 
 pub struct Authority {
@@ -73,6 +80,9 @@ pub struct Issued {
     pub cluster_key: String,
     /// The member's right to write its log, as gossip has it, base64.
     pub log_certificate: String,
+    /// And that of its machines. Empty in what was issued before there was such.
+    #[serde(default)]
+    pub machines_log_certificate: String,
 }
 
 impl Authority {
@@ -115,13 +125,17 @@ impl Authority {
     pub fn issue(&self, host: &HostId, region: &Region, epoch: u32, keys: &PublicKeys, now_ms: u64) -> Result<Issued, MemberError> {
         let gossip = member::bytes_32(&keys.gossip).and_then(|bytes| VerifyingKey::from_bytes(&bytes).ok());
         let gossip = gossip.ok_or(MemberError::BadKey("the key for gossip is not an Ed25519 public key"))?;
-        let subject = Subject { name: log_name(host), epoch, key: gossip, region: region_of(region), scope: Scope::Global };
+        let certify = |name, scope| {
+            let subject = Subject { name, epoch, key: gossip, region: region_of(region), scope };
+            member::base64(&Certificate::issue(&self.gossip, &subject).to_bytes())
+        };
         Ok(Issued {
             ca_pem: self.ca_pem.clone(),
             certificate_pem: self.leaf(host, &keys.tls, now_ms)?,
             not_after_ms: now_ms + LEAF_VALID.as_millis() as u64,
             cluster_key: hex::encode(self.gossip.verifying_key().to_bytes()),
-            log_certificate: member::base64(&Certificate::issue(&self.gossip, &subject).to_bytes()),
+            log_certificate: certify(log_name(host), Scope::Global),
+            machines_log_certificate: certify(machines_log_name(host), Scope::Region),
         })
     }
 

@@ -10,7 +10,7 @@ use crate::stream::{Service, Stream};
 use crate::tls::{self, Tls, TlsError};
 use arc_swap::ArcSwap;
 use dunlin_gossip::{Certificate, Config, Identity, Node, Now, OriginId, Peer};
-use dunlin_model::HostId;
+use dunlin_model::{AppName, HostId, Region};
 use dunlin_view::Freshness;
 use ed25519_dalek::SigningKey;
 use rustls_pki_types::{CertificateDer, ServerName};
@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 /// What has come and was not given to gossip yet. Datagrams have at most 1,200 bytes, messages 288 KiB.
 const MAX_DATAGRAMS: usize = 4_096;
 const MAX_MESSAGES: usize = 32;
-const MAX_COMMANDS: usize = 16;
+const MAX_COMMANDS: usize = 256;
 
 pub struct ClusterConfig {
     pub member: Member,
@@ -97,8 +97,9 @@ impl Cluster {
         let shared = Arc::new(Shared { member, seen: ArcSwap::default() });
         let stop = CancellationToken::new();
         let inlets = Inlets { datagrams: datagrams_in, messages: messages_in, commands: commands_in, stop: stop.clone() };
+        let machines = (shared.member.machines_log_certificate()?, shared.member.keys.gossip()?);
         let driver = Driver::new(node, links.clone(), view.clone(), tls.clone(), shared.clone(), Keep::new(&dir));
-        let driver = Mutex::new(Some(tokio::spawn(driver.run(inlets))));
+        let driver = Mutex::new(Some(tokio::spawn(driver.run(machines, inlets))));
         Ok(Self { inner: Arc::new(Inner { shared, links, tls, view, dir, commands, stop, driver }) })
     }
 
@@ -205,6 +206,17 @@ impl Cluster {
         if self.inner.commands.try_send(command).is_err() && !self.inner.stop.is_cancelled() {
             tracing::error!("desired state is not published: the cluster's driver does not answer");
         }
+    }
+
+    /// What runs of an app in another region is needed here: it comes, and stays until ten minutes after this was last said.
+    /// Whether the driver has taken it.
+    pub fn see_detail(&self, region: &Region, app: &AppName) -> bool {
+        self.inner.commands.try_send(Command::SeeDetail { region: region.clone(), app: app.clone() }).is_ok()
+    }
+
+    #[cfg(test)]
+    pub(crate) async fn pass(&self, time: Duration) {
+        self.inner.commands.send(Command::Pass(time)).await.unwrap();
     }
 
     /// Whether another process has this host's identity, so that this one says nothing; [`Self::status`] says which.

@@ -1,8 +1,13 @@
-//! Host facts as rows of a host's log: key `host`, and `m/<machine>` with the app as topic; JSON values.
+//! Facts as rows of a host's two logs; JSON values, the app as topic.
+//!
+//! ```text
+//! host/<id>      everybody's       `host`, and of a reporter `app/<app>`: what its region has of the app
+//! machines/<id>  the region's      `m/<machine>`
+//! ```
 
 use dunlin_gossip::{Change, Key, MAX_VALUE_BYTES, Row, Topic};
-use dunlin_model::{HostId, MachineId};
-use dunlin_view::{CheckState, HostFact, HostFacts, MachineFact, Snapshot};
+use dunlin_model::{AppName, HostId, MachineId, Region};
+use dunlin_view::{CheckState, HostFact, HostFacts, MachineFact, ReportNews, Snapshot, Summary};
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use serde::Serialize;
@@ -15,7 +20,8 @@ use tokio::time::Instant;
 pub(crate) const SCHEMA: u32 = 1;
 const HOST_KEY: &str = "host";
 const MACHINE_PREFIX: &str = "m/";
-/// One fact a machine in this time, unless what readers decide by has changed.
+const APP_PREFIX: &str = "app/";
+/// One fact a machine, and one summary an app, in this time, unless what readers decide by has changed.
 const PAUSE: Duration = Duration::from_secs(1);
 /// To how many bytes the texts of a fact are cut, one after the other, until it fits a row.
 const CUTS: [usize; 4] = [512, 128, 32, 0];
@@ -34,7 +40,10 @@ pub(crate) struct Published {
 /// The difference between the view and what is published.
 #[derive(Default)]
 pub(crate) struct Difference {
-    pub changes: Vec<Change>,
+    /// The host has spoken for the first time: the log of its machines begins, be there one or not.
+    pub begins: bool,
+    pub host: Vec<Change>,
+    pub machines: Vec<Change>,
     /// When to look again, because something was held back.
     pub again: Option<Instant>,
 }
@@ -44,13 +53,19 @@ impl Published {
         Self { host, said: None, machines: BTreeMap::new(), looked_at: OrdMap::new(), waiting: BTreeSet::new() }
     }
 
+    /// Whether the host has told who it is.
+    pub fn has_begun(&self) -> bool {
+        self.said.is_some()
+    }
+
     /// The first time it is all that the host says, and waits until the host has said all: it speaks of itself last.
     pub fn difference(&mut self, view: &Snapshot, now: Instant) -> Difference {
         let mut difference = Difference::default();
         let Some(said) = view.hosts.get(&self.host) else { return difference };
+        difference.begins = self.said.is_none();
         let held = self.said.as_ref().filter(|(held, at)| !Arc::ptr_eq(held, said) && *at + PAUSE > now).map(|(_, at)| *at + PAUSE);
         if held.is_none() && !self.said.as_ref().is_some_and(|(held, _)| Arc::ptr_eq(held, said)) {
-            difference.changes.push(change(HOST_KEY.into(), "", Some(json(said.as_ref()))));
+            difference.host.push(change(HOST_KEY.into(), "", Some(json(said.as_ref()))));
             self.said = Some((said.clone(), now));
         }
         difference.hold(held);
@@ -60,7 +75,7 @@ impl Published {
                 (None, None) => {}
                 (Some(_), None) => {
                     self.machines.remove(&id);
-                    difference.changes.push(change(format!("{MACHINE_PREFIX}{id}"), "", None));
+                    difference.machines.push(change(format!("{MACHINE_PREFIX}{id}"), "", None));
                 }
                 (Some((held, _)), Some(fact)) if Arc::ptr_eq(held, fact) => {}
                 (Some((held, at)), Some(fact)) if *at + PAUSE > now && !decides(held, fact) => {
@@ -68,7 +83,7 @@ impl Published {
                     self.waiting.insert(id);
                 }
                 (_, Some(fact)) => {
-                    difference.changes.push(change(format!("{MACHINE_PREFIX}{id}"), fact.app.as_str(), Some(machine_value(fact))));
+                    difference.machines.push(change(format!("{MACHINE_PREFIX}{id}"), fact.app.as_str(), Some(machine_value(fact))));
                     self.machines.insert(id, (fact.clone(), now));
                 }
             }
@@ -87,6 +102,42 @@ impl Published {
         self.looked_at = view.machines.clone();
         changed
     }
+}
+
+/// What this host says of its region, while it is one of its reporters.
+#[derive(Default)]
+pub(crate) struct Reported {
+    apps: BTreeMap<AppName, (Summary, Instant)>,
+}
+
+impl Reported {
+    /// What has changed, and when to look again.
+    pub fn difference(&mut self, apps: BTreeMap<AppName, Summary>, now: Instant) -> (Vec<Change>, Option<Instant>) {
+        let (mut changes, mut again): (Vec<Change>, Option<Instant>) = (vec![], None);
+        let gone: Vec<AppName> = self.apps.keys().filter(|app| !apps.contains_key(*app)).cloned().collect();
+        for app in gone {
+            self.apps.remove(&app);
+            changes.push(change(format!("{APP_PREFIX}{app}"), app.as_str(), None));
+        }
+        for (app, summary) in apps {
+            match self.apps.get(&app) {
+                Some((held, _)) if *held == summary => continue,
+                Some((held, at)) if *at + PAUSE > now && !turns(held, &summary) => {
+                    again = again.into_iter().chain([*at + PAUSE]).min();
+                    continue;
+                }
+                _ => {}
+            }
+            changes.push(change(format!("{APP_PREFIX}{app}"), app.as_str(), Some(json(&summary))));
+            self.apps.insert(app, (summary, now));
+        }
+        (changes, again)
+    }
+}
+
+/// Whether edges would look elsewhere for it.
+fn turns(old: &Summary, new: &Summary) -> bool {
+    (old.ready == 0, old.wakeable == 0) != (new.ready == 0, new.wakeable == 0)
 }
 
 impl Difference {
@@ -151,24 +202,20 @@ pub(crate) struct Skipped {
     pub foreign: u64,
 }
 
-/// What a host's rows say.
-pub(crate) fn read(host: &HostId, whole: bool, rows: &[Row], skipped: &mut Skipped) -> HostFacts {
-    let mut facts = HostFacts { host: host.clone(), said: None, machines: vec![], gone: vec![], whole };
+/// What a host says of itself, and of its region, which is the one that its log is certified for.
+pub(crate) fn read_host(host: &HostId, region: Option<Region>, whole: bool, rows: &[Row], skipped: &mut Skipped) -> (Option<HostFact>, Option<ReportNews>) {
+    let (mut said, mut apps) = (None, vec![]);
     for row in rows {
-        let Ok(key) = std::str::from_utf8(row.key().as_bytes()) else {
-            skipped.unreadable += 1;
-            continue;
-        };
-        let machine = key.strip_prefix(MACHINE_PREFIX).map(str::parse::<MachineId>);
-        match (machine, row.is_dead(), row.body()) {
-            (Some(Ok(id)), true, _) => facts.gone.push(id),
-            (Some(Ok(id)), false, Some(body)) => match serde_json::from_slice::<MachineFact>(body.value) {
-                Ok(fact) if fact.id == id && fact.host == *host => facts.machines.push(fact),
-                Ok(_) => skipped.foreign += 1,
+        let key = std::str::from_utf8(row.key().as_bytes()).unwrap_or_default();
+        let app = key.strip_prefix(APP_PREFIX).map(str::parse::<AppName>);
+        match (app, row.is_dead(), row.body()) {
+            (Some(Ok(app)), true, _) => apps.push((app, None)),
+            (Some(Ok(app)), false, Some(body)) => match serde_json::from_slice(body.value) {
+                Ok(summary) => apps.push((app, Some(summary))),
                 Err(_) => skipped.unreadable += 1,
             },
             (None, false, Some(body)) if key == HOST_KEY => match serde_json::from_slice::<HostFact>(body.value) {
-                Ok(said) if said.id == *host => facts.said = Some(said),
+                Ok(fact) if fact.id == *host => said = Some(fact),
                 Ok(_) => skipped.foreign += 1,
                 Err(_) => skipped.unreadable += 1,
             },
@@ -177,15 +224,36 @@ pub(crate) fn read(host: &HostId, whole: bool, rows: &[Row], skipped: &mut Skipp
             _ => skipped.unreadable += 1,
         }
     }
+    let news = region.filter(|_| whole || !apps.is_empty());
+    (said, news.map(|region| ReportNews { host: host.clone(), region, apps, whole }))
+}
+
+/// What a host says of its machines.
+pub(crate) fn read_machines(host: &HostId, whole: bool, rows: &[Row], skipped: &mut Skipped) -> HostFacts {
+    let mut facts = HostFacts { host: host.clone(), said: None, machines: vec![], gone: vec![], whole };
+    for row in rows {
+        let key = std::str::from_utf8(row.key().as_bytes()).unwrap_or_default();
+        let machine = key.strip_prefix(MACHINE_PREFIX).map(str::parse::<MachineId>);
+        match (machine, row.is_dead(), row.body()) {
+            (Some(Ok(id)), true, _) => facts.gone.push(id),
+            (Some(Ok(id)), false, Some(body)) => match serde_json::from_slice::<MachineFact>(body.value) {
+                Ok(fact) if fact.id == id && fact.host == *host => facts.machines.push(fact),
+                Ok(_) => skipped.foreign += 1,
+                Err(_) => skipped.unreadable += 1,
+            },
+            // Another kind of row, of a later version.
+            _ => skipped.unreadable += 1,
+        }
+    }
     facts
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use dunlin_model::{Generation, MachineState, MachineVersion};
 
-    fn fact(number: u8, host: &str) -> MachineFact {
+    pub fn fact(number: u8, host: &str) -> MachineFact {
         MachineFact {
             id: MachineId::from_random([number; 7]),
             host: host.parse().unwrap(),
@@ -226,22 +294,35 @@ mod tests {
             row(&key(&own), &json(&own)),
             row(&key(&others), &json(&others)),
             row("m/00000000000000", &json(&own)),
-            row("host", &json(&host("h2", 1))),
             row(&format!("m/{}", fact(3, "h1").id), b"no fact"),
             row("moon", b"later"),
             Row::tombstone(Key::new(key(&fact(4, "h1"))).unwrap(), 1),
         ];
-        let mut skipped = Skipped::default();
-        let facts = read(&"h1".parse().unwrap(), false, &rows, &mut skipped);
+        let (mut skipped, h1) = (Skipped::default(), "h1".parse().unwrap());
+        let facts = read_machines(&h1, false, &rows, &mut skipped);
         assert_eq!(facts.machines, [own]);
         assert_eq!(facts.gone, [fact(4, "h1").id]);
-        assert!(facts.said.is_none());
-        assert_eq!((skipped.foreign, skipped.unreadable), (3, 2));
+        assert_eq!((skipped.foreign, skipped.unreadable), (2, 2));
+        let summary = Summary { ready: 2, wakeable: 1, running: 3 };
+        let rows = [
+            row("host", &json(&host("h2", 1))),
+            row("app/web", &json(&summary)),
+            row("app/blog", b"no summary"),
+            row("moon", b"later"),
+            Row::tombstone(Key::new("app/shop").unwrap(), 1),
+        ];
+        let (mut skipped, fra): (_, Region) = (Skipped::default(), "fra".parse().unwrap());
+        let (said, report) = read_host(&h1, Some(fra.clone()), false, &rows, &mut skipped);
+        assert!(said.is_none(), "it spoke of another");
+        let apps = vec![("web".parse().unwrap(), Some(summary)), ("shop".parse().unwrap(), None)];
+        assert_eq!(report, Some(ReportNews { host: h1.clone(), region: fra, apps, whole: false }));
+        assert_eq!((skipped.foreign, skipped.unreadable), (1, 2));
+        assert_eq!(read_host(&h1, None, true, &[], &mut skipped), (None, None), "of no region nobody speaks");
     }
 
     fn said(view: &Snapshot, published: &mut Published, now: Instant) -> (usize, Option<Instant>) {
         let difference = published.difference(view, now);
-        (difference.changes.len(), difference.again)
+        (difference.host.len() + difference.machines.len(), difference.again)
     }
 
     #[test]
@@ -260,5 +341,21 @@ mod tests {
         assert_eq!(said(&view, &mut published, start + PAUSE).0, 1, "at once");
         view = view.without_machine(&fact(1, "h1").id);
         assert_eq!(said(&view, &mut published, start + PAUSE).0, 1, "gone");
+    }
+
+    #[test]
+    fn a_summary_that_turns_is_told_at_once_and_others_once_a_second() {
+        let (start, mut reported) = (Instant::now(), Reported::default());
+        let mut tell = |ready, wakeable, at| {
+            let apps = [("web".parse().unwrap(), Summary { ready, wakeable, running: ready })].into();
+            let (changes, again) = reported.difference(apps, at);
+            (changes.len(), again)
+        };
+        assert_eq!(tell(1, 0, start), (1, None));
+        assert_eq!(tell(2, 0, start), (0, Some(start + PAUSE)));
+        assert_eq!(tell(0, 0, start), (1, None), "nobody is ready any more");
+        assert_eq!(tell(0, 1, start), (1, None), "and one can be woken");
+        assert_eq!(tell(0, 2, start + PAUSE), (1, None));
+        assert_eq!(reported.difference(BTreeMap::new(), start).0.len(), 1, "gone");
     }
 }

@@ -3,23 +3,25 @@
 //! ```text
 //! links --datagrams, messages--> Node --> links
 //!  view --own facts, config---->  |  --> facts of others, config, how lately each was heard --> view
+//!                                 |  --> what regions have, see `region`
 //!                                 +--> snapshot on disk
 //! ```
 
 mod keep;
+mod region;
 
-use crate::authority::{CONFIG_LOG, log_name};
+use crate::authority::{CONFIG_LOG, log_name, machines_log_name};
 use crate::cluster::Shared;
 use crate::config_rows;
-use crate::facts::{self, Published, SCHEMA, Skipped};
+use crate::facts::{Published, SCHEMA, Skipped};
 use crate::link::{Arrival, Expect, Links, Packet, Target, count};
-use crate::live::View;
+use crate::live::{News, View};
 use crate::member::now_ms;
 use crate::status::{GossipCounts, LogStatus, Silenced};
 use crate::tls::Tls;
 use dunlin_gossip::{Addr, Certificate, Event, Input, Key, Name, Node, Now, OriginId, Output, Peer, Row};
-use dunlin_model::{Generation, HostId, Region};
-use dunlin_view::{ConfigState, Freshness, HostFacts};
+use dunlin_model::{AppName, Generation, HostId, Region};
+use dunlin_view::{ConfigState, Freshness, ReportNews};
 use ed25519_dalek::SigningKey;
 pub(crate) use keep::{Keep, load};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -34,14 +36,16 @@ use tokio_util::sync::CancellationToken;
 pub(crate) const HOLD_MS: u64 = 50;
 /// How lately hosts were heard, and what an operator sees, is worked out this often.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-const FRESH_MS: u64 = 6_000;
-const AGING_MS: u64 = 30_000;
 /// Of what waits, in one go: then the view is swapped once.
 const MAX_BATCH: usize = 64;
 
 pub(crate) enum Command {
+    SeeDetail { region: Region, app: AppName },
     PublishConfig { certificate: Box<Certificate>, key: Box<SigningKey> },
     Verify(oneshot::Sender<Vec<String>>),
+    /// So much time has passed, says a test.
+    #[cfg(test)]
+    Pass(Duration),
 }
 
 /// Where a member is, by membership.
@@ -80,14 +84,17 @@ pub(crate) struct Driver {
     shared: Arc<Shared>,
     host: HostId,
     own: OriginId,
+    /// The log of its machines.
+    machines: OriginId,
     started: Instant,
     targets: HashMap<Addr, Target>,
     /// Hosts that were known from the beginning, by their logs.
     seeds: BTreeMap<OriginId, HostId>,
     published: Published,
     publish_at: Option<Instant>,
-    /// Facts of others that are not in the view yet.
-    news: Vec<HostFacts>,
+    /// What others have said and is not in the view yet.
+    news: News,
+    reports: region::Reports,
     heard: Arc<BTreeMap<HostId, Freshness>>,
     config: Config,
     removed: BTreeSet<HostId>,
@@ -131,6 +138,7 @@ impl Driver {
         let origin = OriginId::of(&Name::new(CONFIG_LOG).expect("it is short"));
         Self {
             own: node.me().id,
+            machines: OriginId::of(&machines_log_name(&host)),
             node,
             links,
             view,
@@ -142,7 +150,8 @@ impl Driver {
             published: Published::nothing(host.clone()),
             host,
             publish_at: None,
-            news: vec![],
+            news: News::default(),
+            reports: region::Reports::new(Instant::now()),
             heard: Arc::default(),
             config: Config::of(origin),
             removed: BTreeSet::new(),
@@ -153,16 +162,18 @@ impl Driver {
         }
     }
 
-    /// Until it is told to stop; then it says good-bye and saves.
-    pub async fn run(mut self, mut inlets: Inlets) {
+    /// Until it is told to stop; then it says good-bye and saves. It comes with the right to write the log of the host's machines;
+    /// that to write the host's own is the node's.
+    pub async fn run(mut self, (certificate, key): (Certificate, SigningKey), mut inlets: Inlets) {
         let mut own = self.view.subscribe_own();
         self.recall();
+        self.handle(Input::Own { certificate: Box::new(certificate), key: Box::new(key) });
         self.follow_view();
         let mut look_at = Instant::now();
         let (mut datagrams, mut messages) = (Vec::with_capacity(MAX_BATCH), Vec::with_capacity(4));
         loop {
             let wake_at = self.started + Duration::from_millis(self.node.next_wake_ms());
-            let next = [Some(wake_at), Some(look_at), self.publish_at].into_iter().flatten().min().expect("two are always there");
+            let next = [Some(wake_at), Some(look_at), self.publish_at, self.reports.due].into_iter().flatten().min().expect("two are always there");
             tokio::select! {
                 () = inlets.stop.cancelled() => break,
                 Some(command) = inlets.commands.recv() => self.obey(command),
@@ -190,6 +201,9 @@ impl Driver {
                 look_at = now + LOOK_EVERY;
             }
             self.tell_view();
+            if self.reports.due.is_some_and(|at| at <= now) {
+                self.report(now);
+            }
             self.keep.save_if_due(&self.node);
         }
         self.handle(Input::Leave);
@@ -207,11 +221,15 @@ impl Driver {
                 self.config = Config { writes, ..Config::of(self.config.origin) };
                 self.handle(Input::Own { certificate, key });
                 self.publish_config();
+                self.look_at_region();
             }
+            Command::SeeDetail { region, app } => self.see_detail(&region, &app),
             Command::Verify(reply) => {
                 let names = self.node.verify().into_iter().map(|origin| self.name(origin));
                 let _ = reply.send(names.collect()); // whoever asked may have gone away
             }
+            #[cfg(test)]
+            Command::Pass(time) => self.started -= time,
         }
     }
 
@@ -258,13 +276,15 @@ impl Driver {
             Event::SelfCheckFailed { origin } => {
                 tracing::warn!(log = self.name(origin), "memory no longer is what was signed: the log is fetched again; check this host's memory");
             }
-            Event::NeedWhole { .. } | Event::Unsubscribed { .. } => {}
+            Event::NeedWhole { .. } => {}
+            Event::Unsubscribed { region, .. } => self.dropped(&region),
             Event::Refused { origin, why } => {
                 tracing::error!(log = self.name(origin), why, "this host's own publication was refused");
                 self.config.was_refused |= origin == self.config.origin;
-                if origin == self.own {
+                if origin == self.own || origin == self.machines {
                     self.published = Published::nothing(self.host.clone());
                     self.publish_at = Some(Instant::now() + LOOK_EVERY);
+                    self.report_anew();
                 }
             }
         }
@@ -292,9 +312,8 @@ impl Driver {
         if origin == self.config.origin {
             return self.desired(whole, rows);
         }
-        match self.host_of(origin) {
-            Some(host) if origin != self.own => self.news.push(facts::read(&host, whole, rows, &mut self.skipped)),
-            _ => {}
+        if origin != self.own && origin != self.machines {
+            self.read_log(origin, whole, rows);
         }
     }
 
@@ -317,10 +336,11 @@ impl Driver {
 
     /// All that has come, in one swap each.
     fn tell_view(&mut self) {
-        let news = std::mem::take(&mut self.news);
-        let news: Vec<HostFacts> = news.into_iter().filter(|facts| !self.removed.contains(&facts.host)).collect();
+        let mut news = std::mem::take(&mut self.news);
+        news.facts.retain(|facts| !self.removed.contains(&facts.host));
+        news.reports.retain(|report| !self.removed.contains(&report.host));
         if !news.is_empty() {
-            let unheard: BTreeSet<HostId> = news.iter().filter(|facts| self.freshness(&facts.host) != self.heard.get(&facts.host).copied()).map(|facts| facts.host.clone()).collect();
+            let unheard: BTreeSet<HostId> = news.facts.iter().filter(|facts| self.freshness(&facts.host) != self.heard.get(&facts.host).copied()).map(|facts| facts.host.clone()).collect();
             if !unheard.is_empty() {
                 let mut heard = BTreeMap::clone(&self.heard);
                 heard.extend(unheard.into_iter().filter_map(|host| self.freshness(&host).map(|freshness| (host, freshness))));
@@ -353,15 +373,6 @@ impl Driver {
         }
     }
 
-    fn freshness(&self, host: &HostId) -> Option<Freshness> {
-        let status = self.node.status(OriginId::of(&log_name(host)))?;
-        Some(match status.age_ms {
-            Some(age_ms) if age_ms < FRESH_MS => Freshness::Fresh,
-            Some(age_ms) if age_ms < AGING_MS => Freshness::Aging,
-            _ => Freshness::Old,
-        })
-    }
-
     // ---- what this host says
 
     /// Something was said in this process: by its host, or by control.
@@ -370,13 +381,17 @@ impl Driver {
         self.obey_removals(&current.config);
         self.publish_facts();
         self.publish_config();
+        self.reports.touch();
     }
 
     fn publish_facts(&mut self) {
         let difference = self.published.difference(&self.view.current(), Instant::now());
         self.publish_at = difference.again;
-        if !difference.changes.is_empty() {
-            self.handle(Input::Publish { origin: self.own, schema: SCHEMA, changes: difference.changes, at: None });
+        if !difference.machines.is_empty() || difference.begins {
+            self.handle(Input::Publish { origin: self.machines, schema: SCHEMA, changes: difference.machines, at: None });
+        }
+        if !difference.host.is_empty() {
+            self.handle(Input::Publish { origin: self.own, schema: SCHEMA, changes: difference.host, at: None });
         }
     }
 
@@ -409,8 +424,12 @@ impl Driver {
         for host in new {
             tracing::info!(%host, "a host was removed from the cluster");
             self.handle(Input::Remove(OriginId::of(&log_name(&host))));
+            self.handle(Input::Remove(OriginId::of(&machines_log_name(&host))));
         }
         self.view.forget_hosts(&self.removed);
+        let silent = |host: &HostId| ReportNews { host: host.clone(), region: self.shared.member.region.clone(), apps: vec![], whole: true };
+        let nothing = News { facts: vec![], reports: self.removed.iter().map(silent).collect(), dropped: self.removed.clone() };
+        self.view.fold(nothing, self.heard.clone());
         self.see_members();
     }
 
@@ -428,8 +447,9 @@ impl Driver {
         let heard: BTreeMap<HostId, Freshness> = logs.filter_map(class).collect();
         if *self.heard != heard {
             self.heard = Arc::new(heard);
-            self.view.fold(vec![], self.heard.clone());
+            self.view.fold(News::default(), self.heard.clone());
         }
+        self.look_at_region();
     }
 
     /// Who is where, by membership.
@@ -440,12 +460,14 @@ impl Driver {
         seen.names.extend(self.links.connected().iter().map(|link| (link.origin, link.host.clone())));
         for log in catalogue.logs() {
             let (origin, name) = (log.head.is.id, &log.certificate.name);
-            seen.names.extend(host_in(name).map(|host| (origin, host)));
+            seen.names.extend(region::host_of(name).map(|host| (origin, host)));
             seen.regions.extend(region(&log.certificate.region).map(|region| (origin, region)));
             let Some(status) = self.node.status(origin) else { continue };
             seen.ages_ms.insert(origin, status.age_ms);
             seen.logs.push(LogStatus {
                 name: name.to_string(),
+                scope: region::scope_of(log, &self.node.me().region),
+                region: region(&log.certificate.region),
                 epoch: status.epoch,
                 seq: status.seq,
                 age_ms: status.age_ms,
@@ -467,20 +489,11 @@ impl Driver {
         self.shared.seen.store(Arc::new(seen));
     }
 
-    fn host_of(&self, origin: OriginId) -> Option<HostId> {
-        host_in(&self.node.catalogue().certificate(origin)?.name)
-    }
-
     /// For people.
     fn name(&self, origin: OriginId) -> String {
         let certified = self.node.catalogue().certificate(origin).map(|certificate| certificate.name.to_string());
         certified.or_else(|| Some(self.seeds.get(&origin)?.to_string())).unwrap_or_else(|| format!("{origin:?}"))
     }
-}
-
-/// The host that a log belongs to.
-fn host_in(name: &Name) -> Option<HostId> {
-    std::str::from_utf8(name.as_bytes()).ok()?.strip_prefix("host/")?.parse().ok()
 }
 
 fn region(region: &dunlin_gossip::Region) -> Option<Region> {

@@ -28,7 +28,7 @@ mod status;
 mod stream;
 mod tls;
 
-pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name};
+pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name, machines_log_name};
 pub use cluster::{Cluster, ClusterConfig, ClusterError};
 pub use disk::{Loaded, ViewError};
 pub use join::{JoinError, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, join};
@@ -36,6 +36,6 @@ pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, NotAJoinToken,
 pub use link::Handler;
 pub use live::{Age, Ages, Changes, View};
 pub use member::{ControlHost, Member, MemberError, MemberKeys, Said};
-pub use status::{ClusterStatus, GossipCounts, LogStatus, MemberStatus, Silenced, TransportCounts};
+pub use status::{ClusterStatus, GossipCounts, LogScope, LogStatus, MemberStatus, Silenced, TransportCounts};
 pub use stream::{Service, Stream, read_frame, write_frame};
 pub use tls::TlsError;

@@ -3,7 +3,7 @@
 use crate::disk::{self, Keeper, Loaded, ViewError};
 use arc_swap::ArcSwap;
 use dunlin_model::{HostId, MachineId};
-use dunlin_view::{ConfigState, Freshness, HostFact, HostFacts, MachineFact, Refused, Snapshot};
+use dunlin_view::{ConfigState, Freshness, HostFact, HostFacts, MachineFact, Refused, ReportNews, Snapshot};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -111,13 +111,20 @@ impl View {
     }
 
     /// What other hosts say, all at once, and how lately each was heard; gives how many facts were not taken.
-    pub(crate) fn fold(&self, facts: Vec<HostFacts>, heard: Arc<BTreeMap<HostId, Freshness>>) -> usize {
+    pub(crate) fn fold(&self, news: News, heard: Arc<BTreeMap<HostId, Freshness>>) -> usize {
         let _guard = self.lock();
         let current = self.current();
-        if facts.is_empty() && current.heard == heard {
+        if news.is_empty() && current.heard == heard {
             return 0;
         }
-        let (next, refused) = current.with_facts(facts);
+        let News { facts, reports, dropped } = news;
+        let (mut next, refused) = current.with_facts(facts);
+        if !reports.is_empty() {
+            next = next.with_reports(reports);
+        }
+        if !dropped.is_empty() {
+            next = next.without_detail_of(&dropped);
+        }
         self.set(Snapshot { heard, ..next });
         refused
     }
@@ -172,6 +179,21 @@ impl View {
     fn set(&self, next: Snapshot) {
         self.inner.current.store(Arc::new(next));
         self.inner.changes.send_modify(|count| *count += 1);
+    }
+}
+
+/// What has come from others.
+#[derive(Default)]
+pub(crate) struct News {
+    pub facts: Vec<HostFacts>,
+    pub reports: Vec<ReportNews>,
+    /// Hosts of which only what they say of themselves is left here.
+    pub dropped: BTreeSet<HostId>,
+}
+
+impl News {
+    pub fn is_empty(&self) -> bool {
+        self.facts.is_empty() && self.reports.is_empty() && self.dropped.is_empty()
     }
 }
 

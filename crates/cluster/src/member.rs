@@ -184,8 +184,11 @@ impl Member {
         Ok(member)
     }
 
-    /// Two thirds of its certificate's life are over.
+    /// Two thirds of its certificate's life are over, or it has not all that members have now.
     pub fn is_due(&self, now_ms: u64) -> bool {
+        if self.issued.machines_log_certificate.is_empty() {
+            return true;
+        }
         let third_ms = LEAF_VALID.as_millis() as u64 / 3;
         self.issued.not_after_ms.saturating_sub(now_ms) <= third_ms
     }
@@ -200,9 +203,17 @@ impl Member {
     }
 
     pub fn log_certificate(&self) -> Result<Certificate, MemberError> {
-        let certificate = from_base64(&self.issued.log_certificate).and_then(|bytes| Certificate::from_bytes(&bytes).ok());
-        certificate.ok_or(MemberError::BadKey("the certificate of the host's log cannot be read"))
+        certificate(&self.issued.log_certificate)
     }
+
+    pub(crate) fn machines_log_certificate(&self) -> Result<Certificate, MemberError> {
+        certificate(&self.issued.machines_log_certificate)
+    }
+}
+
+fn certificate(text: &str) -> Result<Certificate, MemberError> {
+    let certificate = from_base64(text).and_then(|bytes| Certificate::from_bytes(&bytes).ok());
+    certificate.ok_or(MemberError::BadKey("the certificate of a log of the host's cannot be read: let it leave and join anew"))
 }
 
 /// Reads a file that nobody but root may read; `None` if there is none.
@@ -322,6 +333,11 @@ mod tests {
         assert!(renewed.issued.not_after_ms > at_first.issued.not_after_ms);
         assert_eq!((renewed.epoch, renewed.keys.public().unwrap()), (at_first.epoch, at_first.keys.public().unwrap()));
         assert_eq!(renewed.issued.log_certificate, at_first.issued.log_certificate, "one right to one log");
+        // What an earlier version has written gets what it lacks.
+        let mut before = renewed.clone();
+        before.issued.machines_log_certificate.clear();
+        before.save(&dir).unwrap();
+        assert_eq!(of_control(&control_host("h1", "fra"), late_ms + 1).issued.machines_log_certificate, at_first.issued.machines_log_certificate);
         for elsewhere in [control_host("h1", "ams"), control_host("h9", "ams")] {
             let anew = of_control(&elsewhere, late_ms);
             assert!(anew.epoch > at_first.epoch);

@@ -22,10 +22,29 @@ pub struct MemberStatus {
     pub rtt_us: Option<u64>,
 }
 
+/// Why a log is held here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogScope {
+    /// Everybody holds it.
+    Global,
+    /// Detail of this host's region.
+    Region,
+    /// Detail of another region, because it is used here.
+    Subscribed,
+}
+
+impl LogScope {
+    const ALL: [(Self, &str); 3] = [(Self::Global, "global"), (Self::Region, "region"), (Self::Subscribed, "subscribed")];
+}
+
 /// One writer's log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LogStatus {
     pub name: String,
+    pub scope: LogScope,
+    /// That it was certified for.
+    pub region: Option<Region>,
     pub epoch: u32,
     pub seq: u64,
     /// Since it was last heard, in this process.
@@ -138,15 +157,7 @@ pub(crate) fn render(status: &ClusterStatus, out: &mut String) {
     one("speaks", "gauge", "Whether this host publishes.", u64::from(status.speaks));
     one("silenced", "gauge", "Whether another process has this host's identity.", u64::from(status.silenced.is_some()));
     one("links", "gauge", "Connections to other hosts.", status.transport.links);
-    let rows: usize = status.logs.iter().map(|log| log.rows).sum();
-    let bytes: usize = status.logs.iter().map(|log| log.bytes).sum();
-    one("logs", "gauge", "Writers whose logs are held.", status.logs.len() as u64);
-    one("rows", "gauge", "Rows of all logs.", rows as u64);
-    one("log_bytes", "gauge", "Memory of all logs.", bytes as u64);
-    one("quarantined", "gauge", "Logs whose key is in two hands.", status.logs.iter().filter(|log| log.quarantined).count() as u64);
-    one("lagging", "gauge", "Logs that are known to be behind.", status.logs.iter().filter(|log| log.lag > 0).count() as u64);
-    one("oldest_age_ms", "gauge", "Since the log that was heard longest ago was heard.", status.logs.iter().filter_map(|log| log.age_ms).max().unwrap_or(0));
-    one("unheard", "gauge", "Logs from disk or from others of which nothing live was heard.", status.logs.iter().filter(|log| log.age_ms.is_none()).count() as u64);
+    render_logs(&status.logs, out);
     let (gossip, transport) = (&status.gossip, &status.transport);
     let refused = [
         ("malformed", gossip.malformed),
@@ -160,7 +171,7 @@ pub(crate) fn render(status: &ClusterStatus, out: &mut String) {
         ("foreign_fact", gossip.foreign_facts),
         ("old_fact", gossip.old_facts),
     ];
-    many(out, "refused_total", "What others said that was not taken.", "why", &refused);
+    many(out, ("refused_total", "counter"), "What others said that was not taken.", "why", &refused);
     let dropped = [
         ("pushes", gossip.dropped_pushes),
         ("held", gossip.dropped_held),
@@ -168,7 +179,7 @@ pub(crate) fn render(status: &ClusterStatus, out: &mut String) {
         ("sent", transport.dropped_out),
         ("received", transport.dropped_in),
     ];
-    many(out, "dropped_total", "What a full queue or a lost connection has dropped.", "what", &dropped);
+    many(out, ("dropped_total", "counter"), "What a full queue or a lost connection has dropped.", "what", &dropped);
     let connections = [
         ("dialed", transport.dials),
         ("dial_failed", transport.dials_failed),
@@ -176,11 +187,30 @@ pub(crate) fn render(status: &ClusterStatus, out: &mut String) {
         ("refused", transport.refused),
         ("joiner", transport.joiners),
     ];
-    many(out, "connections_total", "Connections, by how they came about.", "how", &connections);
+    many(out, ("connections_total", "counter"), "Connections, by how they came about.", "how", &connections);
 }
 
-fn many(out: &mut String, name: &str, help: &str, label: &str, values: &[(&str, u64)]) {
-    let _ = writeln!(out, "# HELP dunlin_cluster_{name} {help}\n# TYPE dunlin_cluster_{name} counter"); // a string takes all
+/// Of each scope apart: what is of all hosts, of the region, and of other regions because it is used here.
+fn render_logs(logs: &[LogStatus], out: &mut String) {
+    type Measure = fn(&[&LogStatus]) -> u64;
+    let measures: [(&str, &str, Measure); 7] = [
+        ("logs", "Writers whose logs are held.", |logs| logs.len() as u64),
+        ("rows", "Rows of all logs.", |logs| logs.iter().map(|log| log.rows as u64).sum()),
+        ("log_bytes", "Memory of all logs.", |logs| logs.iter().map(|log| log.bytes as u64).sum()),
+        ("quarantined", "Logs whose key is in two hands.", |logs| logs.iter().filter(|log| log.quarantined).count() as u64),
+        ("lagging", "Logs that are known to be behind.", |logs| logs.iter().filter(|log| log.lag > 0).count() as u64),
+        ("oldest_age_ms", "Since the log that was heard longest ago was heard.", |logs| logs.iter().filter_map(|log| log.age_ms).max().unwrap_or(0)),
+        ("unheard", "Logs from disk or from others of which nothing live was heard.", |logs| logs.iter().filter(|log| log.age_ms.is_none()).count() as u64),
+    ];
+    for (name, help, measure) in measures {
+        let of_scope = |scope| measure(&logs.iter().filter(|log| log.scope == scope).collect::<Vec<_>>());
+        let values = LogScope::ALL.map(|(scope, label)| (label, of_scope(scope)));
+        many(out, (name, "gauge"), help, "scope", &values);
+    }
+}
+
+fn many(out: &mut String, (name, kind): (&str, &str), help: &str, label: &str, values: &[(&str, u64)]) {
+    let _ = writeln!(out, "# HELP dunlin_cluster_{name} {help}\n# TYPE dunlin_cluster_{name} {kind}"); // a string takes all
     for (of, value) in values {
         let _ = writeln!(out, "dunlin_cluster_{name}{{{label}=\"{of}\"}} {value}"); // likewise
     }

@@ -15,7 +15,7 @@ use dunlin_cluster::{Authority, MemberKeys};
 use dunlin_model::{
     Concurrency, ConcurrencyKind, Generation, HostId, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Service,
 };
-use dunlin_proxy::{AccessLog, CertSource, CertStore, Fleet, Limits, LogFormat, Proxy, ProxyConfig, Routes};
+use dunlin_proxy::{AccessLog, CertSource, CertStore, Elsewhere, Fleet, Limits, LogFormat, Proxy, ProxyConfig, Routes};
 use dunlin_view::{AppFact, ConfigState, MachineAssignment, MachineFact, Snapshot};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustls::server::WebPkiClientVerifier;
@@ -83,7 +83,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let snapshot = snapshot(host_name, upstream.port(), machine_host)?;
     let [fleet, other] = if is_hop { fleets(sockets)?.map(Some) } else { [None, None] };
     let routes = match &fleet {
-        Some(fleet) => Routes::in_fleet("local".parse()?, fleet.host.clone(), Box::new(|_| None)),
+        Some(fleet) => {
+            let host = fleet.host.clone();
+            Routes::in_fleet("local".parse()?, Elsewhere { host, rtt: Box::new(|_| None), see_detail: Box::new(|_, _| true) })
+        }
         None => Routes::new("local".parse()?),
     };
     routes.update(&snapshot);

@@ -5,7 +5,7 @@ use crate::answer::fault;
 use crate::exchange::admit_request;
 use crate::listen::{Edge, Worker};
 use crate::queue::{Patience, Waiting};
-use crate::request::Sender;
+use crate::request::{Request, Sender};
 use crate::time::now_ms;
 use crate::upstream::{Conn, Upstream};
 use crate::wake::{wake, wake_beside};
@@ -81,6 +81,8 @@ pub(crate) struct Search {
     /// Another host has said so, and knows best when that changes.
     is_full_elsewhere: bool,
     serial: u64,
+    /// The detail of other regions was waited for, and did not come.
+    is_done_waiting_for_detail: bool,
     offers: u32,
     /// One whose host has said that it is not what the table believes, and when a host first said so of any.
     outdated: Option<(Arc<Candidate>, Instant)>,
@@ -187,6 +189,7 @@ impl Search {
             Decision::Redirect { .. } => return Look::Done(Ok(Choice::ToHttps)),
             Decision::Reject(reject) => return Look::Done(Err(self.last_fault.take().map_or(reject, |fault| *fault))),
             Decision::Wake { target, ticket } => {
+                edge.routes.see(&target.region, &target.app);
                 record.preferred_unavailable = false;
                 return Look::Wake { target, ticket };
             }
@@ -196,9 +199,14 @@ impl Search {
                 }
                 let reason = if self.full.is_empty() { reason } else { WaitReason::AtLimit };
                 self.full.clear();
+                self.look_further(worker, record, &route);
                 return Look::Wait { route, reason };
             }
-            Decision::Forward { target, ticket, preferred_unavailable, also_wake } => {
+            Decision::Forward { target, ticket, preferred_unavailable, look_further, also_wake } => {
+                edge.routes.see(&target.region, &target.app);
+                if look_further && let Some(route) = &record.route {
+                    self.look_further(worker, record, route);
+                }
                 if let Some(other) = also_wake {
                     wake_beside(worker, &other);
                 }
@@ -219,14 +227,7 @@ impl Search {
 
     fn route(&mut self, worker: &Worker, record: &mut Record) -> Decision {
         let Record { request, route, client, .. } = record;
-        let head = Head {
-            host: &request.host,
-            is_tls: client.is_tls,
-            force_instance: request.force_instance.as_deref(),
-            prefer_instance: request.prefer_instance.as_deref(),
-            force_region: request.force_region.as_deref(),
-            prefer_region: request.prefer_region.as_deref(),
-        };
+        let head = self.head(request, client.is_tls);
         let routes = &worker.edge.routes;
         let table = routes.load();
         if table.serial != self.serial {
@@ -251,6 +252,24 @@ impl Search {
         let ticket = target.load.reserve(None)?;
         let to = Upstream::Hop { target: target.clone(), is_doubtful: true };
         Some(Look::Done(Ok(self.hold(worker, record, to, (target, ticket, None)))))
+    }
+
+    /// Asks for the detail of other regions that may have something for the request. It does not wait for it.
+    fn look_further(&self, worker: &Worker, record: &Record, route: &Route) {
+        let head = self.head(&record.request, record.client.is_tls);
+        route.look_into(&head).into_iter().for_each(|region| worker.edge.routes.see(region, &route.app));
+    }
+
+    fn head<'r>(&self, request: &'r Request, is_tls: bool) -> Head<'r> {
+        Head {
+            host: &request.host,
+            is_tls,
+            force_instance: request.force_instance.as_deref(),
+            prefer_instance: request.prefer_instance.as_deref(),
+            force_region: request.force_region.as_deref(),
+            prefer_region: request.prefer_region.as_deref(),
+            waits_for_detail: !self.is_done_waiting_for_detail,
+        }
     }
 
     fn place(
@@ -356,6 +375,10 @@ impl Search {
             return Ok(());
         };
         let left = self.patience.left(reason, Instant::now(), edge.limits.wait_timeout);
+        if left.is_zero() && reason == WaitReason::Detail {
+            self.is_done_waiting_for_detail = true; // what is seen has to do
+            return Ok(());
+        }
         if left.is_zero() {
             return Err(self.last_fault.take().map_or_else(|| reason.reject(route), |fault| *fault));
         }

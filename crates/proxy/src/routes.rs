@@ -2,9 +2,10 @@
 
 use arc_swap::ArcSwap;
 use dunlin_cluster::View;
-use dunlin_model::{HostId, Region};
+use dunlin_model::{AppName, HostId, Region};
 use dunlin_routing::{Loads, Table, Vantage};
 use dunlin_view::Snapshot;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -14,11 +15,28 @@ const HEARS_WITHIN: Duration = Duration::from_secs(10);
 
 /// There and back to a host, as measured.
 pub type Rtt = Box<dyn Fn(&HostId) -> Option<Duration> + Send + Sync>;
+/// Says that what runs of an app in another region is needed here; whether that was taken. It comes by the view, and goes
+/// again some time after this was last said.
+pub type SeeDetail = Box<dyn Fn(&Region, &AppName) -> bool + Send + Sync>;
+
+/// How often it is said of one region and app, however many requests go there.
+const SEE_AGAIN: Duration = Duration::from_secs(20);
+/// Regions and apps that are remembered for that: beyond, those of which it is due again are let go.
+const MAX_SEEN: usize = 1_024;
+
+/// What an edge among others has beside the view.
+pub struct Elsewhere {
+    /// Its own.
+    pub host: HostId,
+    pub rtt: Rtt,
+    pub see_detail: SeeDetail,
+}
 
 pub struct Routes {
     pub(crate) region: Region,
-    /// Of an edge among others: its own host, and how far the others are.
-    fleet: Option<(HostId, Rtt)>,
+    /// Of an edge among others.
+    elsewhere: Option<Elsewhere>,
+    seen: Mutex<HashMap<(Region, AppName), Instant>>,
     table: ArcSwap<Table>,
     loads: Loads,
     began: Instant,
@@ -34,14 +52,15 @@ impl Routes {
     }
 
     /// The same for an edge of a fleet.
-    pub fn in_fleet(region: Region, host: HostId, rtt: Rtt) -> Arc<Self> {
-        Self::with(region, Some((host, rtt)))
+    pub fn in_fleet(region: Region, elsewhere: Elsewhere) -> Arc<Self> {
+        Self::with(region, Some(elsewhere))
     }
 
-    fn with(region: Region, fleet: Option<(HostId, Rtt)>) -> Arc<Self> {
+    fn with(region: Region, elsewhere: Option<Elsewhere>) -> Arc<Self> {
         Arc::new(Self {
             region,
-            fleet,
+            elsewhere,
+            seen: Mutex::default(),
             table: ArcSwap::from_pointee(Table::default()),
             loads: Loads::default(),
             began: Instant::now(),
@@ -71,13 +90,28 @@ impl Routes {
 
     fn vantage(&self, snapshot: &Snapshot) -> Vantage {
         let mut vantage = Vantage::of(self.region.clone());
-        if let Some((host, rtt)) = &self.fleet {
+        if let Some(Elsewhere { host, rtt, .. }) = &self.elsewhere {
             let in_ms = |rtt: Duration| u32::try_from(rtt.as_millis()).unwrap_or(u32::MAX);
             let measured = |host: &HostId| Some((host.clone(), in_ms(rtt(host)?)));
             vantage.rtt_ms = snapshot.hosts.keys().filter(|other| *other != host).filter_map(measured).collect();
             vantage.host = Some(host.clone());
         }
         vantage
+    }
+
+    /// A request goes there, or would if it were known what is there.
+    pub(crate) fn see(&self, region: &Region, app: &AppName) {
+        let Some(elsewhere) = self.elsewhere.as_ref().filter(|_| *region != self.region) else { return };
+        let now = Instant::now();
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = |at: &Instant| now.duration_since(*at) >= SEE_AGAIN;
+        let at = (region.clone(), app.clone());
+        if seen.get(&at).is_none_or(is_due) && (elsewhere.see_detail)(region, app) {
+            if seen.len() >= MAX_SEEN {
+                seen.retain(|_, at| !is_due(at));
+            }
+            seen.insert(at, now);
+        }
     }
 
     pub fn table(&self) -> Arc<Table> {

@@ -2,4 +2,5 @@
 
 mod facts;
 mod links;
+mod regions;
 mod world;

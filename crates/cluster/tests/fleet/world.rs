@@ -42,7 +42,11 @@ impl World {
     }
 
     pub fn member(&self, name: &str, peers: &[(&str, SocketAddr)]) -> Member {
-        let (host, region) = (id(name), "fra".parse().unwrap());
+        self.member_in("fra", name, peers)
+    }
+
+    pub fn member_in(&self, region: &str, name: &str, peers: &[(&str, SocketAddr)]) -> Member {
+        let (host, region) = (id(name), region.parse().unwrap());
         let keys = MemberKeys::generate().unwrap();
         let issued = self.authority.issue(&host, &region, 1, &keys.public().unwrap(), now_ms()).unwrap();
         Member {
@@ -89,10 +93,16 @@ impl World {
 
     /// The first knows nobody, the others know the first.
     pub async fn fleet(&self, names: &[&str]) -> Vec<Host> {
-        let first = free_addr();
-        let mut hosts = vec![self.start(self.member(names[0], &[]), first).await];
-        for name in &names[1..] {
-            hosts.push(self.start(self.member(name, &[(names[0], first)]), "127.0.0.1:0".parse().unwrap()).await);
+        self.fleet_in(&names.iter().map(|name| ("fra", *name)).collect::<Vec<_>>()).await
+    }
+
+    /// The same in several regions.
+    pub async fn fleet_in(&self, places: &[(&str, &str)]) -> Vec<Host> {
+        let [(region, first), others @ ..] = places else { panic!("a fleet has a host") };
+        let at = free_addr();
+        let mut hosts = vec![self.start(self.member_in(region, first, &[]), at).await];
+        for (region, name) in others {
+            hosts.push(self.start(self.member_in(region, name, &[(first, at)]), "127.0.0.1:0".parse().unwrap()).await);
         }
         hosts
     }

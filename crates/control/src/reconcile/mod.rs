@@ -47,8 +47,17 @@ const LONGEST_WAIT: Duration = Duration::from_millis(500);
 /// Progress of a gate is told to those who follow at most this often.
 const TELL_EVERY_MS: u64 = 2_000;
 
+/// A process that has just started knows other hosts from its disk, and what runs on those of other regions a moment later.
+/// Unknown counts as started, so it is waited for; hosts that are gone are not waited for longer.
+const TOLD_WITHIN: Duration = Duration::from_secs(5);
+
 /// Runs until `stop`; then waits for the turns that are under way.
 pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
+    tokio::select! {
+        () = stop.cancelled() => return,
+        () = all_have_told(&ctx) => {}
+        () = tokio::time::sleep(TOLD_WITHIN) => {}
+    }
     let mut busy = BTreeSet::new();
     let mut tasks = JoinSet::new();
     loop {
@@ -85,6 +94,14 @@ pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
         }
     }
     while tasks.join_next().await.is_some() {}
+}
+
+async fn all_have_told(ctx: &Ctx) {
+    let mut changes = ctx.view.subscribe();
+    let mut view = changes.current();
+    while !view.hosts.keys().all(|host| view.told.contains(host)) {
+        view = changes.changed().await;
+    }
 }
 
 async fn apps_with_work(ctx: &Ctx) -> Result<Vec<AppName>, Failure> {

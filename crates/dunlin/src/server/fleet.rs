@@ -13,8 +13,8 @@ use dunlin_cluster::{
     read_frame, write_frame,
 };
 use dunlin_control::{Enrolment, FleetQuestion, ReachFor, WithoutControl};
-use dunlin_model::{HostId, Region};
-use dunlin_proxy::Routes;
+use dunlin_model::{AppName, HostId, Region};
+use dunlin_proxy::{Elsewhere, Routes};
 use dunlin_view::Freshness;
 use dunlin_registry::{ContentStore, peer};
 use std::collections::BTreeMap;
@@ -380,8 +380,11 @@ impl Fleet {
 
     /// What the edge knows of machines elsewhere, and how far they are.
     pub fn routes(&self, region: Region) -> Arc<Routes> {
-        let cluster = self.cluster.clone();
-        Routes::in_fleet(region, self.member.host.clone(), Box::new(move |host| cluster.rtt(host)))
+        let (near, far) = (self.cluster.clone(), self.cluster.clone());
+        let host = self.member.host.clone();
+        let rtt = Box::new(move |host: &HostId| near.rtt(host));
+        let see_detail = Box::new(move |region: &Region, app: &AppName| far.see_detail(region, app));
+        Routes::in_fleet(region, Elsewhere { host, rtt, see_detail })
     }
 
     /// From whom images are fetched: the nearest first, control last, which has them all.

@@ -3,8 +3,8 @@
 use crate::setup::*;
 use dunlin_api::AdmitRefusal;
 use dunlin_cluster::{Authority, MemberKeys};
-use dunlin_model::{ConcurrencyKind, HostId, MachineState};
-use dunlin_proxy::{CertStore, Fleet, Limits, Routes};
+use dunlin_model::{AppName, ConcurrencyKind, HostId, MachineState, Region};
+use dunlin_proxy::{CertStore, Elsewhere, Fleet, Limits, Routes};
 use dunlin_view::Freshness;
 use rustls::crypto::aws_lc_rs;
 use rustls::server::WebPkiClientVerifier;
@@ -29,6 +29,8 @@ struct Members {
     addresses: Arc<Mutex<HashMap<HostId, SocketAddr>>>,
     /// By certificate.
     known: Arc<Mutex<HashMap<Vec<u8>, HostId>>>,
+    /// Of which apps the edges want to know more, and where.
+    asked: Arc<Mutex<Vec<String>>>,
 }
 
 /// What a member shows.
@@ -43,7 +45,7 @@ impl Members {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::load_or_create(dir.path(), now_ms()).unwrap();
-        Self { authority, addresses: Arc::default(), known: Arc::default() }
+        Self { authority, addresses: Arc::default(), known: Arc::default(), asked: Arc::default() }
     }
 
     fn issue(&self, host: &str) -> Shown {
@@ -73,7 +75,13 @@ impl Members {
             server_name,
             peer_host: Box::new(move |chain| known.lock().unwrap().get(&chain[0].to_vec()).cloned()),
         };
-        let routes = Routes::in_fleet(region.parse().unwrap(), name.parse().unwrap(), Box::new(|_| None));
+        let asked = self.asked.clone();
+        let see_detail = Box::new(move |region: &Region, app: &AppName| {
+            asked.lock().unwrap().push(format!("{app} in {region}"));
+            true
+        });
+        let elsewhere = Elsewhere { host: name.parse().unwrap(), rtt: Box::new(|_| None), see_detail };
+        let routes = Routes::in_fleet(region.parse().unwrap(), elsewhere);
         Edge::start_with(name, routes, limits, vec![], Some(fleet))
     }
 
@@ -697,4 +705,29 @@ async fn an_edge_that_hears_nothing_is_helped_by_one_that_does() {
     let (before, forced) = (metric(&other, "hop_rerouted_total"), format!("GET / HTTP/1.1\r\nhost: {HOST}\r\nfly-force-instance-id: {}\r\n\r\n", id(0)));
     let _ = tokio::time::timeout(Duration::from_secs(2), raw(one.http, &forced)).await; // no other will do
     assert_eq!(metric(&other, "hop_rerouted_total"), before);
+}
+
+#[tokio::test]
+async fn the_first_request_for_an_app_of_another_region_waits_until_it_is_known_what_runs_there() {
+    let (address, _) = upstream(Does::Echo).await;
+    let members = Members::new();
+    let (one, other) = (members.edge("h1", "ams", Limits::default()), members.edge("h2", "local", Limits::default()));
+    let machines = [on_h2(address)];
+    other.set(&machines);
+    one.set_unseen(&machines);
+    let request = "GET / HTTP/1.1\r\nhost: web.example.test\r\n\r\n";
+    let asked = || members.asked.lock().unwrap().clone();
+    let comes = async {
+        eventually("it is asked for", || asked() == ["web in local"]).await;
+        one.set(&machines);
+    };
+    let (answer, ()) = tokio::join!(raw(one.http, request), comes);
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(raw(one.http, request).await.status, 200);
+    assert_eq!(asked().len(), 1, "that it is still used is not said with every request");
+    // It is forgotten, and does not come again.
+    one.set_unseen(&machines);
+    let answer = raw(one.http, request).await;
+    assert_eq!(answer.status, 503);
+    assert!(answer.body.contains("PR15") && answer.body.contains("local"), "{}", answer.body);
 }

@@ -176,7 +176,13 @@ impl Edge {
         self.set_heard(machines, &[]);
     }
 
-    /// The same, with what is heard of other hosts.
+    /// The view knows that they are, and their hosts tell no more.
+    pub fn set_unseen(&self, machines: &[Machine]) {
+        let hosts = machines.iter().map(|m| m.host.parse().unwrap()).collect();
+        self.routes.update(&snapshot(machines).without_detail_of(&hosts));
+    }
+
+    /// As [`Self::set`], with what is heard of other hosts.
     pub fn set_heard(&self, machines: &[Machine], heard: &[(&str, Freshness)]) {
         let own = machines.iter().enumerate().filter(|(_, m)| m.host == self.name);
         let addresses = own.map(|(n, m)| (id(n), m.address)).collect();

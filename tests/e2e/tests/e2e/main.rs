@@ -18,6 +18,7 @@ mod hostile;
 mod kills;
 mod machines;
 mod poison;
+mod regions;
 mod registry;
 mod rootless;
 mod secrets;
