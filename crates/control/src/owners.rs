@@ -11,12 +11,16 @@ use crate::{Ctx, fly, hosts};
 use dunlin_api::{HostApi, Refusal};
 use dunlin_cluster::View;
 use dunlin_model::desired::{AppRow, MachineRow, TombstoneRow};
-use dunlin_model::{AppName, HostId, MachineId, OrgName};
-use dunlin_view::{AppFact, MachineAssignment};
+use dunlin_model::{AppName, HostId, MachineId, OrgName, Region};
+use dunlin_view::{AppFact, Freshness, MachineAssignment, Snapshot};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+
+/// A region that is far away answers within a second.
+const DETAIL_WITHIN: Duration = Duration::from_secs(2);
 
 #[derive(Clone)]
 pub(crate) enum Owners {
@@ -46,6 +50,29 @@ impl Owners {
             Self::Control(ctx) => &ctx.view,
             Self::Member(member, _) => &member.view,
         }
+    }
+
+    /// The view, with what runs of these machines as far as that can be known. Control's has it all; a member's is told of other
+    /// regions when it asks.
+    pub async fn observed(&self, machines: &[MachineRow]) -> Arc<Snapshot> {
+        let Self::Member(member, _) = self else { return self.view().current() };
+        let unseen = |view: &Snapshot| -> BTreeSet<(Region, AppName)> {
+            let is_unseen = |row: &&MachineRow| {
+                row.region != member.region && !view.told.contains(&row.host) && view.freshness(&row.host) != Freshness::Old
+            };
+            machines.iter().filter(is_unseen).map(|row| (row.region.clone(), row.spec.app.clone())).collect()
+        };
+        let mut changes = member.view.subscribe();
+        for (region, app) in unseen(&changes.current()) {
+            (member.see_detail)(&region, &app);
+        }
+        let all = async {
+            while !unseen(&changes.current()).is_empty() {
+                changes.changed().await;
+            }
+        };
+        let _ = tokio::time::timeout(DETAIL_WITHIN, all).await; // what did not come is shown as not heard of
+        member.view.current()
     }
 
     pub fn domain(&self) -> &str {

@@ -17,7 +17,7 @@ use dunlin_api::wire::VersionInfo;
 use dunlin_api::{ErrorCode, HostApi};
 use dunlin_cluster::View;
 use dunlin_model::token::{Capability, key_of_text};
-use dunlin_model::{HostId, OrgName};
+use dunlin_model::{AppName, HostId, OrgName, Region};
 use ed25519_dalek::VerifyingKey;
 use http::Method;
 use std::sync::Arc;
@@ -26,9 +26,15 @@ use tokio_util::sync::CancellationToken;
 /// Another host, asked for the bearer of this token, if its address is known.
 pub type ReachFor = Arc<dyn Fn(&HostId, &Arc<str>) -> Option<Arc<dyn HostApi>> + Send + Sync>;
 
+/// Asks for what runs of an app in another region; it comes into the view, if somebody there answers.
+pub type SeeDetail = Box<dyn Fn(&Region, &AppName) -> bool + Send + Sync>;
+
 /// What a member has in control's place.
 pub struct WithoutControl {
     pub view: View,
+    /// Of this host.
+    pub region: Region,
+    pub see_detail: SeeDetail,
     pub host: Arc<dyn HostApi>,
     pub reach: ReachFor,
     pub org: OrgName,

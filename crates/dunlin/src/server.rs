@@ -390,7 +390,16 @@ fn without_control(settings: &Settings, fleet: &fleet::Fleet, view: &View, host:
         https_port: settings.https.port(),
         costs: vec![],
     };
-    WithoutControl { view: view.clone(), host: host.clone(), reach: fleet.reach_for(), org: first_org(), version, stop }
+    WithoutControl {
+        view: view.clone(),
+        region: settings.region.clone(),
+        see_detail: fleet.see_detail(),
+        host: host.clone(),
+        reach: fleet.reach_for(),
+        org: first_org(),
+        version,
+        stop,
+    }
 }
 
 /// There is no other yet.

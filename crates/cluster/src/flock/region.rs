@@ -62,7 +62,7 @@ impl Driver {
         self.reports.is_reporter = self.published.has_begun() && !self.far_regions().is_empty() && is_reporter();
         self.reports.touch();
         // Control plans for all hosts, so its own holds the detail of all regions.
-        if self.config.writes {
+        if self.config.writes.is_some() {
             self.far_regions().iter().for_each(|region| self.use_detail(region, ""));
         }
     }

@@ -149,7 +149,7 @@ pub async fn status(Extension(owners): Extension<Owners>, Path(app): Path<AppNam
     let row = owners.app(&app).await?;
     let rows = owners.machines_of(&app).await?;
     let serves = rows.iter().any(|row| !row.spec.services.is_empty());
-    let view = owners.view().current();
+    let view = owners.observed(&rows).await;
     let configs = owners.configs(None).await?;
     let machines = rows.iter().map(|row| machines::wire(&owners, &view, row, configs.shown(row))).collect();
     let (release, costs) = match &owners {

@@ -144,7 +144,7 @@ pub async fn list(
     let filter = Filter::read(query)?;
     let rows = owners.machines_of(&app).await?;
     let configs = owners.configs(None).await?;
-    let view = owners.view().current();
+    let view = owners.observed(&rows).await;
     let shown = rows.iter().map(|row| {
         let config = if filter.is_summary { Value::Null } else { configs.shown(row) };
         (row, wire(&owners, &view, row, config))

@@ -380,11 +380,16 @@ impl Fleet {
 
     /// What the edge knows of machines elsewhere, and how far they are.
     pub fn routes(&self, region: Region) -> Arc<Routes> {
-        let (near, far) = (self.cluster.clone(), self.cluster.clone());
+        let cluster = self.cluster.clone();
         let host = self.member.host.clone();
-        let rtt = Box::new(move |host: &HostId| near.rtt(host));
-        let see_detail = Box::new(move |region: &Region, app: &AppName| far.see_detail(region, app));
-        Routes::in_fleet(region, Elsewhere { host, rtt, see_detail })
+        let rtt = Box::new(move |host: &HostId| cluster.rtt(host));
+        Routes::in_fleet(region, Elsewhere { host, rtt, see_detail: self.see_detail() })
+    }
+
+    /// Asks for what runs of an app in another region; it comes into the view.
+    pub fn see_detail(&self) -> Box<dyn Fn(&Region, &AppName) -> bool + Send + Sync> {
+        let cluster = self.cluster.clone();
+        Box::new(move |region: &Region, app: &AppName| cluster.see_detail(region, app))
     }
 
     /// From whom images are fetched: the nearest first, control last, which has them all.

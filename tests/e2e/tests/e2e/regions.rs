@@ -71,8 +71,7 @@ fn an_edge_elsewhere_knows_the_sum_until_it_is_asked() {
     fleet.control().ok(&["machine", "stop", &machine]);
     let stopped = || fleet.control().machine_list("web").iter().all(|machine| machine["state"] == "stopped");
     fleet.control().until("it sleeps", stopped);
-    fleet.host_mut("w3").spawn();
-    fleet.host("w3").wait_ready();
+    fleet.host_mut("w3").boot();
     fleet.host("w3").until("it knows the app", || fleet.host("w3").get("web", "/") == (200, "release 1".into()));
     assert_eq!(fleet.control().machine_list("web")[0]["state"], "started");
     assert_eq!(fleet.control().json(&["cluster", "verify"])["unsound"], serde_json::json!([]));
