@@ -3,9 +3,11 @@
 
 use crate::deploys::{config, image};
 use crate::fleet::app;
+use crate::liar::{Liar, Lie, TAKEN_MB};
 use crate::poison;
 use dunlin_e2e::*;
 use std::collections::BTreeSet;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 const ALL: [&str; 6] = ["w1", "w2", "w3", "w4", "w5", "w6"];
@@ -217,4 +219,62 @@ fn what_no_reader_understands_harms_nobody() {
     fleet.control().until("the host speaks for itself again", itself);
     fleet.until_whole("web", 3);
     nobody_failed(all, began, "release 1");
+}
+
+/// T14: what a host says of its room is wrong, first the one way, then the other. It is asked before it is believed, and somebody is
+/// told.
+#[test]
+fn a_host_whose_word_of_its_room_is_wrong_is_asked_and_told_of() {
+    const BOASTS: &str = "the host says that it has room, and refuses when it is asked";
+    const MOANS: &str = "the host says that it is full, and has room when it is asked";
+    let mut fleet = Fleet::start(&["w1", "w2", "w3"]);
+    fleet.control().ok(&["host", "cordon", "w3"]);
+    let dir = app(&fleet, 2);
+    fleet.control().ok(&["host", "uncordon", "w3"]);
+    ["the host is dead", BOASTS, MOANS].iter().for_each(|text| fleet.control().expect_log(text));
+    let memory_mb = fleet.ask("/v1/hosts/w3")["host"]["memory_mb"].as_u64().unwrap() as u32;
+    let hears = |fleet: &Fleet, taken_mb: u32| fleet.control().until("control hears the lie", || says_taken(fleet) == Some(taken_mb.into()));
+    let image = image(fleet.control());
+    let all = pulses(&fleet, ["w1", "w2"]);
+
+    fleet.host_mut("w3").stop();
+    let liar = Liar::start(&fleet, "w3", memory_mb, Lie::Room);
+    hears(&fleet, TAKEN_MB);
+    fleet.until_up(&["w3"]);
+    // None of the app's machines is there, so it is the best place. Once may mean that another was faster; the second time it is said.
+    for count in [3, 4] {
+        fleet.control().ok(&["scale", "count", &count.to_string(), "--app", "web"]);
+        fleet.until_whole("web", count);
+    }
+    assert!(fleet.machines("web").values().all(|host| host != "w3"), "it has refused them");
+    assert!(fleet.control().log().contains(BOASTS), "{}", fleet.control().log());
+
+    // Nobody else takes machines, and control asks before it says that nobody does.
+    ["w1", "w2"].iter().for_each(|id| drop(fleet.control().ok(&["host", "cordon", id])));
+    liar.says(Lie::Full);
+    hears(&fleet, memory_mb);
+    let mut scale = fleet.control().cli(&dir, &["scale", "count", "5", "--app", "web"]);
+    let scale = scale.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    fleet.control().until("somebody is told", || fleet.control().log().contains(MOANS));
+    fleet.control().until("it has the machine", || fleet.machines("web").values().any(|host| host == "w3"));
+    ["w1", "w2"].iter().for_each(|id| drop(fleet.control().ok(&["host", "uncordon", id])));
+    // The host itself makes what was placed there.
+    drop(liar);
+    fleet.start_again("w3");
+    let ended = scale.wait_with_output().unwrap();
+    assert!(ended.status.success(), "{}\n--- log of control\n{}", text(&ended), fleet.control().log());
+    fleet.until_up(&["w1", "w2", "w3"]);
+    fleet.until_whole("web", 5);
+    fleet.control().until("the host speaks for itself again", || says_taken(&fleet).is_some_and(|mb| mb < memory_mb.into()));
+
+    config(&dir, "2", "");
+    fleet.control().ok_in(&dir, &["deploy", "--image", &image]);
+    let deployed = Instant::now();
+    until_asked(&all, deployed + SETTLED, 20);
+    nobody_failed(all, deployed + SETTLED, "release 2");
+}
+
+/// How much of the memory of w3 is taken, as control has heard.
+fn says_taken(fleet: &Fleet) -> Option<u64> {
+    fleet.ask("/v1/hosts/w3")["host"]["memory_reserved_mb"].as_u64()
 }
