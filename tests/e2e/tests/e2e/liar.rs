@@ -4,8 +4,8 @@
 use async_trait::async_trait;
 use dunlin_api::remote::{self, Asker};
 use dunlin_api::{
-    BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery, LogStream, Process, Refusal,
-    Reserve, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor,
+    BuilderRequest, BuilderRun, Command, CommandAnswer, ExecRequest, ExecSession, HostApi, ListenSocket, LogQuery, LogStream, Process,
+    Refusal, Reserve, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor,
 };
 use dunlin_cluster::{Cluster, ClusterConfig, Handler, Member, Service, View};
 use dunlin_e2e::Fleet;
@@ -46,7 +46,8 @@ impl Liar {
     /// In place of a host of so much memory, whose server is stopped.
     pub fn start(fleet: &Fleet, id: &str, memory_mb: u32, lie: Lie) -> Self {
         let copy = tempfile::tempdir().unwrap();
-        let copied = std::process::Command::new("cp").arg("-a").arg(fleet.host(id).data().join("cluster")).arg(copy.path()).status().unwrap();
+        let own = fleet.host(id).data().join("cluster");
+        let copied = std::process::Command::new("cp").arg("-a").arg(own).arg(copy.path()).status().unwrap();
         assert!(copied.success());
         let (dir, at) = (copy.path().join("cluster"), fleet.member(id));
         let (lie, over) = (Arc::new(Mutex::new(lie)), Arc::new(AtomicBool::new(false)));

@@ -39,7 +39,8 @@ pub fn spread_from(host: &Path, carrier: &Path, reserved_mb: u64) -> u64 {
 
 /// The same with the log of desired state, as a control of a later version would go on with it: all that there was, of which the
 /// app has one name more, and entries of which this version can make nothing. `control` is the data of the host that has control.
-/// Gives how many entries nobody can read.
+/// The generation stays: the store is no further, and its control's next word must not be the older one. Gives how many entries
+/// nobody can read.
 pub fn spread_desired_of(control: &Path, carrier: &Path, app: &str) -> u64 {
     let (mut node, member) = node_of(control);
     let origin = OriginId::of(&Name::new(CONFIG_LOG).unwrap());
