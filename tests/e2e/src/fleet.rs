@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 /// Where members meet.
 pub const CLUSTER_PORT: u16 = 7373;
@@ -173,6 +174,16 @@ impl Fleet {
     /// Where its edge listens.
     pub fn edge(&self, id: &str) -> SocketAddr {
         format!("{}:80", self.find(id).address()).parse().unwrap()
+    }
+
+    /// Where it meets the other members.
+    pub fn member(&self, id: &str) -> SocketAddr {
+        format!("{}:{CLUSTER_PORT}", self.find(id).address()).parse().unwrap()
+    }
+
+    /// A thread of the test on that host, as far as the network goes.
+    pub fn spawn_on<T: Send + 'static>(&self, id: &str, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        self.find(id).namespace().spawn(work)
     }
 
     /// What control says of all hosts.

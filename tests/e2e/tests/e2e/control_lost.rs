@@ -109,7 +109,7 @@ fn members_command_machines_by_token_while_control_is_gone() {
 }
 
 /// What runs there, by the process of its supervisor: none of these is to end.
-fn pids(fleet: &Fleet, hosts: &[&str]) -> BTreeMap<String, Option<u32>> {
+pub fn pids(fleet: &Fleet, hosts: &[&str]) -> BTreeMap<String, Option<u32>> {
     let here = fleet.supervised().into_iter().filter(|(_, host)| hosts.contains(&host.as_str()));
     here.map(|(machine, host)| (machine.clone(), fleet.host(&host).supervisor_pid(&machine))).collect()
 }

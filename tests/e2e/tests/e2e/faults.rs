@@ -1,11 +1,15 @@
 //! Six hosts in three regions, and what clients of all edges see of faults: no failed request, and no answer of a release
 //! that is over.
 
+use crate::control_lost::pids;
 use crate::deploys::{config, image};
 use crate::fleet::app;
+use crate::liar::{Liar, Lie, TAKEN_MB};
 use crate::poison;
 use dunlin_e2e::*;
+use serde_json::Value;
 use std::collections::BTreeSet;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 const ALL: [&str; 6] = ["w1", "w2", "w3", "w4", "w5", "w6"];
@@ -217,4 +221,135 @@ fn what_no_reader_understands_harms_nobody() {
     fleet.control().until("the host speaks for itself again", itself);
     fleet.until_whole("web", 3);
     nobody_failed(all, began, "release 1");
+}
+
+/// T14: what a host says of its room is wrong, first the one way, then the other. It is asked before it is believed, and
+/// somebody is told.
+#[test]
+fn a_host_whose_word_of_its_room_is_wrong_is_asked_and_told_of() {
+    const BOASTS: &str = "the host says that it has room, and refuses when it is asked";
+    const MOANS: &str = "the host says that it is full, and has room when it is asked";
+    let mut fleet = Fleet::start(&["w1", "w2", "w3"]);
+    fleet.control().ok(&["host", "cordon", "w3"]);
+    let dir = app(&fleet, 2);
+    fleet.control().ok(&["host", "uncordon", "w3"]);
+    ["the host is dead", BOASTS, MOANS].iter().for_each(|text| fleet.control().expect_log(text));
+    let memory_mb = fleet.ask("/v1/hosts/w3")["host"]["memory_mb"].as_u64().unwrap() as u32;
+    let hears = |fleet: &Fleet, taken_mb: u32| {
+        fleet.control().until("control hears the lie", || says_taken(fleet) == Some(u64::from(taken_mb)));
+    };
+    let image = image(fleet.control());
+    let all = pulses(&fleet, ["w1", "w2"]);
+
+    fleet.host_mut("w3").stop();
+    let liar = Liar::start(&fleet, "w3", memory_mb, Lie::Room);
+    hears(&fleet, TAKEN_MB);
+    fleet.until_up(&["w3"]);
+    // None of the app's machines is there, so it is the best place. Once may mean that another was faster; then it is said.
+    for count in [3_usize, 4] {
+        fleet.control().ok(&["scale", "count", &count.to_string(), "--app", "web"]);
+        fleet.until_whole("web", count);
+    }
+    assert!(fleet.machines("web").values().all(|host| host != "w3"), "it has refused them");
+    assert!(fleet.control().log().contains(BOASTS), "{}", fleet.control().log());
+
+    // Nobody else takes machines, and control asks before it says that nobody does.
+    for id in ["w1", "w2"] {
+        fleet.control().ok(&["host", "cordon", id]);
+    }
+    liar.says(Lie::Full);
+    hears(&fleet, memory_mb);
+    let mut scale = fleet.control().cli(&dir, &["scale", "count", "5", "--app", "web"]);
+    let scale = scale.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    fleet.control().until("somebody is told", || fleet.control().log().contains(MOANS));
+    fleet.control().until("it has the machine", || fleet.machines("web").values().any(|host| host == "w3"));
+    for id in ["w1", "w2"] {
+        fleet.control().ok(&["host", "uncordon", id]);
+    }
+    // The host itself makes what was placed there; it is not away for long enough to be dead, and if it were, others take machines.
+    drop(liar);
+    fleet.start_again("w3");
+    let ended = scale.wait_with_output().unwrap();
+    assert!(ended.status.success(), "{}\n--- log of control\n{}", text(&ended), fleet.control().log());
+    fleet.until_up(&["w1", "w2", "w3"]);
+    fleet.until_whole("web", 5);
+    let itself = || says_taken(&fleet).is_some_and(|taken_mb| taken_mb < u64::from(memory_mb));
+    fleet.control().until("the host speaks for itself again", itself);
+
+    config(&dir, "2", "");
+    fleet.control().ok_in(&dir, &["deploy", "--image", &image]);
+    let deployed = Instant::now();
+    until_asked(&all, deployed + SETTLED, 20);
+    nobody_failed(all, deployed + SETTLED, "release 2");
+}
+
+/// How much of the memory of w3 is taken, as control has heard.
+fn says_taken(fleet: &Fleet) -> Option<u64> {
+    fleet.ask("/v1/hosts/w3")["host"]["memory_reserved_mb"].as_u64()
+}
+
+/// T2 for desired state: what a control of a later version has said of it, and then that control is gone.
+#[test]
+fn desired_state_that_no_reader_understands_harms_nobody() {
+    const HOSTS: [&str; 4] = ["w1", "w2", "w3", "w4"];
+    const UNREADABLE: &str = "some of desired state cannot be read by this version";
+    let mut fleet = Fleet::start(&HOSTS);
+    // The machines are elsewhere than control and the one that is to hear the word first.
+    for id in ["w1", "w4"] {
+        fleet.control().ok(&["host", "cordon", id]);
+    }
+    let dir = app(&fleet, 2);
+    for id in ["w1", "w4"] {
+        fleet.control().ok(&["host", "uncordon", id]);
+    }
+    HOSTS.iter().for_each(|id| fleet.host(id).expect_log(UNREADABLE));
+    fleet.control().expect_log("the host is dead");
+    fleet.host("w4").expect_log("control was not told of this host"); // it starts while there is none
+    let (image, machines, before) = (image(fleet.control()), fleet.machines("web"), pids(&fleet, &["w2", "w3"]));
+    assert_eq!(before.len(), 2, "{machines:?}");
+    let all = pulses(&fleet, ["w2", "w3"]);
+
+    fleet.host_mut("w4").stop();
+    fleet.host_mut("w1").stop();
+    let bad = poison::spread_desired_of(&fleet.control().data(), &fleet.host("w4").data(), "web");
+    fleet.start_again("w4");
+    for id in &HOSTS[1..] {
+        let server = fleet.host(id);
+        let counted = || cluster_status(&fleet, id)["gossip"]["unreadable_facts"].as_u64();
+        server.until(&format!("{id} has counted what it cannot read"), || counted() >= Some(bad));
+        assert!(server.log().contains(UNREADABLE), "{}", server.log());
+        // What can be read beside it counts: the app has another name.
+        server.until(&format!("{id} reads the rest"), || server.get(poison::OTHER_NAME, "/") == (200, "release 1".into()));
+        assert_eq!(server.get("web", "/"), (200, "release 1".into()), "at {id}");
+        assert_eq!(server.json(&["cluster", "verify"])["unsound"], serde_json::json!([]), "it is signed as it should be");
+        let status = cluster_status(&fleet, id);
+        let log = status["logs"].as_array().into_iter().flatten().find(|log| log["name"] == "config/0");
+        assert_eq!(log.map(|log| &log["quarantined"]), Some(&Value::Bool(false)), "{status}");
+    }
+    until_asked(&all, Instant::now(), 10);
+    assert_eq!(pids(&fleet, &["w2", "w3"]), before, "nothing was started again");
+
+    // Control of this version is back: its word is the whole again.
+    fleet.start_again("w1");
+    fleet.control().wait_ready();
+    fleet.until_up(&HOSTS);
+    for id in HOSTS {
+        fleet.host(id).until(&format!("{id} has heard control"), || fleet.host(id).get(poison::OTHER_NAME, "/").0 != 200);
+    }
+    assert_eq!((fleet.machines("web"), pids(&fleet, &["w2", "w3"])), (machines, before));
+    config(&dir, "2", "");
+    fleet.control().ok_in(&dir, &["deploy", "--image", &image]);
+    let deployed = Instant::now();
+    for id in HOSTS {
+        fleet.host(id).until(&format!("{id} serves it"), || fleet.host(id).get("web", "/") == (200, "release 2".into()));
+    }
+    fleet.until_whole("web", 2);
+    until_asked(&all, deployed + SETTLED, 20);
+    nobody_failed(all, deployed + SETTLED, "release 2");
+}
+
+/// What a host says of its cluster; null where it does not answer.
+fn cluster_status(fleet: &Fleet, id: &str) -> Value {
+    let said = fleet.host(id).dunlin(&["cluster", "status", "--json"]);
+    serde_json::from_slice::<Value>(&said.stdout).unwrap_or_default()["cluster"].take()
 }

@@ -16,6 +16,7 @@ mod fleet_upgrades;
 mod host_debug;
 mod hostile;
 mod kills;
+mod liar;
 mod machines;
 mod poison;
 mod regions;
