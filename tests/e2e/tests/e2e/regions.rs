@@ -54,7 +54,7 @@ fn an_edge_elsewhere_knows_the_sum_until_it_is_asked() {
 
     // The very first request is served.
     assert_eq!(fleet.host("w3").get("web", "/"), (200, "release 1".into()));
-    assert_eq!(scope(&fleet, "w3", "w2").as_deref(), Some("subscribed"));
+    fleet.host("w3").until("w3 says what it holds", || scope(&fleet, "w3", "w2").as_deref() == Some("subscribed"));
     print_held(&fleet, "after");
 
     // What becomes of it is known at once: it is put to sleep under requests there, and none of them fails.
@@ -71,7 +71,7 @@ fn an_edge_elsewhere_knows_the_sum_until_it_is_asked() {
     fleet.control().ok(&["machine", "stop", &machine]);
     let stopped = || fleet.control().machine_list("web").iter().all(|machine| machine["state"] == "stopped");
     fleet.control().until("it sleeps", stopped);
-    fleet.host_mut("w3").boot();
+    fleet.start_again("w3");
     fleet.host("w3").until("it knows the app", || fleet.host("w3").get("web", "/") == (200, "release 1".into()));
     assert_eq!(fleet.control().machine_list("web")[0]["state"], "started");
     assert_eq!(fleet.control().json(&["cluster", "verify"])["unsound"], serde_json::json!([]));
