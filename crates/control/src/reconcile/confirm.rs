@@ -15,7 +15,8 @@ const PROMISE_MS: u64 = 1;
 /// that the next plan may ask it in earnest.
 pub(super) async fn someone_has_room(ctx: &Ctx, app: &AppName, full: &[HostId], guest: &Guest) -> bool {
     let mut found = false;
-    for host in full.iter().take(MOST_CONFIRMED) {
+    // Whose word counts for nothing was asked a moment ago, and what is assigned to it leaves no room either: it is not asked for ever.
+    for host in full.iter().filter(|host| ctx.room.believes(host, now_ms())).take(MOST_CONFIRMED) {
         let Ok(there) = hosts::reach(ctx, host) else { continue };
         let machine = MachineId::from_random(crate::keys::random());
         if there.reserve(Reserve { machine, guest: guest.clone(), ttl_ms: PROMISE_MS }).await.is_err() {

@@ -333,15 +333,14 @@ fn desired_state_that_no_reader_understands_harms_nobody() {
     fleet.start_again("w1");
     fleet.control().wait_ready();
     fleet.until_up(&HOSTS);
-    for id in HOSTS {
-        fleet.host(id).until(&format!("{id} has heard control"), || fleet.host(id).get(poison::OTHER_NAME, "/").0 != 200);
-    }
     assert_eq!((fleet.machines("web"), pids(&fleet, &["w2", "w3"])), (machines, before));
     config(&dir, "2", "");
     fleet.control().ok_in(&dir, &["deploy", "--image", &image]);
     let deployed = Instant::now();
     for id in HOSTS {
         fleet.host(id).until(&format!("{id} serves it"), || fleet.host(id).get("web", "/") == (200, "release 2".into()));
+        // What stood beside the rows was of control's last generation, so it is control's next one that ends it.
+        fleet.host(id).until(&format!("{id} has heard control"), || fleet.host(id).get(poison::OTHER_NAME, "/").0 != 200);
     }
     fleet.until_whole("web", 2);
     until_asked(&all, deployed + SETTLED, 20);
