@@ -4,7 +4,7 @@ use dunlin_sim::flock::{BUGS, Options, run};
 
 const SEEDS: u64 = 40;
 /// Within this many seeds each planted bug is found.
-const SEEDS_FOR_A_BUG: u64 = 200;
+const SEEDS_FOR_A_BUG: u64 = 500;
 
 #[test]
 fn no_story_of_the_flock_breaks_a_promise() {
