@@ -19,7 +19,7 @@ pub fn run(scope: Scope) -> anyhow::Result<()> {
     sh::run(sh::cargo().args(["build", "--package", "dunlin"]))?;
     let mut alone = lane::run(&["--workspace", "--exclude", "dunlin-e2e"], &[])?;
     if scope == Scope::All {
-        fuzz::run(fuzz::GATE_SECONDS, &[])?;
+        fuzz::run(fuzz::SECONDS, &[])?;
         if vm::is_possible() {
             alone.extend(vm::run()?);
         } else {
