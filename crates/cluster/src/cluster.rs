@@ -31,6 +31,10 @@ const MAX_DATAGRAMS: usize = 4_096;
 const MAX_MESSAGES: usize = 32;
 const MAX_COMMANDS: usize = 256;
 
+/// Says that what runs of an app in another region is needed here; whether that was taken. It comes by the view, and goes
+/// again some time after this was last said.
+pub type SeeDetail = Box<dyn Fn(&Region, &AppName) -> bool + Send + Sync>;
+
 pub struct ClusterConfig {
     pub member: Member,
     /// Bound; it may have been there before this process, so that what comes meanwhile waits in it.
@@ -208,8 +212,7 @@ impl Cluster {
         }
     }
 
-    /// What runs of an app in another region is needed here: it comes, and stays until ten minutes after this was last said.
-    /// Whether the driver has taken it.
+    /// See [`SeeDetail`]; it stays for ten minutes.
     pub fn see_detail(&self, region: &Region, app: &AppName) -> bool {
         self.inner.commands.try_send(Command::SeeDetail { region: region.clone(), app: app.clone() }).is_ok()
     }

@@ -29,7 +29,7 @@ mod stream;
 mod tls;
 
 pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name, machines_log_name};
-pub use cluster::{Cluster, ClusterConfig, ClusterError};
+pub use cluster::{Cluster, ClusterConfig, ClusterError, SeeDetail};
 pub use disk::{Loaded, ViewError};
 pub use join::{JoinError, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, join};
 pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, NotAJoinToken, Standing, TokenProof};

@@ -15,9 +15,9 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use dunlin_api::wire::VersionInfo;
 use dunlin_api::{ErrorCode, HostApi};
-use dunlin_cluster::View;
+use dunlin_cluster::{SeeDetail, View};
 use dunlin_model::token::{Capability, key_of_text};
-use dunlin_model::{AppName, HostId, OrgName, Region};
+use dunlin_model::{HostId, OrgName, Region};
 use ed25519_dalek::VerifyingKey;
 use http::Method;
 use std::sync::Arc;
@@ -25,9 +25,6 @@ use tokio_util::sync::CancellationToken;
 
 /// Another host, asked for the bearer of this token, if its address is known.
 pub type ReachFor = Arc<dyn Fn(&HostId, &Arc<str>) -> Option<Arc<dyn HostApi>> + Send + Sync>;
-
-/// Asks for what runs of an app in another region; it comes into the view, if somebody there answers.
-pub type SeeDetail = Box<dyn Fn(&Region, &AppName) -> bool + Send + Sync>;
 
 /// What a member has in control's place.
 pub struct WithoutControl {

@@ -55,5 +55,5 @@ pub use limits::Limits;
 pub use listen::{Drained, InternalHost, Proxy, ProxyConfig, StartError};
 pub use log::{AccessLog, LogFormat};
 pub use metrics::ProxyMetrics;
-pub use routes::{Elsewhere, Routes, Rtt, SeeDetail};
+pub use routes::{Elsewhere, Routes, Rtt};
 pub use tls::{CertError, CertSource, CertStore};

@@ -1,7 +1,7 @@
 //! The table that all cores read, and the news that it changed.
 
 use arc_swap::ArcSwap;
-use dunlin_cluster::View;
+use dunlin_cluster::{SeeDetail, View};
 use dunlin_model::{AppName, HostId, Region};
 use dunlin_routing::{Loads, Table, Vantage};
 use dunlin_view::Snapshot;
@@ -15,9 +15,6 @@ const HEARS_WITHIN: Duration = Duration::from_secs(10);
 
 /// There and back to a host, as measured.
 pub type Rtt = Box<dyn Fn(&HostId) -> Option<Duration> + Send + Sync>;
-/// Says that what runs of an app in another region is needed here; whether that was taken. It comes by the view, and goes
-/// again some time after this was last said.
-pub type SeeDetail = Box<dyn Fn(&Region, &AppName) -> bool + Send + Sync>;
 
 /// How often it is said of one region and app, however many requests go there.
 const SEE_AGAIN: Duration = Duration::from_secs(20);

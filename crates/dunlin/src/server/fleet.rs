@@ -9,8 +9,8 @@ use axum::routing::get;
 use dunlin_api::{ErrorBody, ErrorCode, HostApi};
 use dunlin_api::remote::{self, Asker, Duplex, RemoteHost};
 use dunlin_cluster::{
-    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, MemberKeys, Service, Standing, View,
-    read_frame, write_frame,
+    Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, MemberKeys, SeeDetail, Service, Standing,
+    View, read_frame, write_frame,
 };
 use dunlin_control::{Enrolment, FleetQuestion, ReachFor, WithoutControl};
 use dunlin_model::{AppName, HostId, Region};
@@ -387,7 +387,7 @@ impl Fleet {
     }
 
     /// Asks for what runs of an app in another region; it comes into the view.
-    pub fn see_detail(&self) -> Box<dyn Fn(&Region, &AppName) -> bool + Send + Sync> {
+    pub fn see_detail(&self) -> SeeDetail {
         let cluster = self.cluster.clone();
         Box::new(move |region: &Region, app: &AppName| cluster.see_detail(region, app))
     }
