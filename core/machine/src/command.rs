@@ -86,6 +86,8 @@ pub enum Deny {
     VersionMismatch { expected: MachineVersion, found: MachineVersion },
     IllegalMove { state: MachineState },
     Cordoned,
+    /// After a boot its host does not know yet that it is still placed there.
+    Unconfirmed,
     /// Its run has ended, and it is destroyed then.
     Over,
     NoRoom { why: String },
@@ -132,6 +134,9 @@ pub(crate) fn check(record: &Record, order: &Order, now_ms: u64) -> Checked {
     }
     if order.verb == Verb::Wake && record.cordoned {
         return Checked::Denied(Deny::Cordoned);
+    }
+    if order.verb == Verb::Wake && record.unconfirmed {
+        return Checked::Denied(Deny::Unconfirmed);
     }
     if matches!(order.verb, Verb::Start | Verb::Wake) && record.is_over() {
         return Checked::Denied(Deny::Over);

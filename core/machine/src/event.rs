@@ -26,6 +26,8 @@ pub enum Event {
     Due { room: Result<(), String> },
     /// Files and processes are gone. Said again if the record could not be dropped.
     Destroyed,
+    /// Desired state that is not only this disk's memory places it here.
+    PlacementConfirmed,
     /// After a start of the agent: what is really there.
     Recovered(Alive),
 }

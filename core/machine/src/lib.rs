@@ -10,6 +10,8 @@
 //!
 //! started -> suspending -> suspended -> started (start), stopped (stop, a boot of the host)
 //!
+//! an exclusive one after a boot of its host: restarting, if it is to run, until its placement is confirmed or a start comes
+//!
 //! any state, tombstone: destroying -> destroyed
 //! stopped or failed, with auto_destroy: over, until a tombstone or a new version comes
 //! created, stopped, failed or suspended, with a schedule: started when its time has come
@@ -30,5 +32,5 @@ mod record;
 pub use command::{Asked, Checked, Deny, MAX_REMEMBERED, Order, Verb};
 pub use event::{Alive, Effect, Event};
 pub use idle::{Running, one_too_many};
-pub use life::{Machine, backoff_ms};
+pub use life::{Machine, UNCONFIRMED, backoff_ms};
 pub use record::{Goal, MAX_EVENTS, Record, Stop};

@@ -13,6 +13,9 @@ const RAN_WELL_MS: u64 = 60_000;
 const SEQUENCE_GAP: u64 = 1 << 32;
 const FIRST_BACKOFF_MS: u64 = 500;
 const LONGEST_BACKOFF_MS: u64 = 60_000;
+/// What is told of a machine that waits for [`Event::PlacementConfirmed`].
+pub const UNCONFIRMED: &str = "its host was booted, and waits to hear from control that the machine is still placed here: \
+    let the host reach control, or start the machine if it runs nowhere else";
 
 /// A machine on its host.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,7 +83,7 @@ impl Machine {
 
     /// Whether [`Event::Due`] would start it, if there is room.
     pub fn starts_by_clock(&self, now_ms: u64) -> bool {
-        self.clock_finds(now_ms) == Found::Rests
+        !self.record.unconfirmed && self.clock_finds(now_ms) == Found::Rests
     }
 
     /// The whole of it: what `event` means now.
@@ -103,6 +106,7 @@ impl Machine {
             Event::Tick => self.on_tick(now_ms),
             Event::Due { room } => self.on_due(room, now_ms),
             Event::Destroyed => self.on_destroyed(now_ms),
+            Event::PlacementConfirmed => self.on_placement_confirmed(now_ms),
             Event::Recovered(alive) => self.on_recovered(alive, now_ms),
         }
     }
@@ -218,7 +222,11 @@ impl Machine {
     fn obey_verb(&mut self, order: &Order, now_ms: u64) -> Vec<Effect> {
         let record = &mut self.record;
         match &order.verb {
-            Verb::Start | Verb::Wake => self.start_or_resume(now_ms),
+            // Whoever says it knows where it is to run; a wake is not let come so far.
+            Verb::Start | Verb::Wake => {
+                record.unconfirmed = false;
+                self.start_or_resume(now_ms)
+            }
             Verb::Suspend => {
                 record.state = MachineState::Suspending;
                 record.goal = Goal::Rest;
@@ -240,6 +248,7 @@ impl Machine {
                 if record.state == MachineState::Restarting {
                     record.state = MachineState::Stopped;
                     record.restart_at_ms = None;
+                    record.problem.take_if(|problem| problem == UNCONFIRMED);
                     return vec![];
                 }
                 record.state = MachineState::Stopping;
@@ -272,6 +281,20 @@ impl Machine {
         }
         record.restarts = 0;
         self.start(now_ms)
+    }
+
+    /// Nobody asked for it now: it is to run.
+    fn start_or_wait(&mut self, now_ms: u64) -> Vec<Effect> {
+        if !self.record.unconfirmed {
+            return self.start(now_ms);
+        }
+        let record = &mut self.record;
+        record.state = MachineState::Restarting;
+        record.goal = Goal::Run;
+        record.restart_at_ms = None;
+        record.stop = None;
+        record.problem = Some(UNCONFIRMED.to_owned());
+        vec![]
     }
 
     fn start(&mut self, now_ms: u64) -> Vec<Effect> {
@@ -342,7 +365,7 @@ impl Machine {
             S::Destroying | S::Destroyed => unreachable!("returned above"),
             S::Restarting => {
                 self.swap(now_ms);
-                let start = self.start(now_ms);
+                let start = self.start_or_wait(now_ms);
                 self.changed(now_ms, start)
             }
             S::Creating | S::Created | S::Failed => {
@@ -433,7 +456,7 @@ impl Machine {
         match self.record.goal {
             Goal::Again => {
                 self.take_new_version(now_ms);
-                acts.extend(self.start(now_ms));
+                acts.extend(self.start_or_wait(now_ms));
             }
             Goal::Rest | Goal::Vanish => {
                 self.take_new_version(now_ms);
@@ -483,8 +506,8 @@ impl Machine {
     fn on_tick(&mut self, now_ms: u64) -> Vec<Effect> {
         match self.record.restart_at_ms {
             Some(at) if self.record.state == MachineState::Restarting && now_ms >= at => {
-                let start = self.start(now_ms);
-                self.record.note(EventKind::Start, Source::Host, None, now_ms);
+                let start = self.start_or_wait(now_ms);
+                self.note_start(now_ms);
                 self.changed(now_ms, start)
             }
             Some(at) if self.record.state == MachineState::Restarting => vec![Effect::WakeAt { ms: at }],
@@ -500,10 +523,15 @@ impl Machine {
         if found == Found::NotYet {
             return Vec::new();
         }
+        let waits = match room {
+            _ if record.unconfirmed => Some(UNCONFIRMED.to_owned()),
+            Err(why) => Some(format!("its time has come and it waits for room: {why}")),
+            Ok(()) => None,
+        };
         if found == Found::Rests
-            && let Err(why) = room
+            && let Some(problem) = waits
         {
-            let problem = Some(format!("its time has come and it waits for room: {why}"));
+            let problem = Some(problem);
             if record.problem == problem {
                 return Vec::new();
             }
@@ -535,6 +563,32 @@ impl Machine {
         }
     }
 
+    /// What was to run meanwhile is started; what waits for its back-off or its time waits on.
+    fn on_placement_confirmed(&mut self, now_ms: u64) -> Vec<Effect> {
+        let record = &mut self.record;
+        if !record.unconfirmed {
+            return Vec::new();
+        }
+        record.unconfirmed = false;
+        record.problem.take_if(|problem| problem == UNCONFIRMED);
+        let acts = match (record.state, record.restart_at_ms) {
+            (MachineState::Restarting, None) => {
+                let start = self.start(now_ms);
+                self.note_start(now_ms);
+                start
+            }
+            _ => vec![], // the back-off's alarm is set already
+        };
+        self.changed(now_ms, acts)
+    }
+
+    /// By its host, if it does not wait.
+    fn note_start(&mut self, now_ms: u64) {
+        if self.record.state == MachineState::Starting {
+            self.record.note(EventKind::Start, Source::Host, None, now_ms);
+        }
+    }
+
     fn on_destroyed(&mut self, now_ms: u64) -> Vec<Effect> {
         if self.record.state != MachineState::Destroying {
             return Vec::new();
@@ -554,6 +608,10 @@ impl Machine {
         let next = schedule.and_then(|schedule| schedule.next(&self.record.assignment.id, now_ms));
         self.record.due_ms = self.record.due_ms.filter(|due| next.is_none_or(|next| *due <= next)); // the clock was wrong
         let lives = alive.attempt == Some(attempt) && attempt > 0;
+        // What lives was started in this boot. An agent that starts again in the same boot asks nothing anew.
+        // An exclusive version that is to follow may be taken up right away.
+        let is_exclusive = self.record.spec().is_exclusive() || self.record.assignment.spec.is_exclusive();
+        self.record.unconfirmed |= alive.rebooted && !lives && is_exclusive;
         let mut effects = match self.record.state {
             S::Destroying => vec![Effect::Destroy],
             S::Destroyed => return vec![Effect::Forget],
@@ -562,6 +620,10 @@ impl Machine {
                 Some(exit) => self.on_exited(exit, now_ms),
                 None => self.vanished(alive.rebooted, now_ms),
             },
+            // It waits for its placement, whichever agent hears of it.
+            S::Restarting if self.record.unconfirmed && self.record.restart_at_ms.is_none() => {
+                vec![Effect::CleanUp { attempt }]
+            }
             S::Restarting => {
                 let ms = *self.record.restart_at_ms.get_or_insert(now_ms);
                 vec![Effect::CleanUp { attempt }, Effect::WakeAt { ms }]
@@ -617,8 +679,8 @@ impl Machine {
         if self.record.goal == Goal::Run && again {
             // Not its failure: at once, and not counted.
             let mut acts = vec![Effect::CleanUp { attempt }];
-            acts.extend(self.start(now_ms));
-            self.record.note(EventKind::Start, Source::Host, None, now_ms);
+            acts.extend(self.start_or_wait(now_ms));
+            self.note_start(now_ms);
             return self.changed(now_ms, acts);
         }
         let error = if rebooted { "its host was restarted" } else { "its supervisor was killed" };

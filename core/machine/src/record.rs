@@ -65,6 +65,10 @@ pub struct Record {
     #[serde(default)]
     pub stop: Option<Stop>,
     pub problem: Option<String>,
+    /// The host was booted, and has not heard since that the machine, which is exclusive, is still placed here: the disk
+    /// may be a copy, or an old one. Until then it is not started, but by a command.
+    #[serde(default)]
+    pub unconfirmed: bool,
     pub commands: VecDeque<Remembered>,
     /// The latest plan that was obeyed: (store incarnation, sequence).
     #[serde(default)]
@@ -103,6 +107,7 @@ impl Record {
             due_ms: None,
             stop: None,
             problem: None,
+            unconfirmed: false,
             commands: VecDeque::new(),
             plan: Generation::default(),
             lease: None,

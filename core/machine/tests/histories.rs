@@ -46,6 +46,8 @@ enum Op {
     Pass { ms: u64 },
     /// The agent is killed between two inputs.
     Crash { rebooted: bool },
+    /// The host hears that the machine is still its.
+    Confirm,
     /// The next input's effects end after this many, by a kill.
     CrashAfter { effects: usize, rebooted: bool },
 }
@@ -73,6 +75,7 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (0..2).prop_map(|code| Op::End { code }),
         2 => Just(Op::KillSupervisor),
         5 => (1u64..100_000).prop_map(|ms| Op::Pass { ms }),
+        2 => Just(Op::Confirm),
         3 => prop::bool::weighted(0.3).prop_map(|rebooted| Op::Crash { rebooted }),
         8 => (0usize..6, prop::bool::weighted(0.3))
             .prop_map(|(effects, rebooted)| Op::CrashAfter { effects, rebooted }),
@@ -134,6 +137,10 @@ struct Host {
     admitted_mb: u32,
     tombstoned: bool,
     published: u64,
+    /// Booted, and nothing was heard since of where it is to be.
+    unconfirmed: bool,
+    /// The boot is not written down: until all is recovered each start of the agent finds that the host was booted.
+    booted: bool,
     intent: Intent,
     spawned: Vec<u64>,
 }
@@ -165,6 +172,8 @@ impl Host {
             admitted_mb: 0,
             tombstoned: false,
             published: 0,
+            unconfirmed: false,
+            booted: false,
             intent: Intent::Nothing,
             spawned: vec![],
         }
@@ -226,6 +235,7 @@ impl Host {
             }
             Op::Pass { ms } => self.now += ms,
             Op::Crash { rebooted } => self.crash(rebooted),
+            Op::Confirm => self.confirm(),
             Op::CrashAfter { effects, rebooted } => self.crash = Some((effects, rebooted)),
         }
     }
@@ -238,6 +248,11 @@ impl Host {
             order.room = self.room(machine.record().spec().guest.memory_mb);
         }
         self.hear(Event::Ordered(order));
+    }
+
+    fn confirm(&mut self) {
+        self.unconfirmed = false;
+        self.hear(Event::PlacementConfirmed);
     }
 
     fn look_at_clock(&mut self) {
@@ -397,6 +412,7 @@ impl Host {
                 let answered = all.iter().any(|effect| matches!(effect, Effect::Answer { answer: Ok(_), .. }));
                 if answered && let Some(id) = answered_id(all) {
                     let verb = &self.sent.iter().find(|order| order.id == id).expect("sent").verb;
+                    self.unconfirmed &= *verb != Verb::Start;
                     match verb {
                         Verb::Start | Verb::Wake | Verb::Restart { .. } => self.intent = Intent::Run,
                         Verb::Suspend => self.intent = Intent::Sleep,
@@ -418,6 +434,7 @@ impl Host {
             Effect::Spawn { attempt } => {
                 let durable = durable.expect("journalled");
                 assert_eq!((durable.state, durable.attempt), (S::Starting, *attempt), "not durable");
+                assert!(!self.unconfirmed, "an exclusive one was started before its placement was confirmed");
                 assert_eq!(self.alive, None, "spawned beside a living attempt");
                 assert!(!self.spawned.contains(attempt), "an attempt's number was used twice");
                 self.spawned.push(*attempt);
@@ -492,6 +509,8 @@ impl Host {
         self.pending.clear();
         self.stop_waits = false;
         if rebooted {
+            let is_exclusive = |record: &Record| record.spec().is_exclusive() || record.assignment.spec.is_exclusive();
+            self.unconfirmed |= self.journal.as_ref().is_some_and(is_exclusive);
             self.alive = None;
         } else if let Some(attempt) = spawning {
             self.comes_up(attempt);
@@ -504,8 +523,11 @@ impl Host {
         self.machine = self.journal.clone().map(Machine::from_record);
         let Some(machine) = &self.machine else { return };
         let frozen = self.frozen;
+        self.booted |= rebooted;
+        let rebooted = self.booted;
         let exit = self.exits.get(&machine.record().attempt).cloned();
         self.hear(Event::Recovered(Alive { attempt: self.alive, stopping: self.told, frozen, exit, rebooted }));
+        self.booted = false;
         // The agent watches what it found alive; here, `end` tells by itself. Then it reads the view.
         if self.tombstoned {
             self.hear(Event::Tombstone);
@@ -528,6 +550,7 @@ impl Host {
     /// Nothing fails any more, and all that is under way ends.
     fn settle(&mut self) {
         self.crash = None;
+        self.confirm();
         for _ in 0..200 {
             if self.pending.is_empty() {
                 return;

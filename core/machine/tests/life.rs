@@ -3,7 +3,7 @@
 mod common;
 
 use common::{assignment, exit, order, sized, version, waking};
-use dunlin_machine::{Alive, Deny, Effect, Event, Machine, Order, Verb, backoff_ms};
+use dunlin_machine::{Alive, Deny, Effect, Event, Machine, Order, UNCONFIRMED, Verb, backoff_ms};
 use dunlin_model::{Generation, MachineState as S};
 
 const STOP: Verb = Verb::Stop { signal: None, timeout_ms: None };
@@ -310,13 +310,81 @@ fn only_a_tombstone_destroys() {
     assert_eq!(machine.handle(Event::Destroyed, 5), [Effect::Forget]);
 }
 
+const BOOTED: Alive = Alive { rebooted: true, ..GONE };
+
+/// Started, and a service without files.
+fn replaceable() -> Machine {
+    let mut record = started("no", 0).record().clone();
+    record.assignment = waking(1);
+    record.current = Some(record.assignment.spec.clone());
+    Machine::from_record(record)
+}
+
 #[test]
-fn after_a_boot_what_was_started_starts_again() {
-    let machine = started("no", 0);
-    let mut again = Machine::from_record(machine.record().clone());
-    let effects = again.handle(Event::Recovered(Alive { rebooted: true, ..GONE }), 9);
+fn after_a_boot_what_may_run_twice_starts_at_once() {
+    let mut again = Machine::from_record(replaceable().record().clone());
+    let effects = again.handle(Event::Recovered(BOOTED), 9);
     assert!(effects.contains(&Effect::Spawn { attempt: 2 }), "{effects:?}");
     assert_eq!(again.record().restarts, 0, "it is not its failure");
+    assert_eq!(again.handle(Event::PlacementConfirmed, 10), []);
+}
+
+/// An exclusive machine after a boot, and after another start of the agent.
+fn waiting() -> Machine {
+    let mut booted = Machine::from_record(started("no", 0).record().clone());
+    let effects = booted.handle(Event::Recovered(BOOTED), 9);
+    assert_eq!(effects, [Effect::Journal, Effect::CleanUp { attempt: 1 }, Effect::Publish]);
+    let mut again = Machine::from_record(booted.record().clone());
+    let effects = again.handle(Event::Recovered(GONE), 10);
+    assert_eq!(effects, [Effect::Journal, Effect::CleanUp { attempt: 1 }, Effect::Publish]);
+    assert_eq!(again.handle(Event::Tick, 1_000_000), []);
+    assert_eq!((again.record().state, again.record().problem.as_deref()), (S::Restarting, Some(UNCONFIRMED)));
+    again
+}
+
+#[test]
+fn after_a_boot_an_exclusive_one_waits_until_its_placement_is_confirmed() {
+    let mut machine = waiting();
+    assert_eq!(denied(&mut machine, order(9, Verb::Wake), 11), Deny::Unconfirmed);
+    let effects = machine.handle(Event::PlacementConfirmed, 12);
+    assert_eq!(effects, [Effect::Journal, Effect::Spawn { attempt: 2 }, Effect::Publish]);
+    assert_eq!((machine.record().restarts, machine.record().problem.as_deref()), (0, None));
+    assert_eq!(machine.handle(Event::PlacementConfirmed, 13), []);
+}
+
+#[test]
+fn a_start_is_a_confirmation_and_a_stop_ends_the_wait() {
+    let mut machine = waiting();
+    assert!(machine.handle(Event::Ordered(order(9, Verb::Start)), 11).contains(&Effect::Spawn { attempt: 2 }));
+    assert!(!machine.record().unconfirmed);
+    let mut machine = waiting();
+    machine.handle(Event::Ordered(order(9, Verb::Stop { signal: None, timeout_ms: None })), 11);
+    assert_eq!((machine.record().state, machine.record().problem.as_deref()), (S::Stopped, None));
+    machine.handle(Event::PlacementConfirmed, 12);
+    assert_eq!(machine.record().state, S::Stopped);
+}
+
+#[test]
+fn one_that_failed_before_a_boot_waits_for_both_its_back_off_and_its_placement() {
+    let mut failed = started("always", 0);
+    failed.handle(Event::Exited(exit(1, 1, 5)), 5);
+    let at = failed.record().restart_at_ms.unwrap();
+    for confirmed_first in [true, false] {
+        let mut machine = Machine::from_record(failed.record().clone());
+        machine.handle(Event::Recovered(BOOTED), 6);
+        let (first, second, second_at) =
+            if confirmed_first { (Event::PlacementConfirmed, Event::Tick, at) } else { (Event::Tick, Event::PlacementConfirmed, at + 1) };
+        let first_at = if confirmed_first { 7 } else { at };
+        assert!(!machine.handle(first, first_at).contains(&Effect::Spawn { attempt: 2 }));
+        assert!(machine.handle(second, second_at).contains(&Effect::Spawn { attempt: 2 }));
+    }
+}
+
+#[test]
+fn one_that_lives_waits_for_nothing() {
+    let mut again = Machine::from_record(started("no", 0).record().clone());
+    again.handle(Event::Recovered(Alive { attempt: Some(1), ..BOOTED }), 9);
+    assert!(!again.record().unconfirmed);
 }
 
 #[test]

@@ -213,6 +213,16 @@ impl<'de> Deserialize<'de> for AutoStop {
 }
 
 impl MachineSpec {
+    /// A service without files of its own, and without a time of its own: it may run twice for a moment.
+    pub fn is_replaceable(&self) -> bool {
+        !self.services.is_empty() && self.mounts.is_empty() && self.schedule.is_none() && !self.auto_destroy
+    }
+
+    /// At no time may there be two of it: after a boot its host starts it once it knows that it is still placed there.
+    pub fn is_exclusive(&self) -> bool {
+        !self.is_replaceable() || !self.standbys.is_empty()
+    }
+
     /// An idle machine sleeps only if all of its services allow it, and is suspended only if all say so.
     pub fn autostop(&self) -> AutoStop {
         let of = |wanted| self.services.iter().any(|service| service.autostop == wanted);

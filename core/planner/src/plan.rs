@@ -50,9 +50,9 @@ pub fn plan(desired: &Desired, observed: &Observed, pool: Pool) -> Result<Plan, 
     made.or(all)
 }
 
-/// A service without files of its own, and without a time of its own: it may run twice for a moment.
+/// See [`MachineSpec::is_replaceable`].
 pub fn is_replaceable(spec: &MachineSpec) -> bool {
-    !spec.services.is_empty() && spec.mounts.is_empty() && spec.schedule.is_none() && !spec.auto_destroy
+    spec.is_replaceable()
 }
 
 fn plan_with(

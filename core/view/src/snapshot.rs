@@ -13,6 +13,9 @@ pub struct Snapshot {
     pub config: Arc<ConfigState>,
     /// When the config facts were received; `None` = never in this process (from disk, or nothing yet).
     pub config_received_at_ms: Option<u64>,
+    /// In this process somebody has said so who is not only this disk's memory: the writer of desired state, by a sign of
+    /// life, has nothing newer.
+    pub config_confirmed: bool,
     pub machines: OrdMap<MachineId, Arc<MachineFact>>,
     pub hosts: OrdMap<HostId, Arc<HostFact>>,
     /// Of the other hosts; this process's own is always fresh.

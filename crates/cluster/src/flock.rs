@@ -112,6 +112,8 @@ struct Config {
     published: config_rows::Published,
     reader: config_rows::Reader,
     published_generation: Generation,
+    /// Of what was read last, whole.
+    read: Option<Generation>,
     was_refused: bool,
     /// The log has changed since it was last read.
     is_news: bool,
@@ -125,6 +127,7 @@ impl Config {
             published: config_rows::Published::default(),
             reader: config_rows::Reader::default(),
             published_generation: Generation::default(),
+            read: None,
             was_refused: false,
             is_news: false,
         }
@@ -364,6 +367,7 @@ impl Driver {
             tracing::error!(entries = unreadable.len(), first = unreadable[0], "some of desired state cannot be read by this version: update this host");
             self.skipped.unreadable += unreadable.len() as u64;
         }
+        self.config.read = Some(config.generation);
         let held = self.view.current();
         if config.generation < held.config.generation || (held.config_received_at_ms.is_some() && *held.config == config) {
             return;
@@ -450,6 +454,19 @@ impl Driver {
             self.view.fold(News::default(), self.heard.clone());
         }
         self.look_at_region();
+        self.confirm_config();
+    }
+
+    /// Its writer lives, and has nothing newer than what is held: a copied or an old disk cannot say that by itself, nor can
+    /// a host that knows no more than this one.
+    fn confirm_config(&self) {
+        if self.config.writes.is_some() || self.config.is_news || self.view.current().config_confirmed {
+            return;
+        }
+        let status = self.node.status(self.config.origin).filter(|status| status.age_ms.is_some() && status.lag == 0 && !status.quarantined);
+        if let Some(generation) = self.config.read.filter(|_| status.is_some()) {
+            self.view.confirm_config(generation);
+        }
     }
 
     /// Who is where, by membership.

@@ -2,7 +2,7 @@
 
 use crate::disk::{self, Keeper, Loaded, ViewError};
 use arc_swap::ArcSwap;
-use dunlin_model::{HostId, MachineId};
+use dunlin_model::{Generation, HostId, MachineId};
 use dunlin_view::{ConfigState, Freshness, HostFact, HostFacts, MachineFact, Refused, ReportNews, Snapshot};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -81,6 +81,15 @@ impl View {
         self.tell_own();
         drop(guard);
         Ok(())
+    }
+
+    /// Desired state of this generation, or what has followed it, is known not to be only this disk's memory.
+    pub fn confirm_config(&self, generation: Generation) {
+        let _guard = self.lock();
+        let current = self.current();
+        if !current.config_confirmed && current.config.generation == generation {
+            self.set(Snapshot { config_confirmed: true, ..Snapshot::clone(&current) });
+        }
     }
 
     /// What a host says of one of its machines.

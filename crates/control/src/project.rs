@@ -55,6 +55,7 @@ async fn publish(ctx: &Ctx, cache: &mut Sealed, published: &mut Option<Generatio
     ctx.tokens.revoke(revoked);
     ctx.kill.pass("publish", "before");
     ctx.view.publish_config(project(desired), now_ms()).map_err(|refused| Failure::internal("the view refuses desired state", &refused))?;
+    ctx.view.confirm_config(generation);
     ctx.kill.pass("publish", "after");
     *published = Some(generation);
     ctx.published.store(true, Ordering::Release);

@@ -110,8 +110,9 @@ pub fn follow_view(view: View, inputs: mpsc::Sender<Input>) {
         let mut snapshot = changes.current();
         loop {
             // Only config facts concern the agent: host facts are its own.
-            if seen != Some(snapshot.config.generation) {
-                seen = Some(snapshot.config.generation);
+            let news = (snapshot.config.generation, snapshot.config_confirmed);
+            if seen != Some(news) {
+                seen = Some(news);
                 if inputs.send(Input::View).await.is_err() {
                     return;
                 }
@@ -249,7 +250,11 @@ impl Agent {
             }
             if self.slots.contains_key(id) {
                 self.dispatch(id, Event::Assigned(Box::new(assignment.clone())));
+                self.confirm_placement(id, snapshot);
                 continue;
+            }
+            if self.rebooted && !snapshot.config_confirmed && assignment.spec.is_exclusive() {
+                continue; // this disk's memory of desired state is no more than that of its journal
             }
             let Some(uid_base) = self.free_uid_base() else {
                 tracing::error!(machine = %id, "this host carries {MAX_MACHINES} machines and takes no more");
@@ -265,6 +270,16 @@ impl Agent {
         self.obey_tombstones(config);
         if again {
             self.hear_again(Input::ViewAgain);
+        }
+    }
+
+    /// What waits since the boot is started if it is here still, in the very placement that its record has.
+    fn confirm_placement(&mut self, id: &MachineId, snapshot: &Snapshot) {
+        let Some(slot) = self.slots.get(id).filter(|_| snapshot.config_confirmed) else { return };
+        let record = slot.machine.record();
+        let placement = snapshot.config.machines.get(id).map(|assignment| assignment.placement);
+        if slot.recovered && record.unconfirmed && placement == Some(record.assignment.placement) {
+            self.dispatch(id, Event::PlacementConfirmed);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Between the vocabularies of the seams and of the mechanisms.
 
 use dunlin_api::{CommandAnswer, CommandKind, Refusal};
-use dunlin_machine::{Asked, Deny, Verb};
+use dunlin_machine::{Asked, Deny, UNCONFIRMED, Verb};
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::{ExitInfo, HostId, MachineId};
 use dunlin_runtime::ExitRecord;
@@ -111,8 +111,9 @@ pub fn answer(
         Err(Deny::NotLeased) => Err(Refusal::NotLeased { machine }),
         Err(Deny::VersionMismatch { expected, found }) => Err(Refusal::VersionMismatch { machine, expected, found }),
         Err(Deny::IllegalMove { state }) => Err(Refusal::IllegalMove { machine, state, verb: verb.to_owned() }),
-        // Only a wake is refused for it, and no command is one.
+        // Only a wake is refused for these two, and no command is one.
         Err(Deny::Cordoned) => Err(Refusal::Invalid(format!("machine {machine} is cordoned"))),
+        Err(Deny::Unconfirmed) => Err(Refusal::Invalid(format!("machine {machine}: {UNCONFIRMED}"))),
         Err(Deny::Over) => Err(Refusal::Over { machine }),
         Err(Deny::NoRoom { why }) => Err(Refusal::InsufficientCapacity { host: host.clone(), why }),
     }

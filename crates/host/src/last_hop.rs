@@ -209,6 +209,7 @@ async fn start(inputs: &mpsc::Sender<Input>, machine: MachineId) -> Started {
         Err(No::Denied(Deny::NoRoom { why })) => Err(AdmitRefusal::InsufficientCapacity(why)),
         Err(No::Denied(Deny::Cordoned)) => Err(AdmitRefusal::Cordoned),
         Err(No::Denied(Deny::Leased { owner, .. })) => Err(AdmitRefusal::DidNotWake(format!("it is leased by {owner}"))),
+        Err(No::Denied(Deny::Unconfirmed)) => Err(AdmitRefusal::DidNotWake(dunlin_machine::UNCONFIRMED.into())),
         Err(No::Denied(Deny::IllegalMove { .. } | Deny::Over)) => Err(AdmitRefusal::NotRunning),
         Err(No::Denied(deny)) => Err(AdmitRefusal::DidNotWake(format!("{deny:?}"))),
         Err(No::NotKnown) => Err(AdmitRefusal::DidNotWake("it is gone".into())),

@@ -20,6 +20,8 @@ const SEQUENCE_GAP: u64 = 1 << 32;
 #[derive(Debug, Clone)]
 pub enum Input {
     View(Rc<Assigned>),
+    /// What the host has of desired state is not only its disk's memory.
+    Confirmed,
     /// The newest view once more.
     Look,
     /// What could not be recovered while the disk was full.
@@ -226,6 +228,7 @@ impl Host {
         match input {
             Input::View(view) => self.on_view(ctx, view),
             Input::Recover(id) => self.recover(ctx, &id),
+            Input::Confirmed => self.confirm(ctx),
             Input::Look => self.on_view(ctx, self.view.clone()),
             Input::Event(id, event) => self.dispatch(ctx, &id, event),
             Input::Check(id) => {
@@ -276,6 +279,20 @@ impl Host {
         let doomed: Vec<MachineId> = slots.keys().filter(|id| doomed(id)).cloned().collect();
         for id in doomed {
             self.dispatch(ctx, &id, Event::Tombstone);
+        }
+    }
+
+    /// What waits since a boot, and is still here.
+    pub fn confirm(&mut self, ctx: &mut Ctx) {
+        let view = self.view.clone();
+        let is_here = |id: &MachineId, record: &Record| view.machines.get(id).is_some_and(|row| row.placement == record.assignment.placement);
+        let waits = self.slots.iter().flatten().filter(|(id, slot)| {
+            let record = slot.machine.record();
+            slot.recovered && record.unconfirmed && is_here(id, record)
+        });
+        let waits: Vec<MachineId> = waits.map(|(id, _)| id.clone()).collect();
+        for id in waits {
+            self.dispatch(ctx, &id, Event::PlacementConfirmed);
         }
     }
 

@@ -248,6 +248,7 @@ impl World {
                 let life = self.hosts[host].life;
                 let input = Box::new(Input::View(view));
                 ctx.after(0, Happening::Heard { host, life, input });
+                ctx.after(0, Happening::Heard { host, life, input: Box::new(Input::Confirmed) });
             }
             Happening::Heard { .. } | Happening::ActEnds { .. } | Happening::AttemptEnds { .. } => unreachable!("hosts hear of it"),
         }

@@ -16,6 +16,7 @@ mod logs;
 mod neighbours;
 mod ps;
 mod ready;
+mod reboot;
 mod rootfs;
 mod setup;
 mod sleep;
@@ -56,6 +57,7 @@ const TESTS: &[Test] = tests![
         a_follower_hears_machines_that_come_and_attempts_that_follow;
     neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
     ps: they_are_told_with_numbers_directories_and_sockets, a_machine_that_does_not_run_has_none;
+    reboot: an_exclusive_machine_waits_until_its_placement_is_confirmed;
     ready: the_last_stopped_has_the_place_and_a_request_finds_it_made, it_is_always_made_of_what_a_start_would_be,
         ends_of_agents_and_supervisors_leave_one_at_most, one_whose_root_is_kept_has_no_place,
         one_of_performance_cpus_gets_its_own_as_its_program_starts;

@@ -20,6 +20,7 @@ mod liar;
 mod machines;
 mod poison;
 mod regions;
+mod reboots;
 mod registry;
 mod rootless;
 mod secrets;

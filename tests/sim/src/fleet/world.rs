@@ -243,8 +243,22 @@ impl World {
         self.kill(at, true);
     }
 
+    /// Control knows it from its store; others once control's log lives and has nothing newer than what they have.
+    fn confirm(&mut self, at: usize) {
+        let Some(process) = &self.members[at].process else { return };
+        let status = process.node.status(self.config.origin);
+        let lives = status.is_some_and(|status| status.age_ms.is_some() && status.lag == 0 && !status.quarantined);
+        let read = process.node.catalogue().log(self.config.origin).and_then(|log| rows::config(log.rows()));
+        let is_newest = read.is_some_and(|read| read.generation == process.view.config.generation);
+        let waits = self.members[at].agent.slots.iter().flatten().any(|(_, slot)| slot.machine.record().unconfirmed);
+        if waits && (at == CONTROL && self.control.is_some() || lives && is_newest) {
+            self.with_agent(at, |agent, ctx| agent.confirm(ctx));
+        }
+    }
+
     fn look(&mut self, at: usize) {
         let now_ms = self.ctx.now_ms;
+        self.confirm(at);
         let saves = self.ctx.rng.percent(50);
         let identities: Vec<(HostId, OriginId)> = self.members[..HOSTS].iter().map(|member| (member.identity.host.clone(), member.identity.origin)).collect();
         let member = &mut self.members[at];
