@@ -335,8 +335,9 @@ fn legal(from: S, to: S) -> bool {
         S::Started => {
             matches!(to, S::Stopping | S::Updating | S::Restarting | S::Stopped | S::Failed | S::Suspending | S::Starting | S::Destroying)
         }
-        S::Stopping => matches!(to, S::Stopped | S::Starting | S::Destroying),
-        S::Updating => matches!(to, S::Starting | S::Stopping | S::Destroying),
+        // What was to start again waits after a boot, if it is exclusive.
+        S::Stopping => matches!(to, S::Stopped | S::Starting | S::Restarting | S::Destroying),
+        S::Updating => matches!(to, S::Starting | S::Stopping | S::Restarting | S::Destroying),
         S::Stopped => matches!(to, S::Starting | S::Destroying),
         S::Suspending => matches!(to, S::Suspended | S::Started | S::Stopping | S::Stopped | S::Destroying),
         S::Suspended => matches!(to, S::Suspending | S::Started | S::Stopping | S::Stopped | S::Destroying),
