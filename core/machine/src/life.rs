@@ -635,7 +635,9 @@ impl Machine {
         if !effects.contains(&Effect::Journal) {
             effects = self.changed(now_ms, effects);
         }
-        if self.record.state != S::Destroying && !self.record.is_current() && self.record.problem.is_none() {
+        // That it waits is no reason why it could not be prepared.
+        let no_problem = self.record.problem.as_deref().is_none_or(|problem| problem == UNCONFIRMED);
+        if self.record.state != S::Destroying && !self.record.is_current() && no_problem {
             effects.push(Effect::Prepare(Box::new(self.record.assignment.spec.clone())));
         }
         effects
