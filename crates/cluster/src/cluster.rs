@@ -2,11 +2,12 @@
 
 use crate::authority::{Issued, log_name};
 use crate::flock::{self, Command, Driver, HOLD_MS, Inlets, Keep, Seen};
-use crate::link::{Expect, Handler, Inbox, Links, Target};
+use crate::link::{Expect, Handler, Inbox, Links, Runs, Target};
 use crate::live::View;
 use crate::member::{self, Member, MemberError, now_ms};
 use crate::status::{self, ClusterStatus, MemberStatus, TransportCounts};
 use crate::stream::{Service, Stream};
+use crate::thread::Thread;
 use crate::tls::{self, Tls, TlsError};
 use arc_swap::ArcSwap;
 use dunlin_gossip::{Certificate, Config, Identity, Node, Now, OriginId, Peer};
@@ -22,6 +23,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -49,6 +51,8 @@ pub struct ClusterConfig {
 pub enum ClusterError {
     #[error("the cluster's UDP socket cannot be used")]
     Socket(#[source] io::Error),
+    #[error("no thread can be started for the cluster")]
+    Thread(#[source] io::Error),
     #[error("others cannot reach a host at {0}: give an address of this host's, such as its public one")]
     Advertise(SocketAddr),
     #[error("what this host knows of its cluster cannot be read from {}: check the folder's permissions", .dir.display())]
@@ -74,6 +78,8 @@ struct Inner {
     commands: mpsc::Sender<Command>,
     stop: CancellationToken,
     driver: Mutex<Option<JoinHandle<()>>>,
+    /// It outlives all that runs on it.
+    _thread: Thread,
 }
 
 /// What the driver and the handle share.
@@ -96,15 +102,17 @@ impl Cluster {
         let (messages, messages_in) = mpsc::channel(MAX_MESSAGES);
         let (commands, commands_in) = mpsc::channel(MAX_COMMANDS);
         let inbox = Inbox { datagrams, messages };
-        let links = Links::start(&member.host, tls.clone(), (socket, member.keys.reset_key()?), advertise, inbox).map_err(ClusterError::Socket)?;
+        let thread = Thread::start().map_err(ClusterError::Thread)?;
+        let at = Runs { own: thread.handle().clone(), callers: Handle::current() };
+        let links = Links::start(&member.host, tls.clone(), (socket, member.keys.reset_key()?), advertise, inbox, at).map_err(ClusterError::Socket)?;
         let node = node(&member, links.advertised(), &dir)?;
         let shared = Arc::new(Shared { member, seen: ArcSwap::default() });
         let stop = CancellationToken::new();
         let inlets = Inlets { datagrams: datagrams_in, messages: messages_in, commands: commands_in, stop: stop.clone() };
         let machines = (shared.member.machines_log_certificate()?, shared.member.keys.gossip()?);
         let driver = Driver::new(node, links.clone(), view.clone(), tls.clone(), shared.clone(), Keep::new(&dir));
-        let driver = Mutex::new(Some(tokio::spawn(driver.run(machines, inlets))));
-        Ok(Self { inner: Arc::new(Inner { shared, links, tls, view, dir, commands, stop, driver }) })
+        let driver = Mutex::new(Some(thread.handle().spawn(driver.run(machines, inlets))));
+        Ok(Self { inner: Arc::new(Inner { shared, links, tls, view, dir, commands, stop, driver, _thread: thread }) })
     }
 
     /// Where the others reach this host.

@@ -26,6 +26,7 @@ mod live;
 mod member;
 mod status;
 mod stream;
+mod thread;
 mod tls;
 
 pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name, machines_log_name};

@@ -32,6 +32,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -149,10 +150,18 @@ struct Inner {
     handlers: Mutex<BTreeMap<Service, Handler>>,
     inbox: Inbox,
     tasks: TaskTracker,
+    at: Runs,
     stop: CancellationToken,
     counters: LinkCounters,
     handshakes: Arc<Semaphore>,
     joiners: Arc<Semaphore>,
+}
+
+/// Where tasks run.
+pub(crate) struct Runs {
+    pub own: Handle,
+    /// The runtime of whoever started the cluster.
+    pub callers: Handle,
 }
 
 #[derive(Default)]
@@ -163,8 +172,9 @@ struct Table {
 
 impl Links {
     /// Serves at a bound socket. `advertise` with port 0 means the port that was bound.
-    pub fn start(host: &HostId, tls: Arc<Tls>, (socket, reset_key): (UdpSocket, [u8; 32]), advertise: SocketAddr, inbox: Inbox) -> io::Result<Self> {
+    pub fn start(host: &HostId, tls: Arc<Tls>, (socket, reset_key): (UdpSocket, [u8; 32]), advertise: SocketAddr, inbox: Inbox, at: Runs) -> io::Result<Self> {
         let bound = socket.local_addr()?;
+        let _here = at.own.enter(); // QUIC's own tasks are where its endpoint is made
         let port = if advertise.port() == 0 { bound.port() } else { advertise.port() };
         let hello = Hello { process: u64::from_le_bytes(crate::member::random()), addr: SocketAddr::new(advertise.ip(), port) };
         let server = QuicServerConfig::try_from(tls.quic_server.clone()).map_err(io::Error::other)?;
@@ -190,13 +200,14 @@ impl Links {
             handlers: Mutex::default(),
             inbox,
             tasks: TaskTracker::new(),
+            at,
             stop: CancellationToken::new(),
             counters: LinkCounters::default(),
             handshakes: Arc::new(Semaphore::new(accept::MAX_HANDSHAKES)),
             joiners: Arc::new(Semaphore::new(accept::MAX_JOINERS)),
         };
         let links = Self { inner: Arc::new(inner) };
-        links.inner.tasks.spawn(links.clone().accept());
+        links.spawn(links.clone().accept());
         Ok(links)
     }
 
@@ -285,6 +296,15 @@ impl Links {
         let _ = tokio::time::timeout(Duration::from_secs(2), ended).await; // the peers notice by themselves then
     }
 
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.inner.tasks.spawn_on(work, &self.inner.at.own);
+    }
+
+    /// What others want of this host is not done where datagrams wait for it.
+    fn spawn_service(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.inner.tasks.spawn_on(work, &self.inner.at.callers);
+    }
+
     fn endpoint(&self) -> io::Result<Endpoint> {
         let endpoint = self.inner.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone();
         endpoint.ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "this host has left the cluster"))
@@ -311,7 +331,7 @@ impl Links {
         }
         table.bound(&link.host);
         drop(table);
-        self.inner.tasks.spawn(self.clone().run(link.clone(), waiting));
+        self.spawn(self.clone().run(link.clone(), waiting));
         link
     }
 

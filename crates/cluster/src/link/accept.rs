@@ -44,7 +44,7 @@ impl Links {
                 continue;
             };
             let links = self.clone();
-            self.inner.tasks.spawn(async move {
+            self.spawn(async move {
                 let greeted = tokio::select! {
                     greeted = tokio::time::timeout(HANDSHAKE_DEADLINE, links.greet(incoming)) => greeted,
                     () = links.inner.stop.cancelled() => return,
@@ -52,7 +52,10 @@ impl Links {
                 drop(permit);
                 match greeted {
                     Ok(Ok(None)) => count(&links.inner.counters.accepted),
-                    Ok(Ok(Some(joiner))) => links.serve_joiner(joiner).await,
+                    Ok(Ok(Some(joiner))) => {
+                        let serving = links.clone();
+                        links.spawn_service(async move { serving.serve_joiner(joiner).await });
+                    }
                     Ok(Err(error)) => {
                         count(&links.inner.counters.refused);
                         tracing::debug!(error = &error as &dyn std::error::Error, "a connection was refused");
@@ -119,7 +122,7 @@ impl Links {
     pub(super) async fn receive_streams(&self, link: &Link) {
         while let Ok((send, recv)) = link.connection.accept_bi().await {
             let (links, host) = (self.clone(), link.host.clone());
-            self.inner.tasks.spawn(async move {
+            self.spawn_service(async move {
                 let stop = links.inner.stop.clone();
                 tokio::select! {
                     () = links.serve_stream(host, send, recv) => {}

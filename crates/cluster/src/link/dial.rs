@@ -78,7 +78,7 @@ impl Links {
             Some((until, why)) if *until > now => return Err(why.clone()),
             Some(_) => {
                 dial.rests = None;
-                self.inner.tasks.spawn(self.clone().dial(target.clone()));
+                self.spawn(self.clone().dial(target.clone()));
             }
             None => {}
         }
