@@ -529,9 +529,8 @@ impl Machine {
             Ok(()) => None,
         };
         if found == Found::Rests
-            && let Some(problem) = waits
+            && let problem @ Some(_) = waits
         {
-            let problem = Some(problem);
             if record.problem == problem {
                 return Vec::new();
             }
@@ -571,14 +570,11 @@ impl Machine {
         }
         record.unconfirmed = false;
         record.problem.take_if(|problem| problem == UNCONFIRMED);
-        let acts = match (record.state, record.restart_at_ms) {
-            (MachineState::Restarting, None) => {
-                let start = self.start(now_ms);
-                self.note_start(now_ms);
-                start
-            }
-            _ => vec![], // the back-off's alarm is set already
-        };
+        let mut acts = vec![]; // the alarm of a back-off is set already
+        if record.state == MachineState::Restarting && record.restart_at_ms.is_none() {
+            acts = self.start(now_ms);
+            self.note_start(now_ms);
+        }
         self.changed(now_ms, acts)
     }
 

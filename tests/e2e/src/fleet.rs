@@ -312,6 +312,11 @@ impl Fleet {
         self.drop_at(to, "input", &["ip", "saddr", &self.find(from).address()]);
     }
 
+    /// The same, and it outlives power cycles of `to`.
+    pub fn one_way_from(&self, from: &str, to: &str) {
+        self.drop_at(from, "output", &["ip", "daddr", &self.find(to).address()]);
+    }
+
     /// What members say over UDP is lost, forwarded requests are not.
     pub fn cut_gossip_only(&self, id: &str) {
         let port = CLUSTER_PORT.to_string();

@@ -22,7 +22,7 @@ fn worker() -> (Fleet, String) {
     let machines = fleet.machines("web");
     let (id, host) = machines.iter().next().unwrap();
     assert_eq!(host, "w2");
-    for text in ["most hosts do not answer", "the host is dead"] {
+    for text in ["most hosts do not answer", "the host is dead", "stays on its dead host", "sendmsg error"] {
         fleet.control().expect_log(text);
     }
     (fleet, id.clone())
@@ -43,10 +43,10 @@ fn a_booted_host_starts_an_exclusive_machine_once_it_hears_from_control() {
     let (mut fleet, id) = worker();
     fleet.kill("w2");
     note_other_boot(&fleet.host("w2").data());
-    fleet.one_way("w1", "w2");
+    fleet.one_way_from("w1", "w2");
     fleet.power_on("w2");
     waits(&fleet);
-    fleet.heal("w2");
+    fleet.heal("w1");
     fleet.until_whole("web", 1);
     assert!(fleet.supervised().contains(&(id, "w2".into())));
 }
@@ -60,10 +60,10 @@ fn an_old_disk_does_not_run_what_was_fenced_meanwhile() {
     fleet.control().ok(&["machine", "destroy", &id, "--force", "--app", "web"]);
     // Its disk knows nothing of that.
     note_other_boot(&data);
-    fleet.one_way("w1", "w2");
+    fleet.one_way_from("w1", "w2");
     fleet.power_on("w2");
     waits(&fleet);
-    fleet.heal("w2");
+    fleet.heal("w1");
     fleet.until_up(&["w2"]);
     sleep(AT_ONCE);
     assert!(fleet.supervised().iter().all(|(machine, _)| *machine != id));
