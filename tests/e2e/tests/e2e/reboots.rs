@@ -22,7 +22,7 @@ fn worker() -> (Fleet, String) {
     let machines = fleet.machines("web");
     let (id, host) = machines.iter().next().unwrap();
     assert_eq!(host, "w2");
-    for text in ["most hosts do not answer", "the host is dead", "stays on its dead host", "sendmsg error"] {
+    for text in ["most hosts do not answer", "the host is dead", "stays on its dead host", "could not be replaced", "sendmsg error"] {
         fleet.control().expect_log(text);
     }
     (fleet, id.clone())
