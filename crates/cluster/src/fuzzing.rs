@@ -1,30 +1,36 @@
 //! What the fuzzer (`fuzz/`) sends through: what a member, or somebody who would be one, may say.
 
-use crate::facts::{Skipped, read};
+use crate::facts::{Skipped, read_host, read_machines};
 use crate::{JoinAnswer, JoinRequest, JoinToken, config_rows};
 use dunlin_gossip::{Change, Key, Row, Topic};
-use dunlin_model::{Generation, HostId};
+use dunlin_model::{Generation, HostId, Region};
 use dunlin_view::ConfigState;
 use std::collections::BTreeMap;
 
-/// One row: a byte that says under which key, and its value.
+/// One row of either log of a host: a byte that says under which key, and its value.
 ///
 /// # Panics
-/// When a host's row says something of another host.
+/// When a host's row says something of another host, or of a region that is not its own.
 pub fn row(bytes: &[u8]) {
     let Some((kind, value)) = bytes.split_first() else { return };
     let host: HostId = "h1".parse().expect("an id");
-    let key = match kind % 4 {
+    let region: Region = "fra".parse().expect("a region");
+    let key = match kind % 6 {
         0 => "host",
         1 => "m/00000000000000",
         2 => "m/no machine",
+        3 => "app/web",
+        4 => "app/No App",
         _ => "later",
     };
     let topic = Topic::new("web").expect("it is short");
     if let Ok(row) = Row::live(Key::new(key).expect("it is short"), 1, &topic, value) {
-        let facts = read(&host, true, &[row], &mut Skipped::default());
-        assert!(facts.said.is_none_or(|said| said.id == host));
-        assert!(facts.machines.iter().all(|fact| fact.host == host));
+        let (rows, mut skipped) = ([row], Skipped::default());
+        let (said, report) = read_host(&host, Some(region.clone()), true, &rows, &mut skipped);
+        assert!(said.is_none_or(|said| said.id == host));
+        assert!(report.is_none_or(|report| report.host == host && report.region == region));
+        let facts = read_machines(&host, true, &rows, &mut skipped);
+        assert!(facts.said.is_none() && facts.machines.iter().all(|fact| fact.host == host));
     }
 }
 
