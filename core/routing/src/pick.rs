@@ -59,7 +59,13 @@ impl Route {
         let mut far: Vec<&Far> = self.far.iter().filter(|far| regions.may_serve(&far.region)).collect();
         far.sort_by_key(|far| (regions.rank(&far.region), far.promise(), far.distance));
         far.truncate(LOOK_INTO);
-        far.into_iter().map(|far| &far.region).collect()
+        let mut wanted: Vec<&Region> = far.into_iter().map(|far| &far.region).collect();
+        if let Some(c) = head.prefer_instance.and_then(instance)
+            && !wanted.contains(&&c.region)
+        {
+            wanted.push(&c.region);
+        }
+        wanted
     }
 }
 
@@ -343,7 +349,13 @@ impl Ask<'_> {
 
     fn preferred(&self, id: &str) -> Option<Decision> {
         let c = self.route.candidates.iter().find(|c| c.machine.as_str() == id)?;
-        if c.availability != Availability::Ready || self.was_tried(c) || !self.may_serve(c) {
+        if self.was_tried(c) || !self.may_serve(c) {
+            return None;
+        }
+        if c.availability == Availability::Unseen && c.freshness != Freshness::Old && self.waits {
+            return Some(self.wait(WaitReason::Detail));
+        }
+        if c.availability != Availability::Ready {
             return None;
         }
         Some(forward(c, c.load.reserve(c.service.concurrency.hard_limit)?))

@@ -664,6 +664,21 @@ fn a_region_that_is_preferred_and_has_something_is_waited_for() {
 }
 
 #[test]
+fn a_machine_that_is_preferred_is_waited_for_where_it_is_not_seen() {
+    let wanted = id(1);
+    let prefers = Head { waits_for_detail: true, prefer_instance: Some(wanted.as_str()), ..head(HOST) };
+    let machines = [at("h2", "fra"), at("h4", "syd"), at("h3", "ams"), at("h5", "iad")];
+    let table = seen_with_summaries(&machines, &[], &[("ams", READY), ("iad", READY)]);
+    assert_eq!(waits(&table.route(&prefers, &[], 0, NOW)), Some(WaitReason::Detail));
+    assert_eq!(looked_into(&table, &prefers), ["ams", "iad", "syd"], "its region beside those that promise most");
+    let done = Head { waits_for_detail: false, ..prefers };
+    let decision = table.route(&done, &[], 0, NOW);
+    assert!(matches!(decision, Decision::Forward { target, preferred_unavailable: true, .. } if target.machine == id(0)));
+    let table = seen_with_summaries(&machines, &["h4"], &[]);
+    assert!(matches!(table.route(&prefers, &[], 0, NOW), Decision::Forward { target, preferred_unavailable: false, .. } if target.machine == wanted));
+}
+
+#[test]
 fn what_sleeps_here_is_woken_unless_as_many_run_elsewhere_as_may() {
     let asleep = M { state: MachineState::Stopped, ..at("h2", "fra") };
     for (summary, wakes) in [(NOTHING, true), (WAKEABLE, true), (READY, false)] {

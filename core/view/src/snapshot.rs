@@ -146,6 +146,12 @@ impl Snapshot {
     }
 
     /// How far what a host says can be relied on. Of a host that nobody watches, which is this process's own, all is fresh.
+    /// Whether a host that had the machine has it no more: it has told which it has, or was removed.
+    pub fn is_rid_of(&self, host: &HostId, machine: &MachineId) -> bool {
+        let has_told = self.told.contains(host) || self.config.removed_hosts.contains(host);
+        has_told && !self.machines.contains_key(machine)
+    }
+
     pub fn freshness(&self, host: &HostId) -> Freshness {
         self.heard.get(host).copied().unwrap_or(Freshness::Fresh)
     }

@@ -36,11 +36,7 @@ async fn look(ctx: &Ctx) -> Result<(), Failure> {
     let mut change = Change::default();
     let view = ctx.view.current();
     for row in ctx.state.list::<TombstoneRow>("tombstones/").await? {
-        // Only once its host says nothing of the machine any more: it has told which it has, or was removed.
-        let host = &row.value.host;
-        let has_told = view.told.contains(host) || view.config.removed_hosts.contains(host);
-        let is_gone = has_told && !view.machines.contains_key(&row.value.machine);
-        if is_gone && older(row.value.at_ms, TOMBSTONE_MS) {
+        if view.is_rid_of(&row.value.host, &row.value.machine) && older(row.value.at_ms, TOMBSTONE_MS) {
             change = change.delete(key::tombstone(&row.value.machine));
         }
     }

@@ -136,6 +136,7 @@ fn own(worker: &Worker, record: &mut Record) -> Option<Conn> {
     record.route = Some(route.clone());
     record.held = Some(held);
     if let Upstream::Machine { target, .. } = &conn.to {
+        worker.edge.routes.see(&target.region, &target.app);
         record.target = Some(target.clone());
     }
     Some(conn)

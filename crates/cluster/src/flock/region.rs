@@ -81,10 +81,12 @@ impl Driver {
         self.handle(Input::Use { region: region_of(region), topic });
     }
 
-    /// Regions of members, but for this host's.
+    /// Regions with hosts, but for this host's; of hosts that do not answer, too: what they said last is still what is known.
     fn far_regions(&self) -> BTreeSet<Region> {
-        let far = self.node.members().filter(|peer| peer.region != self.node.me().region);
-        far.filter_map(|peer| super::region(&peer.region)).collect()
+        let own = &self.node.me().region;
+        let known = self.node.catalogue().logs().map(|log| &log.certificate).filter(|certificate| certificate.region != *own);
+        let there = known.filter(|certificate| host_of(&certificate.name).is_some_and(|host| !self.removed.contains(&host)));
+        there.filter_map(|certificate| super::region(&certificate.region)).collect()
     }
 
     /// Nobody uses some detail of that region any more: which of its hosts are not held now?

@@ -168,7 +168,8 @@ async fn destroyed_of(owners: &Owners, app: &AppRow, filter: &Filter, view: &Sna
         let config = if filter.is_summary { Value::Null } else { fly::show(&gone.machine.spec, &ctx.domain) };
         let shown = wire(owners, view, &gone.machine, config);
         // Its host may still be at it.
-        let state = if view.machines.contains_key(&gone.machine.id) { MachineState::Destroying } else { MachineState::Destroyed };
+        let is_over = view.is_rid_of(&gone.machine.host, &gone.machine.id);
+        let state = if is_over { MachineState::Destroyed } else { MachineState::Destroying };
         let shown = wire::Machine { state, host_status: "ok".into(), problem: None, updated_at: rfc3339(gone.at_ms), ..shown };
         (gone, shown)
     });
