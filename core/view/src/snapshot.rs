@@ -133,6 +133,13 @@ impl Snapshot {
     pub fn forget_hosts(&mut self, is_removed: impl Fn(&HostId) -> bool) {
         remove_if(&mut self.hosts, |host, _| is_removed(host));
         remove_if(&mut self.machines, |_, fact| is_removed(&fact.host));
+        // Shared with other views as long as nothing of them goes.
+        if self.told.iter().any(&is_removed) {
+            Arc::make_mut(&mut self.told).retain(|host| !is_removed(host));
+        }
+        if self.reports.keys().any(&is_removed) {
+            Arc::make_mut(&mut self.reports).retain(|host, _| !is_removed(host));
+        }
     }
 
     /// The view with what this process's host says of itself; its machines it has told before.
@@ -145,13 +152,13 @@ impl Snapshot {
         next
     }
 
-    /// How far what a host says can be relied on. Of a host that nobody watches, which is this process's own, all is fresh.
     /// Whether a host that had the machine has it no more: it has told which it has, or was removed.
     pub fn is_rid_of(&self, host: &HostId, machine: &MachineId) -> bool {
         let has_told = self.told.contains(host) || self.config.removed_hosts.contains(host);
         has_told && !self.machines.contains_key(machine)
     }
 
+    /// How far what a host says can be relied on. Of a host that nobody watches, which is this process's own, all is fresh.
     pub fn freshness(&self, host: &HostId) -> Freshness {
         self.heard.get(host).copied().unwrap_or(Freshness::Fresh)
     }

@@ -21,7 +21,7 @@ use crate::status::{GossipCounts, LogStatus, Silenced};
 use crate::tls::Tls;
 use dunlin_gossip::{Addr, Certificate, Event, Input, Key, Name, Node, Now, OriginId, Output, Peer, Row};
 use dunlin_model::{AppName, Generation, HostId, Region};
-use dunlin_view::{ConfigState, Freshness, ReportNews};
+use dunlin_view::{ConfigState, Freshness};
 use ed25519_dalek::SigningKey;
 pub(crate) use keep::{Keep, load};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -432,9 +432,6 @@ impl Driver {
             self.handle(Input::Remove(OriginId::of(&machines_log_name(&host))));
         }
         self.view.forget_hosts(&self.removed);
-        let silent = |host: &HostId| ReportNews { host: host.clone(), region: self.shared.member.region.clone(), apps: vec![], whole: true };
-        let nothing = News { facts: vec![], reports: self.removed.iter().map(silent).collect(), dropped: self.removed.clone() };
-        self.view.fold(nothing, self.heard.clone());
         self.see_members();
     }
 

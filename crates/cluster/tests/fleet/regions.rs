@@ -36,6 +36,7 @@ async fn fleet(world: &World) -> Vec<Host> {
     hosts[1].says(&[machine(1, "h2", 1)]);
     hosts[2].says(&[stopped(2, "h3", 1)]);
     hosts[3].says(&[]);
+    until("the region knows itself", || hosts[1].sees(&machine_id(2)) == Some(1) && hosts[2].sees(&machine_id(1)) == Some(1)).await;
     hosts
 }
 
@@ -48,7 +49,6 @@ async fn detail_stays_in_its_region_and_elsewhere_is_a_summary() {
     let world = World::new();
     let hosts = fleet(&world).await;
     let [h1, h2, h3, h4] = hosts.as_slice() else { unreachable!() };
-    until("the region knows itself", || h2.sees(&machine_id(2)) == Some(1) && h3.sees(&machine_id(1)) == Some(1)).await;
     until("control knows all", || h1.sees(&machine_id(1)) == Some(1) && h1.sees(&machine_id(2)) == Some(1)).await;
     let summary = |host: &Host| host.view.current().summary(&ams(), &web());
     until("the others know the sum", || summary(h4) == Some(Summary { ready: 1, wakeable: 1, running: 1 })).await;
@@ -80,7 +80,6 @@ async fn who_uses_an_app_elsewhere_sees_its_machines() {
     let world = World::new();
     let hosts = fleet(&world).await;
     let [h1, h2, h3, h4] = hosts.as_slice() else { unreachable!() };
-    until("the region knows itself", || h2.sees(&machine_id(2)) == Some(1) && h3.sees(&machine_id(1)) == Some(1)).await;
     assert!(h4.cluster.see_detail(&ams(), &web()));
     until("it sees them", || h4.sees(&machine_id(1)) == Some(1) && h4.sees(&machine_id(2)) == Some(1)).await;
     until("by subscription", || scope(h4, "machines/h2") == Some(LogScope::Subscribed)).await;
