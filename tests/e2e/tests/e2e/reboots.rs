@@ -80,11 +80,7 @@ fn note_other_boot(data: &Path) {
     bytes.truncate(end);
     let entry = b"{\"boot\":{\"boot_id\":\"another\"}}";
     bytes.extend((entry.len() as u32).to_le_bytes());
-    bytes.extend(crc32(entry).to_le_bytes());
+    bytes.extend(crc32fast::hash(entry).to_le_bytes());
     bytes.extend(entry);
     fs::write(&path, bytes).unwrap();
-}
-
-fn crc32(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg())))
 }
