@@ -8,7 +8,7 @@
 //! Faults are methods; what they did is undone by [`Fleet::heal`]. All of it is gone at the drop, also after a panic.
 
 use crate::netns::link;
-use crate::{Api, Namespace, Pulse, Server, processes, text, until};
+use crate::{Api, Namespace, Pulse, Server, kill, processes, text, until};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -331,6 +331,33 @@ impl Fleet {
         let chain = format!("{{ type filter hook {hook} priority -300 ; }}");
         namespace.nft(&["add", "chain", "inet", FAULTS, hook, &chain]);
         namespace.nft(&[&["add", "rule", "inet", FAULTS, hook], what, &["drop"]].concat());
+    }
+
+    /// So many of a hundred packets are lost on its line, in each direction.
+    pub fn lose(&self, id: &str, percent: u32) {
+        for (hook, side) in [("input", "iifname"), ("output", "oifname")] {
+            self.drop_at(id, hook, &[side, "eth0", "numgen", "random", "mod", "100", "<", &percent.to_string()]);
+        }
+        // What nft drops on the way out is told to who sent it, unlike on a real line.
+        self.host(id).expect_log("sendmsg error");
+    }
+
+    /// Its server hangs: the kernel goes on taking connections for it, and its machines run.
+    pub fn freeze(&self, id: &str) {
+        self.server_pids(id).into_iter().for_each(|pid| kill(pid, "STOP"));
+    }
+
+    pub fn thaw(&self, id: &str) {
+        self.server_pids(id).into_iter().for_each(|pid| kill(pid, "CONT"));
+    }
+
+    /// Of keeper and server.
+    fn server_pids(&self, id: &str) -> Vec<u32> {
+        let namespace = self.find(id).namespace();
+        let is_server = |(pid, line): &(u32, String)| line.contains(" server ") && namespace.has(*pid);
+        let pids: Vec<u32> = processes().into_iter().filter(is_server).map(|(pid, _)| pid).collect();
+        assert!(!pids.is_empty(), "the server of {id} runs");
+        pids
     }
 
     /// All faults of its network end.

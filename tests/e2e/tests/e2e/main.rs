@@ -25,6 +25,7 @@ mod registry;
 mod rootless;
 mod secrets;
 mod server;
+mod sick;
 mod storm;
 mod upgrades;
 mod volumes;
