@@ -35,7 +35,8 @@ pub enum Verb {
     Wake,
     /// Signal number and time until it is killed.
     Stop { signal: Option<i32>, timeout_ms: Option<u64> },
-    Restart { timeout_ms: Option<u64> },
+    /// Likewise.
+    Restart { signal: Option<i32>, timeout_ms: Option<u64> },
     Signal { signal: i32 },
     Suspend,
     Cordon,

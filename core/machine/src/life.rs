@@ -254,10 +254,10 @@ impl Machine {
                 record.state = MachineState::Stopping;
                 vec![self.stop(*signal, *timeout_ms, now_ms)]
             }
-            Verb::Restart { timeout_ms } => {
+            Verb::Restart { signal, timeout_ms } => {
                 record.goal = Goal::Again;
                 record.state = MachineState::Stopping;
-                vec![self.stop(None, *timeout_ms, now_ms)]
+                vec![self.stop(*signal, *timeout_ms, now_ms)]
             }
             Verb::Signal { signal } => vec![Effect::Signal { signal: *signal }],
             Verb::Cordon => {

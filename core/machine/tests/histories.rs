@@ -209,7 +209,7 @@ impl Host {
             Op::Start => self.send(Verb::Start),
             Op::Wake => self.send(Verb::Wake),
             Op::Stop => self.send(Verb::Stop { signal: None, timeout_ms: None }),
-            Op::Restart => self.send(Verb::Restart { timeout_ms: None }),
+            Op::Restart => self.send(Verb::Restart { signal: None, timeout_ms: None }),
             Op::Signal => self.send(Verb::Signal { signal: 1 }),
             Op::Suspend => self.send(Verb::Suspend),
             Op::Lease => {

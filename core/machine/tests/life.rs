@@ -8,7 +8,7 @@ use dunlin_model::{Generation, MachineState as S};
 
 const STOP: Verb = Verb::Stop { signal: None, timeout_ms: None };
 const GONE: Alive = Alive { attempt: None, stopping: false, frozen: false, exit: None, rebooted: false };
-const RESTART: Verb = Verb::Restart { timeout_ms: None };
+const RESTART: Verb = Verb::Restart { signal: None, timeout_ms: None };
 
 fn prepared(n: u8) -> Event {
     Event::Prepared { version: version(n), result: Ok(()), room: Ok(()) }
@@ -244,7 +244,7 @@ fn a_stop_is_told_once_with_its_own_signal_and_time() {
     assert_eq!(recovered(false), [(Some(10), 50_000)]);
     // A restart that becomes a stop gives no more time than the restart did.
     let mut machine = started("always", 0);
-    machine.handle(Event::Ordered(order(2, Verb::Restart { timeout_ms: Some(5_000) })), 0);
+    machine.handle(Event::Ordered(order(2, Verb::Restart { signal: None, timeout_ms: Some(5_000) })), 0);
     assert_eq!(stops(&machine.handle(Event::Ordered(order(3, gently)), 1_000)), [(Some(10), 4_000)]);
 }
 

@@ -149,7 +149,7 @@ pub struct Command {
 pub enum CommandKind {
     Start,
     Stop { signal: Option<String>, timeout_ms: Option<u64> },
-    Restart { timeout_ms: Option<u64> },
+    Restart { signal: Option<String>, timeout_ms: Option<u64> },
     Signal { signal: String },
     /// Freezes its processes; a start or a request thaws them.
     Suspend,

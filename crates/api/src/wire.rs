@@ -65,11 +65,14 @@ pub struct CreateApp {
     /// Only `false`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enable_subdomains: Option<bool>,
+    /// Fly's Go client sends it always; only none, or the empty one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub app_role_id: Option<String>,
 }
 
 impl CreateApp {
     pub fn named(app_name: AppName) -> Self {
-        Self { app_name, org_slug: None, network: None, enable_subdomains: None }
+        Self { app_name, org_slug: None, network: None, enable_subdomains: None, app_role_id: None }
     }
 }
 
@@ -328,6 +331,7 @@ pub struct ExecAnswer {
 
 /// `None` deletes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SetSecrets {
     pub values: BTreeMap<String, Option<String>>,
 }
@@ -346,6 +350,17 @@ pub struct Secrets {
     #[serde(default)]
     pub version: u64,
     /// The release that brings them to the machines, when one was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<u32>,
+}
+
+/// One that was set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretSet {
+    #[serde(flatten)]
+    pub secret: Secret,
+    /// As in [`Secrets`].
+    pub version: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<u32>,
 }

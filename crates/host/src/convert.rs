@@ -61,7 +61,9 @@ pub fn verb(kind: &CommandKind) -> Result<Verb, Refusal> {
         CommandKind::Stop { signal, timeout_ms } => {
             Verb::Stop { signal: signal.as_deref().map(signal_number).transpose()?, timeout_ms: *timeout_ms }
         }
-        CommandKind::Restart { timeout_ms } => Verb::Restart { timeout_ms: *timeout_ms },
+        CommandKind::Restart { signal, timeout_ms } => {
+            Verb::Restart { signal: signal.as_deref().map(signal_number).transpose()?, timeout_ms: *timeout_ms }
+        }
         CommandKind::Signal { signal } => Verb::Signal { signal: signal_number(signal)? },
         CommandKind::Suspend => Verb::Suspend,
         CommandKind::Cordon => Verb::Cordon,

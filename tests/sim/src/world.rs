@@ -276,7 +276,7 @@ impl World {
             0..7 => Verb::Start,
             7..10 => Verb::Wake,
             10..14 => Verb::Stop { signal: None, timeout_ms: if rng.percent(50) { Some(rng.between(0, 10_000)) } else { None } },
-            14..16 => Verb::Restart { timeout_ms: None },
+            14..16 => Verb::Restart { signal: None, timeout_ms: None },
             16 => Verb::Signal { signal: 1 },
             17 => Verb::Uncordon,
             18..20 => Verb::Lease { nonce: nonce.clone(), ttl_ms, owner: "somebody".into(), description: String::new() },

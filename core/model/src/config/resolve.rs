@@ -95,7 +95,7 @@ impl AppConfig {
             }
             if service.checks.is_empty() {
                 checks.push(Check {
-                    name: format!("listens-on-{port}"),
+                    name: format!("servicecheck-listens-{port}"),
                     port,
                     kind: CheckKind::Tcp,
                     interval_ms: IMPLICIT_INTERVAL_MS,

@@ -246,8 +246,7 @@ pub(super) fn is_header_value(text: &str) -> bool {
 
 /// A check's name is shown, stands in facts, and is not one that a service's check has.
 pub(super) fn is_check_name(name: &str) -> bool {
-    let of_services = ["servicecheck-", "listens-on-"];
-    super::procfile::valid_group(name) && !of_services.iter().any(|prefix| name.starts_with(prefix))
+    super::procfile::valid_group(name) && !name.starts_with("servicecheck-")
 }
 
 fn read_times<'t>(f: &mut Findings<'t>, section: &mut Section<'t>) -> Times {

@@ -149,7 +149,7 @@ fn an_empty_file_has_defaults() {
 fn a_service_without_checks_is_checked_for_listening() {
     let config = good("[http_service]\ninternal_port = 3000\n");
     let checks = config.checks_for("app");
-    assert_eq!((checks[0].name.as_str(), checks[0].port, checks[0].gates_routing), ("listens-on-3000", 3000, true));
+    assert_eq!((checks[0].name.as_str(), checks[0].port, checks[0].gates_routing), ("servicecheck-listens-3000", 3000, true));
 }
 
 #[test]
@@ -283,7 +283,7 @@ fn mistakes_have_a_place_and_an_expectation() {
     refused("[http_service]\nprocesses = [\"web\"]\n", "dunlin.toml:2:13: http_service.processes names the process group \"web\", which does not exist: without [processes] there is only \"app\"");
     refused("[build]\ndockerfile = \"../x\"\n", "dunlin.toml:2:14: build.dockerfile: the path must stay inside the app's directory");
     refused("[checks.a]\ntype = \"tcp\"\n", "dunlin.toml:1:9: checks.a.port is missing");
-    refused("[checks.listens-on-1]\ntype = \"tcp\"\nport = 1\n", "dunlin.toml:1:9: checks.listens-on-1: a check's name has 1 to 63 letters, digits, - and _, and does not begin like that of a service's check");
+    refused("[checks.servicecheck-1]\ntype = \"tcp\"\nport = 1\n", "dunlin.toml:1:9: checks.servicecheck-1: a check's name has 1 to 63 letters, digits, - and _, and does not begin like that of a service's check");
     refused("[http_service.concurrency]\nsoft_limit = 5\nhard_limit = 2\n", "dunlin.toml:2:14: http_service.concurrency.soft_limit is 5, more than hard_limit, which is 2");
 }
 

@@ -284,7 +284,7 @@ mod tests {
         check(|c| service(c).checks.push(times(CheckKind::Script { command: vec![] }, 1000)), "command is nothing that can be run");
         check(|c| service(c).checks.push(times(CheckKind::Tcp, 0)), "interval and timeout are between 100");
         let named = super::super::NamedCheck { port: 1, check: times(CheckKind::Tcp, 1000), processes: vec![] };
-        for name in ["", "a b", "listens-on-8080"] {
+        for name in ["", "a b", "servicecheck-listens-8080"] {
             check(|c| c.checks = BTreeMap::from([(name.into(), named.clone())]), "a check's name has 1 to 63");
         }
     }

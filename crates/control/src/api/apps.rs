@@ -11,7 +11,7 @@ use crate::{Ctx, logs, now_ms, spec};
 use axum::extract::{Extension, Path, Query, State};
 use axum::response::{IntoResponse, Response};
 use axum::Json;
-use dunlin_api::wire::{self, AppList, AppStatus, CreateApp, Organization, Release, Secret, Secrets, SetSecrets};
+use dunlin_api::wire::{self, AppList, AppStatus, CreateApp, Organization, Release, Secret, SecretSet, Secrets, SetSecrets};
 use dunlin_api::{ErrorCode, LogQuery};
 use dunlin_model::desired::{AppRow, ReleaseRow};
 use dunlin_model::{AppName, MachineId};
@@ -77,6 +77,9 @@ pub async fn create(
     }
     if body.enable_subdomains == Some(true) {
         return Err(Failure::invalid("enable_subdomains: an app has one host name").hint("leave it out or send false"));
+    }
+    if body.app_role_id.is_some_and(|role| !role.is_empty()) {
+        return Err(Failure::invalid("app_role_id: apps have no roles").hint("leave it out"));
     }
     if let Some(org) = body.org_slug.filter(|org| *org != ctx.org) {
         return Err(Failure::not_found(format!("there is no organization {org}")).hint(format!("use {}", ctx.org)));
@@ -225,12 +228,16 @@ pub async fn secret(
     State(ctx): State<Arc<Ctx>>,
     Path((app, name)): Path<(AppName, String)>,
 ) -> Result<Json<Secret>, Failure> {
-    let all = secrets::list(&ctx, &app).await?;
-    let found = all.secrets.into_iter().find(|secret| secret.name == name);
-    found.map(Json).ok_or_else(|| Failure::not_found(format!("app {app} has no such secret")))
+    find_secret(secrets::list(&ctx, &app).await?.secrets, &app, &name).map(Json)
+}
+
+fn find_secret(all: Vec<Secret>, app: &AppName, name: &str) -> Result<Secret, Failure> {
+    let found = all.into_iter().find(|secret| secret.name == name);
+    found.ok_or_else(|| Failure::not_found(format!("app {app} has no such secret")))
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SecretValue {
     value: String,
 }
@@ -240,9 +247,10 @@ pub async fn set_secret(
     Path((app, name)): Path<(AppName, String)>,
     Query(stage): Query<Stage>,
     Body(body): Body<SecretValue>,
-) -> Result<Json<Secrets>, Failure> {
-    let values = BTreeMap::from([(name, Some(Zeroizing::new(body.value)))]);
-    Ok(Json(secrets::write(&ctx, &app, values, stage.when()).await?))
+) -> Result<Json<SecretSet>, Failure> {
+    let values = BTreeMap::from([(name.clone(), Some(Zeroizing::new(body.value)))]);
+    let Secrets { secrets, version, release } = secrets::write(&ctx, &app, values, stage.when()).await?;
+    Ok(Json(SecretSet { secret: find_secret(secrets, &app, &name)?, version, release }))
 }
 
 pub async fn unset_secret(

@@ -407,13 +407,9 @@ pub struct Restart {
 
 impl Restart {
     /// How long its program has to end by itself.
-    fn timeout_ms(self) -> Result<Option<u64>, Failure> {
-        if self.signal.is_some_and(|signal| !signal.is_empty()) {
-            return Err(Failure::invalid("signal cannot be used: a restart sends the machine's own signal")
-                .hint("set stop_config.signal, or stop the machine with the signal and start it"));
-        }
+    fn timeout_ms(&self) -> Result<Option<u64>, Failure> {
         let timeout_ms = self.timeout.as_ref().map(duration_ms).transpose()?;
-        match self.force_stop {
+        match &self.force_stop {
             None | Some(Value::Null | Value::Bool(false)) => Ok(timeout_ms),
             Some(Value::Bool(true)) => Ok(Some(0)),
             Some(Value::String(text)) if text == "true" => Ok(Some(0)),
@@ -433,7 +429,8 @@ pub async fn restart(
     let body: Restart = optional(&body)?;
     // Each is read for itself: what cannot be used in one is not hidden by the other.
     let (of_query, of_body) = (query.timeout_ms()?, body.timeout_ms()?);
-    command(&owners, &app, &id, &headers, CommandKind::Restart { timeout_ms: of_query.or(of_body) }).await
+    let signal = [query.signal, body.signal].into_iter().flatten().find(|signal| !signal.is_empty());
+    command(&owners, &app, &id, &headers, CommandKind::Restart { signal, timeout_ms: of_query.or(of_body) }).await
 }
 
 #[derive(Debug, Deserialize)]

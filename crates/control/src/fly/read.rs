@@ -337,7 +337,7 @@ fn services(fields: &mut Fields) -> Result<(Vec<Service>, Vec<Check>), Failure> 
         }
         if checks.is_empty() {
             let times = [LISTENS_INTERVAL_MS, CHECK_TIMEOUT_MS, 0];
-            checks.push(to_check(format!("listens-on-{port}"), port, CheckKind::Tcp, times, true));
+            checks.push(to_check(format!("servicecheck-listens-{port}"), port, CheckKind::Tcp, times, true));
         }
         given.finish()?;
         services.push(service);
@@ -406,7 +406,7 @@ fn named_checks(fields: &mut Fields) -> Result<Vec<Check>, Failure> {
     let mut checks = Vec::new();
     for (name, value) in entries {
         let is_fine = (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
-        if !is_fine || name.starts_with("servicecheck-") || name.starts_with("listens-on-") {
+        if !is_fine || name.starts_with("servicecheck-") {
             return Err(fields.wrong("checks", &format!("{name:?} is not a name for a check")));
         }
         let mut check = Fields::of(&format!("config.checks.{name}"), value)?;

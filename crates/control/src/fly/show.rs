@@ -70,7 +70,7 @@ fn service(service: &Service, checks: &[&Check]) -> Value {
         limits["hard_limit"] = json!(hard_limit);
     }
     // One that only asks whether the app listens is the platform's own.
-    let asked_for = checks.iter().filter(|check| !check.name.starts_with("listens-on-"));
+    let asked_for = checks.iter().filter(|check| !check.name.starts_with("servicecheck-listens-"));
     json!({
         "protocol": "tcp",
         "internal_port": service.internal_port,

@@ -211,7 +211,7 @@ mod tests {
     /// (told at, failed at) in seconds, of an app that listens on the addresses for ten minutes.
     fn watched(addresses: &[&str]) -> (Option<u64>, Option<u64>) {
         let check = Check {
-            name: "listens-on-8080".into(),
+            name: "servicecheck-listens-8080".into(),
             port: 8080,
             kind: CheckKind::Tcp,
             interval_ms: 5_000,

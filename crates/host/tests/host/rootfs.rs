@@ -24,7 +24,7 @@ fn counts(world: &World, id: &MachineId, starts: usize) -> Vec<String> {
 fn history(world: &mut World, n: u8, mode: &'static str) -> Vec<String> {
     let id = world.started(n, COUNT, persist(mode));
     counts(world, &id, 1);
-    world.command(&id, CommandKind::Restart { timeout_ms: None }).unwrap();
+    world.command(&id, CommandKind::Restart { signal: None, timeout_ms: None }).unwrap();
     counts(world, &id, 2);
     world.command(&id, CommandKind::Stop { signal: None, timeout_ms: None }).unwrap();
     world.wait_for(&id, MachineState::Stopped);

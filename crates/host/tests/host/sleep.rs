@@ -224,6 +224,6 @@ pub fn a_wait_begins_after_an_event() {
     assert_eq!(wait(&world, Some(seen - 1), 50), Ok(1));
     // It is started, but nothing has happened since.
     assert_eq!(wait(&world, Some(seen), 50), Err(Refusal::WaitTimeout { state: MachineState::Started }));
-    world.command(&id, CommandKind::Restart { timeout_ms: None }).unwrap();
+    world.command(&id, CommandKind::Restart { signal: None, timeout_ms: None }).unwrap();
     assert_eq!(wait(&world, Some(seen), 60_000), Ok(2), "the start after the event, not the one before");
 }

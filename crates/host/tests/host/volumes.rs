@@ -199,7 +199,7 @@ pub fn a_full_volume_is_its_tenants_problem_and_grows() {
     let larger = |status: dunlin_api::VolumeStatus| status.blocks_avail * status.block_size > 900 << 20;
     // Where the kernel does not let this process resize, the next start does.
     assert_eq!(larger(grown), !grown.needs_restart, "{grown:?}");
-    world.command(&machine, CommandKind::Restart { timeout_ms: None }).unwrap();
+    world.command(&machine, CommandKind::Restart { signal: None, timeout_ms: None }).unwrap();
     world.until("it runs again", || (world.printed(&machine).iter().filter(|line| *line == "full").count() == 2).then_some(()));
     world.wait_for(&machine, MachineState::Started);
     let status = world.block_on(world.host().volume(&id, 2)).unwrap();

@@ -31,6 +31,24 @@ fn a_javascript_client_of_fly_works_unchanged() {
     assert!(ran.status.success(), "{}", text(&ran));
 }
 
+/// `fly-go`, which flyctl is made of. Its sums are checked in, so that no other server is asked about them.
+#[test]
+fn the_go_client_of_fly_works_unchanged() {
+    let server = Server::start();
+    let token = server.ok(&["tokens", "create", "--verb", "read,deploy,admin,exec,pull,push"]);
+    let program = server.dir().join("fly-go");
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/fly-go");
+    let built = Command::new("go").args(["build", "-mod=readonly", "-o"]).arg(&program).arg(".").current_dir(from).output().unwrap();
+    assert!(built.status.success(), "{}", text(&built));
+    let ran = Command::new(program)
+        .env("FLY_FLAPS_BASE_URL", "http://api.localhost")
+        .env("FLY_EDGE", format!("127.0.0.1:{}", server.http))
+        .env("FLY_TOKEN", token.trim())
+        .output()
+        .unwrap();
+    assert!(ran.status.success(), "{}", text(&ran));
+}
+
 /// The client that the API's description makes: what a tool sends that has read nothing but the description, and what it
 /// sends to see that it is refused.
 #[test]
