@@ -18,8 +18,19 @@ pub struct Head<'a> {
     pub force_region: Option<&'a str>,
     /// `fly-prefer-region`: in this order, others after them.
     pub prefer_region: Option<&'a str>,
-    /// Detail of other regions that is not here yet is worth waiting for. Not again, once it did not come.
-    pub waits_for_detail: bool,
+    pub detail: Detail,
+}
+
+/// Of which regions detail that is not here yet is worth waiting for: each is waited for once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Detail {
+    /// What is seen has to do.
+    #[default]
+    OfNone,
+    /// The two that promise most.
+    OfTheBest,
+    /// The detail of those did not come: if nothing that is seen can serve, many more.
+    OfMany,
 }
 
 #[derive(Debug)]
@@ -53,6 +64,8 @@ pub enum WaitReason {
     AtLimit,
     /// The machines that might take it are in regions of which only summaries are here: their detail is on its way.
     Detail,
+    /// The detail of those that promised most did not come; that of others is on its way.
+    MoreDetail,
     /// Every machine refused or failed this request; a newer table may know more.
     Tried,
 }
@@ -63,7 +76,7 @@ impl WaitReason {
         match self {
             Self::Coming => 30_000,
             Self::Unhealthy | Self::AtLimit => 5_000,
-            Self::Detail | Self::Tried => 2_000,
+            Self::Detail | Self::MoreDetail | Self::Tried => 2_000,
         }
     }
 
@@ -86,7 +99,7 @@ impl WaitReason {
                 format!("all machines of app {app} are at their hard limit"),
                 format!("try again, or add machines with `dunlin scale count -a {app}`"),
             ),
-            Self::Detail => {
+            Self::Detail | Self::MoreDetail => {
                 let regions: Vec<&str> = route.far.iter().map(|far| far.region.as_str()).take(8).collect();
                 (
                     "PR15",

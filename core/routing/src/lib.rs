@@ -18,7 +18,7 @@ mod load;
 mod pick;
 mod table;
 
-pub use decision::{Decision, Head, Reject, WaitReason};
+pub use decision::{Decision, Detail, Head, Reject, WaitReason};
 pub use host::host_name;
 pub use load::{AppLoad, Load, Loads, Ticket};
 pub use table::{Availability, Candidate, Far, Route, Table, Vantage};

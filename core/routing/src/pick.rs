@@ -1,6 +1,6 @@
 //! The choice among an app's machines.
 
-use crate::{Availability, Candidate, Decision, Far, Head, Reject, Route, Table, WaitReason};
+use crate::{Availability, Candidate, Decision, Detail, Far, Head, Reject, Route, Table, WaitReason};
 use dunlin_model::region::RegionExpr;
 use dunlin_model::{MachineId, Region};
 use dunlin_view::{Freshness, Summary};
@@ -12,6 +12,8 @@ const SCAN_ALL: usize = 16;
 const DRAWN: usize = 4;
 /// Regions that are looked into at once: when the nearest has just died, the next is known already.
 const LOOK_INTO: usize = 2;
+/// And when neither told anything: the reporters of a region may promise what its hosts do not tell this edge.
+const LOOK_FURTHER: usize = 16;
 
 impl Table {
     /// The way of one request. `tried` are machines that this table sent it to in vain; `random` breaks
@@ -27,7 +29,7 @@ impl Table {
             Ok(regions) => regions,
             Err(forced) => return Decision::Reject(no_region(forced)),
         };
-        let ask = Ask { route, regions, tried, random, now_ms, waits: head.waits_for_detail };
+        let ask = Ask { route, regions, tried, random, now_ms, detail: head.detail };
         if let Some(id) = head.force_instance {
             return ask.forced(id);
         }
@@ -58,7 +60,7 @@ impl Route {
         let Ok(regions) = Regions::asked(head) else { return vec![] };
         let mut far: Vec<&Far> = self.far.iter().filter(|far| regions.may_serve(&far.region)).collect();
         far.sort_by_key(|far| (regions.rank(&far.region), far.promise(), far.distance));
-        far.truncate(LOOK_INTO);
+        far.truncate(if head.detail == Detail::OfMany { LOOK_FURTHER } else { LOOK_INTO });
         let mut wanted: Vec<&Region> = far.into_iter().map(|far| &far.region).collect();
         if let Some(c) = head.prefer_instance.and_then(instance)
             && !wanted.contains(&&c.region)
@@ -96,8 +98,8 @@ struct Ask<'a> {
     tried: &'a [MachineId],
     random: u64,
     now_ms: u64,
-    /// For the detail of other regions, where that may be better than what is seen.
-    waits: bool,
+    /// What is waited for, where that may be better than what is seen.
+    detail: Detail,
 }
 
 /// The regions that a request names.
@@ -301,8 +303,13 @@ impl Ask<'_> {
         if any(|a| matches!(a, Availability::Unhealthy | Availability::Unknown)) {
             return self.wait(WaitReason::Unhealthy);
         }
-        if any(|a| a == Availability::Unseen) && self.waits {
-            return self.wait(WaitReason::Detail);
+        if any(|a| a == Availability::Unseen) {
+            let elsewhere = self.route.far.iter().filter(|far| self.regions.may_serve(&far.region)).count();
+            match self.detail {
+                Detail::OfTheBest => return self.wait(WaitReason::Detail),
+                Detail::OfMany if elsewhere > LOOK_INTO => return self.wait(WaitReason::MoreDetail),
+                Detail::OfMany | Detail::OfNone => {}
+            }
         }
         if !self.tried.is_empty() {
             return self.wait(WaitReason::Tried);
@@ -317,7 +324,7 @@ impl Ask<'_> {
     /// The request names a region that has something for it, as its reporters say, before the one that is seen.
     fn prefers_unseen(&self, best: &Region) -> bool {
         let is_better = |far: &Far| self.regions.may_serve(&far.region) && self.regions.rank(&far.region) < self.regions.rank(best);
-        self.waits && self.route.far.iter().any(|far| is_better(far) && far.is_promising())
+        self.detail == Detail::OfTheBest && self.route.far.iter().any(|far| is_better(far) && far.is_promising())
     }
 
     fn forced(&self, id: &str) -> Decision {
@@ -338,7 +345,7 @@ impl Ask<'_> {
             },
             Availability::Starting | Availability::Returning => WaitReason::Coming,
             Availability::Unhealthy | Availability::Unknown => WaitReason::Unhealthy,
-            Availability::Unseen if self.waits => WaitReason::Detail,
+            Availability::Unseen if self.detail == Detail::OfTheBest => WaitReason::Detail,
             Availability::Unseen => return Decision::Reject(unseen(self.route)),
             Availability::Asleep | Availability::Unavailable => {
                 return Decision::Reject(instance_unavailable(self.route, id));
@@ -352,7 +359,7 @@ impl Ask<'_> {
         if self.was_tried(c) || !self.may_serve(c) {
             return None;
         }
-        if c.availability == Availability::Unseen && c.freshness != Freshness::Old && self.waits {
+        if c.availability == Availability::Unseen && c.freshness != Freshness::Old && self.detail == Detail::OfTheBest {
             return Some(self.wait(WaitReason::Detail));
         }
         if c.availability != Availability::Ready {

@@ -4,7 +4,7 @@ use dunlin_model::{
     Concurrency, ConcurrencyKind, Generation, HostId, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion,
     Region, Service,
 };
-use dunlin_routing::{Availability, Decision, Head, Loads, Table, Vantage, WaitReason};
+use dunlin_routing::{Availability, Decision, Detail, Head, Loads, Table, Vantage, WaitReason};
 use dunlin_view::{
     AppFact, CheckState, CheckStatus, ConfigState, Freshness, HostFact, MachineAssignment, MachineFact, ReportNews, Snapshot, Summary,
 };
@@ -600,15 +600,20 @@ const NOTHING: Summary = Summary { ready: 0, wakeable: 0, running: 0 };
 
 #[test]
 fn what_only_other_regions_have_is_waited_for_and_not_for_ever() {
-    let waiting = Head { waits_for_detail: true, ..head(HOST) };
+    let waiting = Head { detail: Detail::OfTheBest, ..head(HOST) };
     let far = [at("h3", "ams"), at("h4", "syd"), at("h5", "iad")];
     let table = seen_with_summaries(&far, &[], &[("ams", WAKEABLE), ("syd", READY), ("iad", NOTHING)]);
     assert_eq!(waits(&table.route(&waiting, &[], 0, NOW)), Some(WaitReason::Detail));
     assert_eq!(looked_into(&table, &waiting), ["syd", "ams"], "what is ready comes before what is near");
-    assert_eq!(rejected(route(&table, &[], 0)), (503, "PR15"), "it did not come");
+    let further = Head { detail: Detail::OfMany, ..waiting };
+    assert_eq!(waits(&table.route(&further, &[], 0, NOW)), Some(WaitReason::MoreDetail), "it did not come");
+    assert_eq!(looked_into(&table, &further), ["syd", "ams", "iad"]);
+    assert_eq!(rejected(route(&table, &[], 0)), (503, "PR15"), "none came");
     let forced = Head { force_region: Some("iad"), ..waiting };
     assert_eq!(waits(&table.route(&forced, &[], 0, NOW)), Some(WaitReason::Detail));
     assert_eq!(looked_into(&table, &forced), ["iad"]);
+    let alone = Head { force_region: Some("iad"), ..further };
+    assert_eq!(rejected(table.route(&alone, &[], 0, NOW)), (503, "PR15"), "there is no other to ask");
     let one = id(1);
     let instance = Head { force_instance: Some(one.as_str()), ..waiting };
     assert_eq!(waits(&table.route(&instance, &[], 0, NOW)), Some(WaitReason::Detail));
@@ -623,7 +628,7 @@ fn what_only_other_regions_have_is_waited_for_and_not_for_ever() {
 
 #[test]
 fn nobody_looks_elsewhere_while_the_own_region_has_something() {
-    let waiting = Head { waits_for_detail: true, ..head(HOST) };
+    let waiting = Head { detail: Detail::OfTheBest, ..head(HOST) };
     let summaries = [("syd", READY)];
     let asleep = M { state: MachineState::Stopped, ..at("h2", "fra") };
     for (own, wakes) in [(at("h2", "fra"), false), (asleep.clone(), true)] {
@@ -652,26 +657,26 @@ fn nobody_looks_elsewhere_while_the_own_region_has_something() {
 
 #[test]
 fn a_region_that_is_preferred_and_has_something_is_waited_for() {
-    let prefers = Head { waits_for_detail: true, prefer_region: Some("syd"), ..head(HOST) };
+    let prefers = Head { detail: Detail::OfTheBest, prefer_region: Some("syd"), ..head(HOST) };
     let machines = [at("h2", "fra"), at("h4", "syd")];
     for (summaries, expected) in [(vec![("syd", READY)], Some(WaitReason::Detail)), (vec![("syd", NOTHING)], None), (vec![], None)] {
         let table = seen_with_summaries(&machines, &[], &summaries);
         assert_eq!(waits(&table.route(&prefers, &[], 0, NOW)), expected, "{summaries:?}");
     }
     let table = seen_with_summaries(&machines, &[], &[("syd", READY)]);
-    let done = Head { waits_for_detail: false, ..prefers };
+    let done = Head { detail: Detail::OfNone, ..prefers };
     assert!(matches!(table.route(&done, &[], 0, NOW), Decision::Forward { target, .. } if target.machine == id(0)));
 }
 
 #[test]
 fn a_machine_that_is_preferred_is_waited_for_where_it_is_not_seen() {
     let wanted = id(1);
-    let prefers = Head { waits_for_detail: true, prefer_instance: Some(wanted.as_str()), ..head(HOST) };
+    let prefers = Head { detail: Detail::OfTheBest, prefer_instance: Some(wanted.as_str()), ..head(HOST) };
     let machines = [at("h2", "fra"), at("h4", "syd"), at("h3", "ams"), at("h5", "iad")];
     let table = seen_with_summaries(&machines, &[], &[("ams", READY), ("iad", READY)]);
     assert_eq!(waits(&table.route(&prefers, &[], 0, NOW)), Some(WaitReason::Detail));
     assert_eq!(looked_into(&table, &prefers), ["ams", "iad", "syd"], "its region beside those that promise most");
-    let done = Head { waits_for_detail: false, ..prefers };
+    let done = Head { detail: Detail::OfNone, ..prefers };
     let decision = table.route(&done, &[], 0, NOW);
     assert!(matches!(decision, Decision::Forward { target, preferred_unavailable: true, .. } if target.machine == id(0)));
     let table = seen_with_summaries(&machines, &["h4"], &[]);
@@ -692,7 +697,7 @@ fn what_sleeps_here_is_woken_unless_as_many_run_elsewhere_as_may() {
         let report = ReportNews { host: "h4".parse().unwrap(), region: "syd".parse().unwrap(), apps, whole: true };
         let view = view.without_detail_of(&["h4".parse().unwrap()].into()).with_reports(vec![report]);
         let table = Table::build(&view, &Loads::default(), None, &here());
-        let decision = table.route(&Head { waits_for_detail: true, ..head(HOST) }, &[], 0, NOW);
+        let decision = table.route(&Head { detail: Detail::OfTheBest, ..head(HOST) }, &[], 0, NOW);
         assert_eq!(matches!(decision, Decision::Wake { .. }), wakes, "{summary:?}: {decision:?}");
     }
 }

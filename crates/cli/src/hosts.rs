@@ -108,6 +108,7 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 }
 
 pub async fn cluster(session: &Session, command: ClusterCommand) -> Result<Exit, CliError> {
+    let verifies = matches!(command, ClusterCommand::Verify);
     let path = match command {
         ClusterCommand::Status => "/v1/cluster/status",
         ClusterCommand::Verify => "/v1/cluster/verify",
@@ -119,7 +120,14 @@ pub async fn cluster(session: &Session, command: ClusterCommand) -> Result<Exit,
     } else {
         lines("", &answer).iter().for_each(|line| ui::print_line(line));
     }
-    Ok(Exit::Ok)
+    match &answer["unsound"] {
+        _ if !verifies => Ok(Exit::Ok),
+        Value::Array(unsound) if unsound.is_empty() => Ok(Exit::Ok),
+        Value::Array(unsound) => Err(CliError::failed(format!("{} logs are not what their writers signed", unsound.len()))
+            .hint("they are fetched again by themselves: verify once more in a minute; if they stay, test this host's memory")),
+        _ => Err(CliError::failed("the host could not check what it holds: its part in the cluster has ended")
+            .hint("its log says why; restart its server, machines go on")),
+    }
 }
 
 /// What the cluster says of itself grows with its versions: whatever it is, it can be read.

@@ -124,7 +124,13 @@ fn ended(session: &Session, shown: &UpgradeShown) -> Result<Exit, CliError> {
         ui::print_json(shown);
     }
     if shown.state == UpgradeState::Done {
-        return Ok(Exit::Ok);
+        let left: Vec<&UpgradeTurn> = shown.hosts.iter().filter(|turn| turn.phase == "skipped").collect();
+        if left.is_empty() {
+            return Ok(Exit::Ok);
+        }
+        let told: Vec<String> = left.iter().map(|turn| format!("{} ({})", turn.host, turn.why.as_deref().unwrap_or("it did not answer"))).collect();
+        return Err(CliError::failed(format!("the other hosts run it, and these were left out: {}", told.join(", ")))
+            .hint("`dunlin cluster upgrade resume` gives them their turn once they answer"));
     }
     let why = shown.why.as_deref().unwrap_or("it has stopped");
     Err(CliError::failed(format!("the upgrade has stopped: {why}")).hint(next(shown)))

@@ -25,8 +25,11 @@ pub(crate) const MACHINES_LOG: &str = "machines/";
 /// All of desired state is one log.
 pub const CONFIG_LOG: &str = "config/0";
 const CA_VALID: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
-/// A member asks for the next one when two thirds have passed.
-pub(crate) const LEAF_VALID: Duration = Duration::from_secs(90 * 24 * 3600);
+/// While control is lost nobody renews, and members go on: so long at most. A host that was removed is refused by name,
+/// whatever its certificate says.
+pub(crate) const LEAF_VALID: Duration = Duration::from_secs(2 * 365 * 24 * 3600);
+/// A member asks for the next one when it has its own for so long.
+pub(crate) const RENEWED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Clocks of hosts may be behind.
 const BACKDATE: Duration = Duration::from_secs(3600);
 

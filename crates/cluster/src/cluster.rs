@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,6 +29,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 /// What has come and was not given to gossip yet. Datagrams have at most 1,200 bytes, messages 288 KiB.
+const DAY_MS: u64 = 24 * 3600 * 1000;
 const MAX_DATAGRAMS: usize = 4_096;
 const MAX_MESSAGES: usize = 32;
 const MAX_COMMANDS: usize = 256;
@@ -76,6 +77,7 @@ struct Inner {
     view: View,
     dir: PathBuf,
     commands: mpsc::Sender<Command>,
+    certificate_ends_ms: AtomicU64,
     stop: CancellationToken,
     driver: Mutex<Option<JoinHandle<()>>>,
     /// It outlives all that runs on it.
@@ -112,7 +114,9 @@ impl Cluster {
         let machines = (shared.member.machines_log_certificate()?, shared.member.keys.gossip()?);
         let driver = Driver::new(node, links.clone(), view.clone(), tls.clone(), shared.clone(), Keep::new(&dir));
         let driver = Mutex::new(Some(thread.handle().spawn(driver.run(machines, inlets))));
-        Ok(Self { inner: Arc::new(Inner { shared, links, tls, view, dir, commands, stop, driver, _thread: thread }) })
+        let certificate_ends_ms = AtomicU64::new(shared.member.issued.not_after_ms);
+        let inner = Inner { shared, links, tls, view, dir, commands, certificate_ends_ms, stop, driver, _thread: thread };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Where the others reach this host.
@@ -243,6 +247,7 @@ impl Cluster {
             speaks: seen.speaks,
             silenced: seen.silenced.clone(),
             cut_off: self.inner.view.current().is_cut_off(),
+            certificate_days_left: self.inner.certificate_ends_ms.load(Ordering::Relaxed).saturating_sub(now_ms()) / DAY_MS,
             members: seen.members.len(),
             logs: seen.logs.clone(),
             gossip: seen.gossip,
@@ -275,8 +280,12 @@ impl Cluster {
     pub fn renew(&self, issued: Issued) -> Result<(), ClusterError> {
         let member = &self.inner.shared.member;
         self.inner.tls.renew(&member.keys, &issued)?;
-        let renewed = Member { issued, ..member.clone() };
-        Ok(renewed.save(&self.inner.dir)?)
+        let ends_ms = issued.not_after_ms;
+        // What else is on disk may have changed since the start: where control is.
+        let kept = Member::load(&self.inner.dir)?.unwrap_or_else(|| member.clone());
+        Member { issued, ..kept }.save(&self.inner.dir)?;
+        self.inner.certificate_ends_ms.store(ends_ms, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Says good-bye, saves, closes.

@@ -23,7 +23,7 @@ use dunlin_gossip::{Addr, Certificate, Event, Input, Key, Name, Node, Now, Origi
 use dunlin_model::{AppName, Generation, HostId, Region};
 use dunlin_view::{ConfigState, Freshness};
 use ed25519_dalek::SigningKey;
-pub(crate) use keep::{Keep, load};
+pub(crate) use keep::{Keep, forget, load};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! Who a host is in its cluster, on its disk: `<data>/cluster/member.json`, 0600, whole or not there.
 
-use crate::authority::{Authority, Issued, LEAF_VALID, PublicKeys};
+use crate::authority::{Authority, Issued, LEAF_VALID, PublicKeys, RENEWED_AFTER};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use dunlin_gossip::Certificate;
@@ -144,9 +144,10 @@ impl Member {
         }
     }
 
-    /// The host leaves: its keys are gone.
+    /// The host leaves: its keys are gone, and before them what it knew of the cluster.
     pub fn forget(dir: &Path) -> Result<(), MemberError> {
         let io = |source| MemberError::Io { path: Self::path(dir), verb: "removed", source };
+        crate::flock::forget(dir).map_err(io)?;
         fs::remove_file(Self::path(dir)).map_err(io)?;
         fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)
     }
@@ -184,13 +185,13 @@ impl Member {
         Ok(member)
     }
 
-    /// Two thirds of its certificate's life are over, or it has not all that members have now.
+    /// Its certificate is a month old, or it has not all that members have now.
     pub fn is_due(&self, now_ms: u64) -> bool {
         if self.issued.machines_log_certificate.is_empty() {
             return true;
         }
-        let third_ms = LEAF_VALID.as_millis() as u64 / 3;
-        self.issued.not_after_ms.saturating_sub(now_ms) <= third_ms
+        let left_ms = (LEAF_VALID - RENEWED_AFTER).as_millis() as u64;
+        self.issued.not_after_ms.saturating_sub(now_ms) <= left_ms
     }
 
     pub fn path(dir: &Path) -> PathBuf {
@@ -328,7 +329,7 @@ mod tests {
         let of_control = |of: &ControlHost, now_ms| Member::of_control(&dir, &authority, of, now_ms).unwrap();
         let at_first = of_control(&control_host("h1", "fra"), start_ms);
         assert_eq!(of_control(&control_host("h1", "fra"), start_ms + 1).issued, at_first.issued);
-        let late_ms = start_ms + LEAF_VALID.as_millis() as u64 * 2 / 3 + 1;
+        let late_ms = start_ms + RENEWED_AFTER.as_millis() as u64 + 1;
         let renewed = of_control(&control_host("h1", "fra"), late_ms);
         assert!(renewed.issued.not_after_ms > at_first.issued.not_after_ms);
         assert_eq!((renewed.epoch, renewed.keys.public().unwrap()), (at_first.epoch, at_first.keys.public().unwrap()));

@@ -90,6 +90,8 @@ pub struct ClusterStatus {
     pub silenced: Option<Silenced>,
     /// Most other hosts are not heard: this one is alone with what it knew.
     pub cut_off: bool,
+    /// Until the other hosts refuse this one. Control renews it each month.
+    pub certificate_days_left: u64,
     pub members: usize,
     pub logs: Vec<LogStatus>,
     pub gossip: GossipCounts,
@@ -156,6 +158,7 @@ pub(crate) fn render(status: &ClusterStatus, out: &mut String) {
     one("members", "gauge", "Other hosts that answer.", status.members as u64);
     one("speaks", "gauge", "Whether this host publishes.", u64::from(status.speaks));
     one("silenced", "gauge", "Whether another process has this host's identity.", u64::from(status.silenced.is_some()));
+    one("certificate_days_left", "gauge", "Until the other hosts refuse this one's certificate.", status.certificate_days_left);
     one("links", "gauge", "Connections to other hosts.", status.transport.links);
     render_logs(&status.logs, out);
     let (gossip, transport) = (&status.gossip, &status.transport);

@@ -17,9 +17,10 @@ use zeroize::Zeroizing;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// People install the authority by hand: it lives long.
 const CA_VALID_DAYS: u32 = 3650;
-/// Browsers refuse leaves of more than 398 days.
-const LEAF_VALID_DAYS: u32 = 90;
-const RENEW_BEFORE_DAYS: u32 = 30;
+/// Browsers refuse leaves of more than 398 days. Edges go on for so long without control, which makes the next one after
+/// a month.
+const LEAF_VALID_DAYS: u32 = 397;
+const RENEW_BEFORE_DAYS: u32 = LEAF_VALID_DAYS - 30;
 const LOOK_EVERY: Duration = Duration::from_secs(3600);
 /// Served by the edge beside the apps.
 const PLATFORM_NAMES: [&str; 2] = ["api", "registry"];

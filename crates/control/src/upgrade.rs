@@ -50,10 +50,16 @@ pub(crate) async fn may_start(ctx: &Ctx, wanted: &Wanted) -> Result<(), Failure>
     if !(MIN_BAKE_MS..=MAX_BAKE_MS).contains(&wanted.bake_ms) {
         return Err(Failure::invalid(format!("a host is watched for {} s at least and for a day at most", MIN_BAKE_MS / 1000)));
     }
-    if let Some(canary) = &wanted.canary
-        && ctx.state.get::<HostRow>(&key::host(canary)).await?.is_none()
-    {
-        return Err(Failure::not_found(format!("there is no host {canary}")).hint("`dunlin host list` shows all"));
+    if let Some(canary) = &wanted.canary {
+        if ctx.state.get::<HostRow>(&key::host(canary)).await?.is_none() {
+            return Err(Failure::not_found(format!("there is no host {canary}")).hint("`dunlin host list` shows all"));
+        }
+        // Without it another would be the first, and the one that was chosen would prove nothing.
+        let is_up = *canary == ctx.host_row.id || ctx.fleet.as_ref().is_some_and(|fleet| (fleet.is_up)(canary));
+        if !is_up {
+            return Err(Failure::new(ErrorCode::FailedPrecondition, format!("host {canary}, the canary, does not answer"))
+                .hint("choose another one with --canary; `dunlin host list` shows which are up"));
+        }
     }
     match load(ctx).await? {
         Some(row) if row.value.state == State::Running => Err(runs(&row.value)),
@@ -101,14 +107,23 @@ pub(crate) async fn start(ctx: &Ctx, wanted: &Wanted, sha256: String, bytes: u64
     let canary = upgrade.hosts.first().map(|turn| turn.host.to_string()).unwrap_or_default();
     upgrade.tell(now_ms, format!("{} hosts are to run {version}; {canary} is the canary", upgrade.hosts.len()));
     tracing::info!(upgrade = %upgrade.id, %version, sha256 = %upgrade.sha256, %canary, "an upgrade of the fleet begins");
-    place(&binaries(ctx), path, &upgrade.sha256).map_err(|error| Failure::internal("the binary cannot be stored", &error))?;
+    let dir = binaries(ctx);
+    place(&dir, path, &upgrade.sha256).map_err(|error| Failure::internal("the binary cannot be stored", &error))?;
     save(ctx, found.as_ref(), &upgrade).await?;
+    if let Err(error) = forget_others(&dir, &upgrade.sha256) {
+        tracing::warn!(%error, dir = %dir.display(), "binaries of earlier upgrades were not removed; the next upgrade removes them");
+    }
     Ok(upgrade)
 }
 
-/// It stands under its digest, where hosts get it from; that of the upgrade before is not needed any more.
+/// It stands under its digest, where hosts get it from.
 fn place(dir: &Path, path: &Path, sha256: &str) -> std::io::Result<()> {
     std::fs::rename(path, dir.join(sha256))?;
+    std::fs::File::open(dir)?.sync_all()
+}
+
+/// Those of upgrades before are not needed any more once this one is in the store.
+fn forget_others(dir: &Path, sha256: &str) -> std::io::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         let is_other = entry.file_name() != sha256 && entry.path().extension().is_none();

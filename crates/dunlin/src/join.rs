@@ -299,6 +299,14 @@ async fn leave(args: &LeaveArgs, globals: Globals) -> anyhow::Result<ExitCode> {
              hint: `dunlin host remove {host}` where control runs, then `dunlin host leave --yes` here; or name control's API with --api"
         );
     }
+    // Of this cluster: another one's word would seem older than it, and nobody would be obeyed.
+    let view = data_dir.join("view.snapshot");
+    match std::fs::remove_file(&view) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("{} cannot be removed, so this host is still a member; mend that and leave again", view.display()));
+        }
+        _ => {}
+    }
     Member::forget(&dir)?;
     match json {
         true => println!("{}", json!({ "host": host, "left": true })),

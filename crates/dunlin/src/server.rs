@@ -518,6 +518,13 @@ impl ControlPlan {
              Once nothing of it is needed any more, remove control/ in this server's data directory"
         );
         let Some(fleet) = &self.fleet else { return };
+        match fleet.is_member_of(other) {
+            Ok(()) => drop(tokio::spawn(fleet.clone().keep_enrolled(self.settings.clone(), self.host_row.public_key.clone(), stop.clone()))),
+            Err(error) => tracing::error!(
+                error = format!("{error:#}"),
+                "that this host is a member now is not on disk: keep control/ until it is, or the next start takes it for a cluster of its own; restart the server to try again"
+            ),
+        }
         let (api, edge_api, registry) = &self.fronts;
         fleet.relay(without_control(&self.settings, fleet, &self.view, &self.host, stop.clone()), (api, edge_api, registry));
         tokio::spawn(sweep::of_member(self.host.clone(), self.content.clone(), self.images.clone(), stop));

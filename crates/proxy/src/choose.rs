@@ -11,7 +11,7 @@ use crate::upstream::{Conn, Upstream};
 use crate::wake::{wake, wake_beside};
 use dunlin_api::{Admission, AdmitRefusal};
 use dunlin_model::MachineId;
-use dunlin_routing::{Availability, Candidate, Decision, Head, Reject, Route, Ticket, WaitReason};
+use dunlin_routing::{Availability, Candidate, Decision, Detail, Head, Reject, Route, Ticket, WaitReason};
 use dunlin_view::Freshness;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -81,8 +81,8 @@ pub(crate) struct Search {
     /// Another host has said so, and knows best when that changes.
     is_full_elsewhere: bool,
     serial: u64,
-    /// The detail of other regions was waited for, and did not come.
-    is_done_waiting_for_detail: bool,
+    /// Of other regions, that this request waits for.
+    detail: Detail,
     offers: u32,
     /// One whose host has said that it is not what the table believes, and when a host first said so of any.
     outdated: Option<(Arc<Candidate>, Instant)>,
@@ -143,6 +143,10 @@ fn own(worker: &Worker, record: &mut Record) -> Option<Conn> {
 }
 
 impl Search {
+    pub fn begin() -> Self {
+        Self { detail: Detail::OfTheBest, ..Self::default() }
+    }
+
     pub fn failed(&mut self, machine: &MachineId, fault: Reject) {
         self.tried.push(machine.clone());
         self.last_fault = Some(Box::new(fault));
@@ -269,7 +273,7 @@ impl Search {
             prefer_instance: request.prefer_instance.as_deref(),
             force_region: request.force_region.as_deref(),
             prefer_region: request.prefer_region.as_deref(),
-            waits_for_detail: !self.is_done_waiting_for_detail,
+            detail: self.detail,
         }
     }
 
@@ -376,8 +380,13 @@ impl Search {
             return Ok(());
         };
         let left = self.patience.left(reason, Instant::now(), edge.limits.wait_timeout);
-        if left.is_zero() && reason == WaitReason::Detail {
-            self.is_done_waiting_for_detail = true; // what is seen has to do
+        let instead = match reason {
+            WaitReason::Detail => Some(Detail::OfMany),
+            WaitReason::MoreDetail => Some(Detail::OfNone),
+            _ => None,
+        };
+        if left.is_zero() && let Some(instead) = instead {
+            self.detail = instead; // it did not come
             return Ok(());
         }
         if left.is_zero() {

@@ -87,7 +87,7 @@ async fn handle(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<
 /// Looks for a machine of the app until one has answered.
 pub(crate) async fn to_a_machine(worker: &Rc<Worker>, record: &mut Record, down: &mut Downstream<'_>) -> Result<(), End> {
     let timeout = worker.edge.limits.response_timeout;
-    let mut search = Search::default();
+    let mut search = Search::begin();
     let mut may_repeat = record.request.may_repeat();
     while record.attempts < MAX_ATTEMPTS {
         record.attempts += 1;

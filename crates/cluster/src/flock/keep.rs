@@ -50,6 +50,14 @@ pub(crate) fn load(dir: &Path, cluster: VerifyingKey) -> io::Result<Option<Snaps
     }
 }
 
+/// The host leaves: what it heard is of no use elsewhere.
+pub(crate) fn forget(dir: &Path) -> io::Result<()> {
+    match fs::remove_file(dir.join(FILE)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 impl Keep {
     pub fn new(dir: &Path) -> Self {
         Self { path: dir.join(FILE), due: Instant::now() + Duration::from_secs(1), saved: None, writing: None }

@@ -35,9 +35,13 @@ const ENROLLED_WITHIN: Duration = Duration::from_secs(30);
 const HEARD_WITHIN: Duration = Duration::from_secs(4);
 /// A host that is heard tells the newest desired state that it has.
 const TELLS_WITHIN: Duration = Duration::from_millis(500);
+/// Control was away for almost two years, or refuses this host.
+const WORTH_AN_ALARM_DAYS: u64 = 60;
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(3600);
+const ASKED_BEFORE_CONTROL: usize = 3;
 const LOOK_AT_IDENTITY: Duration = Duration::from_millis(500);
 const RENEW_RETRY: Duration = Duration::from_secs(5);
+const RETRIES_AN_HOUR: u32 = 720;
 /// So many failures in a row are not a start that takes its time.
 const WORTH_A_WORD: u32 = 6;
 /// Any address of the internet: nothing is sent there, the kernel only says by which of its own it would be reached.
@@ -80,6 +84,17 @@ pub async fn start(
 
 /// Control's own host, certified anew where that is due.
 fn of_control(settings: &Settings, dir: &Path) -> anyhow::Result<Member> {
+    let data = &settings.data_dir;
+    if !authority_dir(data).exists() && Member::load(dir)?.is_some() {
+        // A new authority would be one of a new cluster, and the others would refuse this host from then on.
+        anyhow::bail!(
+            "this host is a member of a cluster, and {}, with which control vouches for its members, is gone\n  \
+             hint: bring it back, by `dunlin control restore` from a backup; if control runs on another host, start with --role host,proxy; \
+             for a new cluster without the other hosts remove {} too",
+            authority_dir(data).display(),
+            dir.display()
+        );
+    }
     let authority = Authority::load_or_create(&authority_dir(&settings.data_dir), super::now_ms())?;
     let of = ControlHost {
         host: settings.host_id.clone(),
@@ -285,11 +300,25 @@ impl Fleet {
             };
             let mut changes = self.view.subscribe();
             let begins_anew = async { while told.as_ref().is_none_or(|told| *told == self.lineage()) { changes.changed().await; } };
+            if failures % RETRIES_AN_HOUR == 0 {
+                self.tell_if_it_ends();
+            }
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
                 () = begins_anew => {}
             }
+        }
+    }
+
+    /// Nobody has renewed for long: before the others refuse this host somebody has to look.
+    fn tell_if_it_ends(&self) {
+        let days = self.cluster.status().certificate_days_left;
+        if days <= WORTH_AN_ALARM_DAYS {
+            tracing::error!(
+                days, control = %self.control(),
+                "this host's certificate was not renewed for long and ends soon; the other hosts will refuse this one then: see that control runs and is reached"
+            );
         }
     }
 
@@ -305,11 +334,24 @@ impl Fleet {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(LOOK_AT_CERTIFICATE) => {}
             }
+            if self.control() != self.member.host {
+                return; // it was restored elsewhere, and that one certifies
+            }
+            self.tell_if_it_ends();
             let renewed = of_control(&settings, &self.dir).and_then(|member| Ok(self.cluster.renew(member.issued)?));
             if let Err(error) = renewed {
                 tracing::error!(error = format!("{error:#}"), "this host's certificate could not be renewed");
             }
         }
+    }
+
+    /// Control was restored on another host: this one is a member like any other from now on, also after a restart and
+    /// without what control had on its disk.
+    pub fn is_member_of(&self, control: &HostId) -> anyhow::Result<()> {
+        let mut member = Member::load(&self.dir)?.unwrap_or_else(|| self.member.clone());
+        member.control = control.clone();
+        member.said.controls = false;
+        Ok(member.save(&self.dir)?)
     }
 
     async fn renew(&self, member: &Member, settings: &Settings, sealing_key: &str) -> anyhow::Result<Member> {
@@ -392,7 +434,8 @@ impl Fleet {
         Box::new(move |region: &Region, app: &AppName| cluster.see_detail(region, app))
     }
 
-    /// From whom images are fetched: the nearest first, control last, which has them all.
+    /// From whom images are fetched: some near ones first, and then control, which has them all, before a large fleet is
+    /// asked one by one for what is new.
     pub fn peers(&self) -> peer::Peers {
         let (cluster, fleet) = (self.cluster.clone(), self.clone());
         let dial: peer::Dial = Arc::new(move |host| {
@@ -405,6 +448,9 @@ impl Fleet {
             let control = fleet.control();
             let mut near: Vec<_> = others.map(|member| (member.id == control, member.rtt_us.unwrap_or(u64::MAX), member.id)).collect();
             near.sort();
+            if let Some((true, ..)) = near.last() && near.len() > ASKED_BEFORE_CONTROL {
+                near[ASKED_BEFORE_CONTROL..].rotate_right(1);
+            }
             near.into_iter().map(|(.., host)| host).collect()
         })
     }

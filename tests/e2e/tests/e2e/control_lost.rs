@@ -184,9 +184,17 @@ fn control_goes_on_from_a_backup_on_another_host_and_the_old_one_stays_off() {
     fleet.until_up(&["w1", "w2", "w3"]);
     fleet.until_whole("web", 3);
     assert!(before.iter().all(|(machine, pid)| pids(&fleet, &["w2", "w3"]).get(machine) == Some(pid)), "{before:?}");
-    let asked = || by(&fleet, "w1", &all, &["machine", "list", "--app", "web", "--json"]);
-    fleet.host("w1").until("w1 asks the new control", || asked().status.success());
+    let asked = |fleet: &Fleet| by(fleet, "w1", &all, &["machine", "list", "--app", "web", "--json"]);
+    fleet.host("w1").until("w1 asks the new control", || asked(&fleet).status.success());
     release_everywhere(&fleet, &dir, &image);
+    // Nothing of the old control is needed for that.
+    let before = pids(&fleet, &["w1", "w2", "w3"]);
+    fleet.host_mut("w1").stop();
+    std::fs::remove_dir_all(fleet.host("w1").data().join("control")).unwrap();
+    fleet.start_again("w1");
+    fleet.host("w1").until("w1 asks the new control", || asked(&fleet).status.success());
+    fleet.until_up(&["w1", "w2", "w3"]);
+    assert_eq!(pids(&fleet, &["w1", "w2", "w3"]), before);
 }
 
 /// Also on the host that had control before.
