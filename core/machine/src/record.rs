@@ -238,6 +238,7 @@ impl Record {
             restarts: self.restarts,
             problem: self.problem.clone(),
             over: self.is_over(),
+            unconfirmed: self.unconfirmed && self.state == MachineState::Restarting,
             due_ms: self.due_ms,
             containers: vec![],
             updated_at_ms: self.updated_at_ms,

@@ -58,6 +58,8 @@ pub enum Decision {
 pub enum WaitReason {
     /// A machine is being woken, restarted or updated, or has not passed its first check yet.
     Coming,
+    /// Its host was booted, and control has not said yet that the machine is still placed there.
+    Unconfirmed,
     /// Machines run, and none passes its checks.
     Unhealthy,
     /// All are at their hard limit.
@@ -75,6 +77,8 @@ impl WaitReason {
     pub fn patience_ms(self) -> u64 {
         match self {
             Self::Coming => 30_000,
+            // Control that lives says so within some seconds of the boot.
+            Self::Unconfirmed => 10_000,
             Self::Unhealthy | Self::AtLimit => 5_000,
             Self::Detail | Self::MoreDetail | Self::Tried => 2_000,
         }
@@ -88,6 +92,11 @@ impl WaitReason {
                 "PR07",
                 format!("the machine of app {app} is still starting"),
                 format!("try again; `dunlin logs -a {app}` shows what it does"),
+            ),
+            Self::Unconfirmed => (
+                "PR16",
+                format!("the machine of app {app} waits for control's word that it is still placed on its host, which was booted"),
+                "see that control runs and is reached; `dunlin machine start` starts the machine, if it surely runs nowhere else".to_owned(),
             ),
             Self::Unhealthy => (
                 "PR04",

@@ -259,7 +259,7 @@ impl Ask<'_> {
         if candidates().any(is_coming) {
             return None;
         }
-        let does_not_run = |c: &&Arc<Candidate>| matches!(c.availability, Availability::Asleep | Availability::Unavailable | Availability::Unseen);
+        let does_not_run = |c: &&Arc<Candidate>| matches!(c.availability, Availability::Asleep | Availability::Unavailable | Availability::Unconfirmed | Availability::Unseen);
         let runs = self.route.candidates.iter().filter(|c| !does_not_run(c)).count();
         let runs = runs + self.route.far.iter().map(Far::running).sum::<usize>();
         let can_wake = |c: &&Arc<Candidate>| {
@@ -298,6 +298,9 @@ impl Ask<'_> {
             || self.route.candidates.iter().any(is_being_woken)
         {
             return self.wait(WaitReason::Coming);
+        }
+        if any(|a| a == Availability::Unconfirmed) {
+            return self.wait(WaitReason::Unconfirmed);
         }
         // A machine of which nothing was heard yet may be there: the host is starting, or the view is new.
         if any(|a| matches!(a, Availability::Unhealthy | Availability::Unknown)) {
@@ -344,6 +347,7 @@ impl Ask<'_> {
                 None => WaitReason::Coming,
             },
             Availability::Starting | Availability::Returning => WaitReason::Coming,
+            Availability::Unconfirmed => WaitReason::Unconfirmed,
             Availability::Unhealthy | Availability::Unknown => WaitReason::Unhealthy,
             Availability::Unseen if self.detail == Detail::OfTheBest => WaitReason::Detail,
             Availability::Unseen => return Decision::Reject(unseen(self.route)),

@@ -84,6 +84,8 @@ pub enum Availability {
     Unhealthy,
     /// Starting now, or started and not yet checked: an app that boots is no sick one.
     Starting,
+    /// It would run, and its host, which was booted, waits for control's word that it may.
+    Unconfirmed,
     /// On its way back: created, restarted or updated.
     Returning,
     Asleep,
@@ -240,6 +242,9 @@ fn near<'a>(snapshot: &'a Snapshot, vantage: &Vantage) -> BTreeMap<&'a Region, u
 fn availability(assignment: &MachineAssignment, fact: &MachineFact) -> Availability {
     if fact.cordoned || fact.host != assignment.host {
         return Availability::Unavailable;
+    }
+    if fact.unconfirmed {
+        return Availability::Unconfirmed;
     }
     match fact.state {
         MachineState::Started if fact.is_healthy() => Availability::Ready,

@@ -133,6 +133,9 @@ pub struct MachineFact {
     /// Its run has ended and it is to be destroyed then: nothing starts it, and control destroys it.
     #[serde(default)]
     pub over: bool,
+    /// It would run, and waits for control's word that it is still placed here: its host was booted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unconfirmed: bool,
     /// When the clock starts it next.
     #[serde(default)]
     pub due_ms: Option<u64>,

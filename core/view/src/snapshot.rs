@@ -209,6 +209,7 @@ mod tests {
             problem: None,
             containers: vec![],
             over: false,
+            unconfirmed: false,
             due_ms: None,
             updated_at_ms: 0,
         })

@@ -272,6 +272,7 @@ pub(crate) mod tests {
             restarts: 0,
             problem: None,
             over: false,
+            unconfirmed: false,
             due_ms: None,
             containers: vec![],
             updated_at_ms: 0,

@@ -40,6 +40,7 @@ fn machine(number: u8, sequence: u64, updated_at_ms: u64) -> MachineFact {
         restarts: 0,
         problem: None,
         over: false,
+        unconfirmed: false,
         due_ms: None,
         containers: vec![],
         updated_at_ms,

@@ -230,6 +230,7 @@ fn snapshot(host_name: &str, port: u16, host: &str) -> Result<Snapshot, Box<dyn 
         restarts: 0,
         problem: None,
         over: false,
+        unconfirmed: false,
         due_ms: None,
         containers: vec![],
         updated_at_ms: 0,

@@ -269,6 +269,7 @@ fn running(row: &MachineRow) -> MachineFact {
         problem: None,
         containers: vec![],
         over: false,
+        unconfirmed: false,
         due_ms: None,
         updated_at_ms: 0,
     }

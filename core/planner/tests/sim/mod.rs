@@ -226,6 +226,7 @@ impl World {
                 problem: None,
                 containers: vec![],
                 over: false,
+                unconfirmed: false,
                 due_ms: None,
                 updated_at_ms: self.now_ms,
             });

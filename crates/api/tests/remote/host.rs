@@ -81,6 +81,7 @@ pub fn fact() -> MachineFact {
         problem: None,
         containers: vec![],
         over: false,
+        unconfirmed: false,
         due_ms: None,
         updated_at_ms: 4,
     }

@@ -148,6 +148,7 @@ pub fn machine(number: u32, host: &str, sequence: u64) -> MachineFact {
         restarts: 0,
         problem: None,
         over: false,
+        unconfirmed: false,
         due_ms: None,
         containers: vec![],
         updated_at_ms: now_ms(),

@@ -26,6 +26,7 @@ pub fn created(assignment: &MachineAssignment) -> MachineFact {
         restarts: 0,
         problem: None,
         over: false,
+        unconfirmed: false,
         due_ms: None,
         containers: vec![],
         updated_at_ms: 0,

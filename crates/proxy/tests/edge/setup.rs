@@ -258,6 +258,7 @@ fn snapshot(machines: &[Machine]) -> Snapshot {
             restarts: 0,
             problem: None,
             over: false,
+            unconfirmed: false,
             due_ms: None,
             containers: vec![],
             updated_at_ms: 0,
