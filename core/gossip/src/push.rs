@@ -12,15 +12,15 @@ use crate::message::{Batch, Fork, MAX_BEATS, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES
 use crate::node::{Event, Node};
 use crate::planted::planted;
 use crate::row::Row;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 const PUSH_IN_REGION: usize = 4;
 const PUSH_ANYWHERE: usize = 2;
-/// Where so few others are to hear it, the writer tells all of them itself, and whoever hears it tells one more, in case a
-/// message was lost: two messages a host instead of six.
+/// Where so few others are to hear it, the writer tells all of them itself. Whoever hears it tells one more that there is
+/// something to ask for, in case a message was lost: later than any that was not, and all of that time in one message.
 const FEW: usize = 16;
-const PUSH_AMONG_FEW: usize = 1;
+const RELAY_MS: u64 = 20;
 /// What does not fit a datagram goes as a message up to here; of more only the head is told, and the rows are asked for.
 const MAX_PUSHED_BYTES: usize = 32 << 10;
 /// Batches to be sent; the oldest is dropped, because anti-entropy repairs it.
@@ -55,6 +55,9 @@ const MAX_ASKED_A_PEER: usize = 4_096;
 pub(crate) struct Pushes {
     queue: VecDeque<(Addr, Arc<[u8]>)>,
     next_flush_ms: u64,
+    /// Logs with news that one more is to hear of, and when.
+    relays: BTreeSet<OriginId>,
+    relay_at_ms: u64,
     held: Vec<Held>,
     is_trying: bool,
     asked: BTreeMap<Addr, BTreeMap<OriginId, (u64, Cursor)>>,
@@ -103,22 +106,26 @@ impl Node {
         if certificate.scope == Scope::Region && certificate.region != self.me.region {
             return;
         }
-        let (targets, among_few) = match self.few_targets(&certificate, except) {
-            Some(few) => (few, true),
-            None => (self.targets(certificate.scope, except), false),
-        };
-        let most = MAX_DATAGRAM_BYTES - OVERHEAD_BYTES;
-        let mut bytes = Vec::new();
-        // A head without its rows says that there is something to ask for.
-        let seq = batch.head.is.seq;
-        let bare = |batch: Batch| Batch { rows: vec![], after: Cursor::after(seq), certificate: None, ..batch };
+        let few = self.are_few(certificate.scope);
+        if few && except.is_some() {
+            return self.relay_later(batch.head.is.id);
+        }
+        let targets = if few { self.unaware(&certificate) } else { self.targets(certificate.scope, except) };
         // What begins a log comes with its certificate: nobody can know it yet.
         let certificate = Some(certificate).filter(|_| batch.after == Cursor::START);
-        let batch = Batch { certificate, ..batch };
+        self.push(targets, Batch { certificate, ..batch }, few);
+    }
+
+    fn push(&mut self, targets: Vec<Addr>, batch: Batch, among_few: bool) {
+        let most = MAX_DATAGRAM_BYTES - OVERHEAD_BYTES;
         if among_few && batch.length() > most && batch.length() <= MAX_PUSHED_BYTES {
             let message = Message::Push(vec![batch]);
             return targets.into_iter().for_each(|to| self.stream(to, &message));
         }
+        // A head without its rows says that there is something to ask for.
+        let seq = batch.head.is.seq;
+        let bare = |batch: Batch| Batch { rows: vec![], after: Cursor::after(seq), certificate: None, ..batch };
+        let mut bytes = Vec::new();
         if batch.length() > most { bare(batch).write(&mut bytes) } else { batch.write(&mut bytes) }
         let bytes: Arc<[u8]> = bytes.into();
         for to in targets {
@@ -130,18 +137,43 @@ impl Node {
         }
     }
 
-    /// Whom to tell where few are to hear it. `except` is who has told it here; a writer has heard it from nobody.
-    fn few_targets(&mut self, certificate: &Certificate, except: Option<&Addr>) -> Option<Vec<Addr>> {
+    fn are_few(&mut self, scope: Scope) -> bool {
         let others = self.members.others();
-        let count = if certificate.scope == Scope::Global { others.all.len() } else { others.near.len() };
-        if count > FEW {
-            return None;
+        let count = if scope == Scope::Global { others.all.len() } else { others.near.len() };
+        count <= FEW
+    }
+
+    /// Where few are to hear it: whom its writer tells.
+    fn unaware(&mut self, certificate: &Certificate) -> Vec<Addr> {
+        let region = self.me.region.clone();
+        let others = self.members.others();
+        let in_scope = others.all.iter().filter(|peer| certificate.scope == Scope::Global || peer.region == region);
+        in_scope.map(|peer| peer.addr.clone()).collect()
+    }
+
+    fn relay_later(&mut self, id: OriginId) {
+        if self.pushes.relays.is_empty() {
+            self.pushes.relay_at_ms = self.now_ms + RELAY_MS;
         }
-        let in_scope = others.all.iter().filter(|peer| certificate.scope == Scope::Global || peer.region == self.me.region);
-        let unaware = in_scope.filter(|peer| Some(&peer.addr) != except && (except.is_none() || peer.id != certificate.id));
-        let unaware: Vec<Addr> = unaware.map(|peer| peer.addr.clone()).collect();
-        let Some(_) = except else { return Some(unaware) };
-        Some(self.rng.choose(PUSH_AMONG_FEW, unaware.len()).into_iter().map(|at| unaware[at].clone()).collect())
+        self.pushes.relays.insert(id);
+    }
+
+    /// One other is told which logs have moved on. Its writer's own message is there before, unless it was lost.
+    fn relay(&mut self) {
+        if self.pushes.relays.is_empty() || self.now_ms < self.pushes.relay_at_ms {
+            return;
+        }
+        let others = self.members.others();
+        let anywhere = self.rng.choose(1, others.all.len()).first().copied();
+        let nearby = self.rng.choose(1, others.near.len()).first().map(|at| others.near[*at]);
+        for id in std::mem::take(&mut self.pushes.relays) {
+            let Some(log) = self.catalogue.log(id).filter(|_| self.catalogue.fork(id).is_none()) else { continue };
+            let place = if log.certificate.scope == Scope::Global { anywhere } else { nearby };
+            let after = Cursor::after(log.head.is.seq);
+            let bare = Batch { after, ..stage_of(None, log.head.clone()) };
+            let peer = place.map(|place| &others.all[place]).filter(|peer| peer.id != id);
+            self.push(peer.map(|peer| peer.addr.clone()).into_iter().collect(), bare, true);
+        }
     }
 
     fn targets(&mut self, scope: Scope, except: Option<&Addr>) -> Vec<Addr> {
@@ -162,6 +194,7 @@ impl Node {
     /// Packs what is queued into datagrams, several batches in each.
     pub(crate) fn flush_pushes(&mut self) {
         self.pushes.given_bytes = 0;
+        self.relay();
         if self.pushes.queue.is_empty() || self.now_ms < self.pushes.next_flush_ms {
             return;
         }
@@ -185,7 +218,8 @@ impl Node {
 
     pub(crate) fn pushes_next_ms(&self) -> u64 {
         let flush = if self.pushes.queue.is_empty() { u64::MAX } else { self.pushes.next_flush_ms };
-        self.pushes.held.iter().map(|held| held.until_ms).min().unwrap_or(u64::MAX).min(flush)
+        let relay = if self.pushes.relays.is_empty() { u64::MAX } else { self.pushes.relay_at_ms };
+        self.pushes.held.iter().map(|held| held.until_ms).min().unwrap_or(u64::MAX).min(flush).min(relay)
     }
 
     pub(crate) fn receive_push(&mut self, from: &Addr, batch: Batch) {

@@ -24,7 +24,7 @@ use dunlin_model::HostId;
 use futures_util::future::BoxFuture;
 use hello::Hello;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ClientConfig, Connection, Endpoint, IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, ClientConfig, Connection, Endpoint, IdleTimeout, TransportConfig, VarInt};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -58,6 +58,9 @@ const STRANGERS_WINDOW: VarInt = VarInt::from_u32(64 << 10);
 const DATAGRAM_BUFFER_BYTES: usize = 1 << 20;
 /// A gossip's datagram fits from the first packet on.
 const INITIAL_MTU: u16 = 1_280;
+/// Packets that are acknowledged together, within QUIC's 25 ms: an acknowledgement costs as much as a datagram of gossip, and most go
+/// along with the next one.
+const ACK_EVERY: VarInt = VarInt::from_u32(16);
 const KEEP_ALIVE: Duration = Duration::from_secs(4);
 const IDLE: Duration = Duration::from_secs(12);
 /// How long one of two connections that were dialed at once stays for what is on its way.
@@ -491,6 +494,9 @@ fn transport(side: Side) -> TransportConfig {
     let idle = IdleTimeout::try_from(IDLE).expect("a few seconds are no overflow");
     config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(KEEP_ALIVE));
     config.initial_mtu(INITIAL_MTU).datagram_receive_buffer_size(Some(DATAGRAM_BUFFER_BYTES)).datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES);
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(ACK_EVERY);
+    config.ack_frequency_config(Some(acks));
     config.max_concurrent_uni_streams(VarInt::from_u32(0)).receive_window(STRANGERS_WINDOW);
     config.max_concurrent_bidi_streams(match side {
         Side::Dials => VarInt::from_u32(0),

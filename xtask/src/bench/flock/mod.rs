@@ -150,7 +150,10 @@ fn loaded_and_back(kind: Kind) -> anyhow::Result<(Duration, Duration, f64)> {
     let mut hosts = Hosts::start(kind, HOSTS, Line::Short)?;
     hosts.all("say 1")?;
     hosts.until_all_have(HOSTS)?;
+    let before = hosts.costs()?;
     let loaded = hosts.together(&format!("say {}", ROWS / HOSTS), ROWS)?;
+    let cost = hosts.costs()?.since(&before);
+    println!("    {kind:?}: loading took {:.1?} of processor time and {} MB sent, of all hosts together", cost.cpu, cost.bytes / 1_000_000);
     thread::sleep(SETTLE);
     let (back, memory_mb) = hosts.wipe_last(ROWS)?;
     println!("    {kind:?}: loaded after {loaded:.1?}, back after {back:.1?} with {memory_mb:.0} MB");
