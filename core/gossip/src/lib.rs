@@ -51,6 +51,7 @@ mod subscribe;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod wire;
 mod write;
 

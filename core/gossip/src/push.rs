@@ -12,6 +12,7 @@ use crate::message::{Batch, Fork, MAX_BEATS, MAX_CHUNK_BYTES, MAX_DATAGRAM_BYTES
 use crate::node::{Event, Node};
 use crate::planted::planted;
 use crate::row::Row;
+use crate::transfer::Transfers;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
@@ -46,8 +47,8 @@ const MAX_STAGES: usize = 4_096;
 const PARTS_A_WANT: usize = 8;
 /// What one input may make this host send: a small message must not cause a flood.
 const MAX_GIVEN_BYTES: usize = 4 << 20;
-/// While parts of a log come at this pace nobody else is asked for it, nor the same peer again.
-const FETCHING_MS: u64 = 500;
+/// Of a log that is this far behind more is to come than a message holds, perhaps.
+const FAR_BEHIND: u64 = 256;
 /// What one peer may be asked for within [`ASK_AGAIN_MS`], whatever it says it has.
 const MAX_ASKED_A_PEER: usize = 4_096;
 
@@ -63,6 +64,7 @@ pub(crate) struct Pushes {
     asked: BTreeMap<Addr, BTreeMap<OriginId, (u64, Cursor)>>,
     /// Of each peer its own: what one of them makes up does not touch what another has sent.
     staged: BTreeMap<(OriginId, Addr), Stage>,
+    transfers: Transfers,
     given_bytes: usize,
 }
 
@@ -253,6 +255,13 @@ impl Node {
         if !goes_on {
             self.note_behind(&batch.head.is);
         }
+        let was_asked = self.pushes.asked.get(from).is_some_and(|asked| asked.contains_key(&id));
+        if was_asked && !self.pushes.transfers.is_known(id) {
+            self.pushes.transfers.asked(id, from, now_ms);
+        }
+        if !batch.rows.is_empty() {
+            self.pushes.transfers.moved(id, from, now_ms);
+        }
         let stage = self.pushes.staged.get_mut(&at).expect("it was just put there");
         if let Some(last) = batch.rows.last() {
             stage.cursor = Cursor { seq: last.seq(), key: Some(last.key().clone()) };
@@ -263,7 +272,8 @@ impl Node {
             More::Follows => {}
             More::Ask => {
                 let after = stage.cursor.clone();
-                self.want(from, Wanted { id, epoch, after });
+                self.pushes.transfers.asked(id, from, now_ms);
+                self.ask(from, Wanted { id, epoch, after });
             }
             More::Last => {
                 let stage = self.pushes.staged.remove(&at).expect("it is there");
@@ -305,6 +315,7 @@ impl Node {
             Taken::Changed { id, rows, whole } => {
                 self.syncs.reached(id, (copy.head.is.epoch, copy.head.is.seq));
                 self.pushes.asked.values_mut().for_each(|asked| drop(asked.remove(&id)));
+                self.pushes.transfers.ended(id);
                 self.changed(id, whole, rows);
                 if route == Route::Push {
                     self.spread(copy, Some(from));
@@ -401,7 +412,7 @@ impl Node {
         let is = &batch.head.is;
         let soon_ms = self.now_ms.saturating_sub(self.config.hold_ms);
         let is_asked = self.pushes.asked.values().any(|asked| asked.get(&is.id).is_some_and(|(at_ms, _)| *at_ms > soon_ms));
-        if is_bare(batch) && !is_asked && !self.is_fetching(is.id) {
+        if is_bare(batch) && !is_asked {
             let seq = self.catalogue.log(is.id).filter(|log| log.head.is.epoch == is.epoch).map_or(0, |log| log.head.is.seq);
             let after = if is.floor > seq { Cursor::START } else { Cursor::after(seq) };
             self.want(from, Wanted { id: is.id, epoch: is.epoch, after });
@@ -461,6 +472,7 @@ impl Node {
                 self.want(&held.from, Wanted { id: is.id, epoch: is.epoch, after });
             }
         }
+        self.pushes.transfers.forget(now_ms);
         self.pushes.asked.retain(|_, asked| {
             asked.retain(|_, (at, _)| now_ms.saturating_sub(*at) < ASK_AGAIN_MS);
             !asked.is_empty()
@@ -469,10 +481,9 @@ impl Node {
 
     // ---- asking and giving
 
-    /// Parts of the log are on their way.
+    /// A peer was asked for much of the log, and it comes.
     pub(crate) fn is_fetching(&self, id: OriginId) -> bool {
-        let stages = self.pushes.staged.range((id, Addr::new([]).expect("it is short"))..).take_while(|((of, _), _)| *of == id);
-        stages.into_iter().any(|(_, stage)| self.now_ms.saturating_sub(stage.touched_ms) < FETCHING_MS)
+        self.pushes.transfers.is_on_its_way(id, self.now_ms)
     }
 
     /// What a peer lacks and has not asked for: of more than a message holds only the head, so that it asks, and asks one.
@@ -489,22 +500,39 @@ impl Node {
     }
 
     pub(crate) fn want(&mut self, from: &Addr, wanted: Wanted) {
-        let now_ms = self.now_ms;
-        let staged = self.pushes.staged.get(&(wanted.id, from.clone())).filter(|stage| stage.epoch == wanted.epoch && !stage.rows.is_empty());
-        let wanted = staged.map_or(wanted.clone(), |stage| Wanted { after: stage.cursor.clone(), ..wanted });
-        let of_it = self.pushes.asked.entry(from.clone()).or_default();
-        if of_it.len() >= MAX_ASKED_A_PEER && !of_it.contains_key(&wanted.id) {
+        if self.is_fetching(wanted.id) {
             return;
         }
-        let asked = of_it.entry(wanted.id).or_insert((0, Cursor { seq: u64::MAX, key: None }));
+        let staged = self.pushes.staged.get(&(wanted.id, from.clone())).filter(|stage| stage.epoch == wanted.epoch && !stage.rows.is_empty());
+        let wanted = staged.map_or(wanted.clone(), |stage| Wanted { after: stage.cursor.clone(), ..wanted });
+        self.ask(from, wanted);
+    }
+
+    fn ask(&mut self, from: &Addr, wanted: Wanted) {
+        let (id, now_ms) = (wanted.id, self.now_ms);
+        let of_it = self.pushes.asked.entry(from.clone()).or_default();
+        if of_it.len() >= MAX_ASKED_A_PEER && !of_it.contains_key(&id) {
+            return;
+        }
+        let asked = of_it.entry(id).or_insert((0, Cursor { seq: u64::MAX, key: None }));
         if asked.1 == wanted.after && asked.0 + ASK_AGAIN_MS > now_ms {
             return;
         }
         *asked = (now_ms, wanted.after.clone());
+        if self.pushes.transfers.is_known(id) || self.is_far_behind(id) {
+            self.pushes.transfers.asked(id, from, now_ms);
+        }
         let wants = self.wants.entry(from.clone()).or_default();
         if wants.len() < crate::message::MAX_ENTRIES {
             wants.push(wanted);
         }
+    }
+
+    /// By a head that its writer has signed.
+    fn is_far_behind(&self, id: OriginId) -> bool {
+        let log = self.catalogue.log(id).map(|log| (log.head.is.epoch, log.head.is.seq));
+        let lag = |epoch, seq: u64| log.filter(|(held, _)| *held == epoch).map_or(seq, |(_, held)| seq.saturating_sub(held));
+        self.syncs.behind(id).is_some_and(|behind| lag(behind.epoch, behind.seq) > FAR_BEHIND)
     }
 
     pub(crate) fn give(&mut self, to: &Addr, wanted: Wanted) {

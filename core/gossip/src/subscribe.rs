@@ -144,7 +144,10 @@ impl Node {
             return;
         }
         let (now, new_until_ms) = ((log.head.is.epoch, log.head.is.seq), self.now_ms + SERVED_MS);
-        let topics: BTreeSet<&[u8]> = log.rows().filter_map(|row| row.body()).map(|body| body.topic).chain([ALL]).collect();
+        // All rows are looked at only for who does not know the log yet.
+        let is_new = self.subscriptions.served.values().any(|served| !served.origins.contains_key(&id));
+        let bodies = log.rows().filter(|_| is_new).filter_map(|row| row.body());
+        let topics: BTreeSet<&[u8]> = bodies.map(|body| body.topic).chain([ALL]).collect();
         let mut told = vec![];
         for (to, served) in &mut self.subscriptions.served {
             let known = served.origins.get(&id).map(|told| (told.at, told.until_ms));

@@ -202,9 +202,6 @@ impl Node {
             let contradicts = ours.is_some_and(|ours| ours.at() == theirs.at() && ours.tag != theirs.tag);
             if self.is_newer(theirs) || contradicts {
                 differs = true;
-                if self.is_fetching(theirs.id) {
-                    continue;
-                }
                 let same_epoch = ours.filter(|ours| ours.epoch == theirs.epoch && !ours.forked);
                 let after = same_epoch.map_or(Cursor::START, |ours| Cursor::after(ours.seq));
                 self.want(from, Wanted { id: theirs.id, epoch: theirs.epoch, after });

@@ -68,9 +68,36 @@ fn the_rest_of_a_log_is_asked_for_where_its_beginning_came_from() {
     let outputs = node.handle(stream("one", &Message::Batches(vec![Batch { more: More::Ask, ..first }])), at(1));
     let after = Cursor { seq: 4, key: Some(Key::new("a").unwrap()) };
     assert_eq!(sent(&outputs, "one"), [Message::Want(vec![Wanted { id, epoch: 1, after }])]);
+    // Nobody else while it may come; then what the other has, from its beginning.
     node.want(&addr("other"), Wanted { id, epoch: 1, after: Cursor::START });
-    let outputs = node.handle(Input::Tick, at(2));
+    assert_eq!(sent(&node.handle(Input::Tick, at(600)), "other"), []);
+    node.want(&addr("other"), Wanted { id, epoch: 1, after: Cursor::START });
+    let outputs = node.handle(Input::Tick, at(601));
     assert_eq!(sent(&outputs, "other"), [Message::Want(vec![Wanted { id, epoch: 1, after: Cursor::START }])]);
+}
+
+#[test]
+fn a_long_log_is_asked_for_once_while_it_comes_and_each_further_try_waits_longer() {
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
+    let (id, rows) = (host.certificate.id, [row("a", 1_004, b"1"), row("b", 1_005, b"2"), row("c", 1_006, b"3")]);
+    node.handle(stream("x", &Message::Batches(vec![host.whole(1, &[row("z", 1, b"0")])])), at(1));
+    let told = Batch { after: Cursor::after(1_006), rows: vec![], ..host.whole(1_006, &rows) };
+    let wants = |node: &mut Node, peer: &str, ms: u64| {
+        let outputs = node.handle(stream(peer, &Message::Push(vec![told.clone()])), at(ms));
+        sent(&outputs, peer).iter().filter(|message| matches!(message, Message::Want(_))).count()
+    };
+    assert_eq!(wants(&mut node, "one", 10), 1);
+    assert_eq!((wants(&mut node, "two", 100), wants(&mut node, "one", 450)), (0, 0), "it may be on its way");
+    // A part is a sign that it is, if it is one that was asked for.
+    let [first, second] = halves(host.whole(1_006, &rows));
+    node.handle(stream("stranger", &Message::Batches(vec![first.clone()])), at(480));
+    assert_eq!(wants(&mut node, "two", 520), 1);
+    node.handle(stream("two", &Message::Batches(vec![first])), at(1_400));
+    assert_eq!((wants(&mut node, "three", 1_600), wants(&mut node, "three", 2_300)), (0, 0));
+    assert_eq!(wants(&mut node, "three", 2_500), 1, "nothing has come for a second");
+    assert_eq!((wants(&mut node, "four", 4_400), wants(&mut node, "four", 4_600)), (0, 1));
+    node.handle(stream("two", &Message::Batches(vec![second])), at(4_700));
+    assert_eq!(node.catalogue().log(id).map(Log::len), Some(3), "whoever gives it first");
 }
 
 #[test]
