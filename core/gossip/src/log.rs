@@ -12,7 +12,9 @@ use crate::id::Key;
 use crate::lthash::LtHash;
 use crate::planted::planted;
 use crate::row::Row;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::borrow::Borrow;
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Above this the lanes (2 KiB) are kept; for fewer rows they are made again when they are needed.
 const KEEP_LANES_ABOVE: usize = 16;
@@ -20,7 +22,7 @@ const KEEP_LANES_ABOVE: usize = 16;
 pub const MAX_LOG_BYTES: usize = 64 << 20;
 /// So many rows at most: one message or record can name them all, and their places in memory stay bounded too.
 pub const MAX_ROWS: usize = 1 << 18;
-/// What a row takes beside its bytes: its key three times, its places, what is allocated around them.
+/// What a row takes beside its bytes: its places, and what is allocated around them.
 pub(crate) const ROW_COST_BYTES: usize = 200;
 /// The newest heads, so that a fork is seen a little later too, and can be shown.
 const REMEMBERED_HEADS: usize = 4;
@@ -41,16 +43,16 @@ impl Cursor {
     }
 
     pub(crate) fn is_before(&self, row: &Row) -> bool {
-        row.seq() > self.seq || (row.seq() == self.seq && self.key.as_ref().is_some_and(|key| row.key() > key))
+        row.seq() > self.seq || (row.seq() == self.seq && self.key.as_ref().is_some_and(|key| row.key() > key.as_bytes()))
     }
 }
 
 pub struct Log {
     pub certificate: Certificate,
     pub head: Head,
-    rows: BTreeMap<Key, Row>,
-    by_seq: BTreeSet<(u64, Key)>,
-    tombstones: BTreeSet<(u64, Key)>,
+    rows: BTreeSet<ByKey>,
+    by_seq: BTreeSet<BySeq>,
+    tombstones: BTreeSet<BySeq>,
     lanes: Option<LtHash>,
     bytes: usize,
     /// Earlier heads of this epoch, oldest first.
@@ -72,9 +74,55 @@ pub enum Refusal {
 /// What a verified batch changes.
 pub struct Change {
     pub(crate) lanes: LtHash,
-    rows: BTreeMap<Key, Row>,
+    rows: BTreeSet<ByKey>,
     whole: bool,
 }
+
+/// A row found by its key.
+#[derive(Clone)]
+struct ByKey(Row);
+
+impl Borrow<[u8]> for ByKey {
+    fn borrow(&self) -> &[u8] {
+        self.0.key()
+    }
+}
+
+impl Ord for ByKey {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.key().cmp(other.0.key())
+    }
+}
+
+/// A row in its place: by sequence, then key.
+#[derive(Clone)]
+struct BySeq(Row);
+
+impl Ord for BySeq {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.seq().cmp(&other.0.seq()).then_with(|| self.0.key().cmp(other.0.key()))
+    }
+}
+
+macro_rules! ordered {
+    ($($name:ident)*) => {$(
+        impl PartialOrd for $name {
+            fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+                Some(self.cmp(other))
+            }
+        }
+
+        impl PartialEq for $name {
+            fn eq(&self, other: &Self) -> bool {
+                self.cmp(other).is_eq()
+            }
+        }
+
+        impl Eq for $name {}
+    )*};
+}
+
+ordered!(ByKey BySeq);
 
 impl Log {
     /// A log of which nothing is known yet but its first head, which must be for the whole.
@@ -83,7 +131,7 @@ impl Log {
         let mut log = Self {
             certificate,
             head: head.clone(),
-            rows: BTreeMap::new(),
+            rows: BTreeSet::new(),
             by_seq: BTreeSet::new(),
             tombstones: BTreeSet::new(),
             lanes: None,
@@ -112,21 +160,21 @@ impl Log {
         if !whole && (after.seq > self.head.is.seq || after.key.is_some() || floor > self.head.is.seq) {
             return Err(Refusal::Gap);
         }
-        let held = |key: &Key| if whole { None } else { self.rows.get(key) };
-        let mut newest: BTreeMap<Key, Row> = BTreeMap::new();
+        let held = |key: &[u8]| if whole { None } else { self.get(key) };
+        let mut newest: BTreeSet<ByKey> = BTreeSet::new();
         for row in rows {
-            let known = newest.get(row.key()).or_else(|| held(row.key()));
+            let known = newest.get(row.key()).map(|known| &known.0).or_else(|| held(row.key()));
             if row.seq() > seq || !after.is_before(&row) {
                 return Err(Refusal::Mismatch);
             }
             if known.is_none_or(|known| known.seq() < row.seq()) {
-                newest.insert(row.key().clone(), row);
+                newest.replace(ByKey(row));
             }
         }
-        let replaced = newest.values().filter_map(|row| held(row.key()));
-        let over = self.over(floor).filter(|old| !whole && !newest.contains_key(old.key()));
+        let replaced = newest.iter().filter_map(|row| held(row.0.key()));
+        let over = self.over(floor).filter(|old| !whole && !newest.contains(old.key()));
         let gone: Vec<&Row> = replaced.chain(over).collect();
-        let come = || newest.values().filter(|row| !is_over(row, floor));
+        let come = || newest.iter().map(|row| &row.0).filter(|row| !is_over(row, floor));
         // Limits come before hashes: what is too big costs nothing.
         let (held_rows, held_bytes) = if whole { (0, 0) } else { (self.rows.len(), self.bytes) };
         let bytes = held_bytes + length_of(come()) - length_of(gone.iter().copied());
@@ -157,15 +205,15 @@ impl Log {
             self.tombstones.clear();
             self.bytes = 0;
         }
-        for row in change.rows.values() {
-            self.put(row.clone());
+        for row in &change.rows {
+            self.put(row.0.clone());
         }
-        let over: Vec<Key> = self.over(floor).map(|row| row.key().clone()).collect();
-        over.iter().for_each(|key| self.take(key));
+        let over: Vec<Row> = self.over(floor).cloned().collect();
+        over.iter().for_each(|row| self.take(row.key()));
         self.lanes = (self.rows.len() > KEEP_LANES_ABOVE).then_some(change.lanes);
         self.heard = Heard::anchor(head.is.anchor);
         self.head = head;
-        change.rows.into_values().collect()
+        change.rows.into_iter().map(|row| row.0).collect()
     }
 
     /// The same rows under a head that differs only in its chain of beats.
@@ -216,18 +264,16 @@ impl Log {
 
     /// Rows behind the cursor in order, as many as fit into `max_bytes`, and whether those were all.
     pub fn rows_after(&self, cursor: &Cursor, max_bytes: usize) -> (Vec<Row>, Option<Cursor>) {
-        let from = match &cursor.key {
-            Some(key) => (cursor.seq, key.clone()),
-            None => (cursor.seq.saturating_add(1), Key::new([]).expect("an empty key is short")),
-        };
+        // No key is before the empty one.
+        let key = cursor.key.clone().unwrap_or_else(|| Key::new([]).expect("an empty key is short"));
+        let seq = if cursor.key.is_some() { cursor.seq } else { cursor.seq.saturating_add(1) };
         let (mut rows, mut bytes) = (Vec::new(), 0);
-        for (_, key) in self.by_seq.range(from..) {
-            let row = &self.rows[key];
+        for BySeq(row) in self.by_seq.range(BySeq(Row::tombstone(key, seq))..) {
             if !cursor.is_before(row) {
                 continue;
             }
             if bytes + row.length() > max_bytes {
-                let last = rows.last().map(|row: &Row| Cursor { seq: row.seq(), key: Some(row.key().clone()) });
+                let last = rows.last().map(|row: &Row| Cursor { seq: row.seq(), key: Some(row.key_of_its_own()) });
                 return (rows, Some(last.unwrap_or_else(|| cursor.clone())));
             }
             bytes += row.length();
@@ -237,16 +283,16 @@ impl Log {
     }
 
     pub fn rows(&self) -> impl Iterator<Item = &Row> {
-        self.rows.values()
+        self.rows.iter().map(|row| &row.0)
     }
 
-    pub fn get(&self, key: &Key) -> Option<&Row> {
-        self.rows.get(key)
+    pub fn get(&self, key: &[u8]) -> Option<&Row> {
+        self.rows.get(key).map(|row| &row.0)
     }
 
     /// The sequence up to which tombstones go when all but the newest `keep` are dropped.
     pub(crate) fn floor_that_keeps(&self, keep: usize) -> Option<u64> {
-        self.tombstones.iter().rev().nth(keep).map(|(seq, _)| *seq)
+        self.tombstones.iter().rev().nth(keep).map(|row| row.0.seq())
     }
 
     pub fn len(&self) -> usize {
@@ -271,9 +317,10 @@ impl Log {
     /// Memory that fails, for the simulator: another value under the first key.
     #[cfg(any(test, feature = "planted"))]
     pub(crate) fn flip_memory(&mut self) -> bool {
-        let Some(row) = self.rows.values_mut().find(|row| !row.is_dead()) else { return false };
+        let Some(row) = self.rows().find(|row| !row.is_dead()) else { return false };
         let topic = crate::Topic::new("flipped").expect("short");
-        *row = Row::live(row.key().clone(), row.seq(), &topic, b"").expect("short");
+        let flipped = Row::live(row.key_of_its_own(), row.seq(), &topic, b"").expect("short");
+        self.rows.replace(ByKey(flipped));
         true
     }
 
@@ -283,30 +330,30 @@ impl Log {
 
     fn lanes_of_rows(&self) -> LtHash {
         let mut lanes = LtHash::default();
-        self.rows.values().for_each(|row| lanes.add(row.raw()));
+        self.rows().for_each(|row| lanes.add(row.raw()));
         lanes
     }
 
     /// Tombstones that the floor has passed.
     fn over(&self, floor: u64) -> impl Iterator<Item = &Row> {
-        let first = self.tombstones.iter().take_while(move |(seq, _)| *seq <= floor);
-        first.map(|(_, key)| &self.rows[key]).filter(move |row| is_over(row, floor))
+        let first = self.tombstones.iter().map(|row| &row.0).take_while(move |row| row.seq() <= floor);
+        first.filter(move |row| is_over(row, floor))
     }
 
     fn put(&mut self, row: Row) {
         self.take(row.key());
         self.bytes += row.length();
-        self.by_seq.insert((row.seq(), row.key().clone()));
+        self.by_seq.insert(BySeq(row.clone()));
         if row.is_dead() {
-            self.tombstones.insert((row.seq(), row.key().clone()));
+            self.tombstones.insert(BySeq(row.clone()));
         }
-        self.rows.insert(row.key().clone(), row);
+        self.rows.insert(ByKey(row));
     }
 
-    fn take(&mut self, key: &Key) {
-        if let Some(old) = self.rows.remove(key) {
+    fn take(&mut self, key: &[u8]) {
+        if let Some(ByKey(old)) = self.rows.take(key) {
             self.bytes -= old.length();
-            let place = (old.seq(), key.clone());
+            let place = BySeq(old);
             self.by_seq.remove(&place);
             self.tombstones.remove(&place);
         }

@@ -264,7 +264,7 @@ impl Node {
         }
         let stage = self.pushes.staged.get_mut(&at).expect("it was just put there");
         if let Some(last) = batch.rows.last() {
-            stage.cursor = Cursor { seq: last.seq(), key: Some(last.key().clone()) };
+            stage.cursor = Cursor { seq: last.seq(), key: Some(last.key_of_its_own()) };
         }
         (stage.bytes, stage.touched_ms) = (stage.bytes + bytes, now_ms);
         stage.rows.extend(batch.rows);

@@ -3,8 +3,8 @@
 //!
 //! The envelope (key, sequence, flags) never changes. The body behind it may grow: topic, value, then anything.
 
-use crate::id::{Key, Topic};
-use crate::wire::{Decoded, Malformed, Reader, Write};
+use crate::id::{Key, MAX_KEY_BYTES, Topic};
+use crate::wire::{Decoded, Malformed, Reader, Write, number_length};
 use std::fmt;
 use std::sync::Arc;
 
@@ -15,12 +15,20 @@ pub const MAX_ROW_BYTES: usize = MAX_VALUE_BYTES + 1024;
 /// The row says that its key is gone.
 const DEAD: u64 = 1;
 
+/// There may be a hundred thousand: the key is where it is in the raw bytes, and a clone is the same row.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Row {
     raw: Arc<[u8]>,
-    key: Key,
     seq: u64,
+    key: Place,
     dead: bool,
+}
+
+/// Of the key in the raw bytes: at their beginning, so a byte can tell where.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Place {
+    begin: u8,
+    length: u8,
 }
 
 /// What readers are shown of it.
@@ -35,18 +43,25 @@ impl Row {
         if value.len() > MAX_VALUE_BYTES {
             return Err(Malformed { what: "the value of a row" });
         }
-        let mut raw = envelope(&key, seq, 0);
+        let (mut raw, key) = envelope(&key, seq, 0);
         topic.write(&mut raw);
         raw.bytes(value);
         Ok(Self { raw: raw.into(), key, seq, dead: false })
     }
 
     pub fn tombstone(key: Key, seq: u64) -> Self {
-        Self { raw: envelope(&key, seq, DEAD).into(), key, seq, dead: true }
+        let (raw, key) = envelope(&key, seq, DEAD);
+        Self { raw: raw.into(), key, seq, dead: true }
     }
 
-    pub fn key(&self) -> &Key {
-        &self.key
+    pub fn key(&self) -> &[u8] {
+        let begin = usize::from(self.key.begin);
+        &self.raw[begin..begin + usize::from(self.key.length)]
+    }
+
+    /// On its own.
+    pub fn key_of_its_own(&self) -> Key {
+        Key::new(self.key()).expect("it was read as a key")
     }
 
     pub fn seq(&self) -> u64 {
@@ -81,7 +96,7 @@ impl Row {
     pub(crate) fn read(reader: &mut Reader<'_>) -> Decoded<Self> {
         let raw = reader.bytes(MAX_ROW_BYTES, "a row")?;
         let mut inner = Reader::new(raw);
-        let key = Key::read(&mut inner)?;
+        let key = Place::behind(inner.bytes(MAX_KEY_BYTES, "a key")?.len());
         let seq = inner.number("a row's sequence")?;
         let flags = inner.number("a row's flags")?;
         Ok(Self { raw: raw.into(), key, seq, dead: flags & DEAD != 0 })
@@ -89,20 +104,28 @@ impl Row {
 
     /// Bytes on the wire.
     pub(crate) fn length(&self) -> usize {
-        self.raw.len() + crate::wire::number_length(self.raw.len() as u64)
+        self.raw.len() + number_length(self.raw.len() as u64)
     }
 }
 
 impl fmt::Debug for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@{}{}", self.key, self.seq, if self.dead { " gone" } else { "" })
+        write!(f, "{}@{}{}", String::from_utf8_lossy(self.key()).escape_debug(), self.seq, if self.dead { " gone" } else { "" })
     }
 }
 
-fn envelope(key: &Key, seq: u64, flags: u64) -> Vec<u8> {
+impl Place {
+    /// Of a key, which is the first thing in a row, behind its length.
+    fn behind(length: usize) -> Self {
+        let bytes = |number: usize| u8::try_from(number).expect("a key is short");
+        Self { begin: bytes(number_length(length as u64)), length: bytes(length) }
+    }
+}
+
+fn envelope(key: &Key, seq: u64, flags: u64) -> (Vec<u8>, Place) {
     let mut raw = Vec::new();
     key.write(&mut raw);
     raw.number(seq);
     raw.number(flags);
-    raw
+    (raw, Place::behind(key.as_bytes().len()))
 }

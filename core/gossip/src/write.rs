@@ -84,7 +84,7 @@ impl Node {
             for row in rows {
                 let Some(body) = row.body() else { continue };
                 let Ok(topic) = crate::Topic::new(body.topic) else { continue };
-                let change = Change { key: row.key().clone(), value: Some((topic, body.value.to_vec())), seq: None };
+                let change = Change { key: row.key_of_its_own(), value: Some((topic, body.value.to_vec())), seq: None };
                 writer.pending.entry(change.key.clone()).or_insert(change);
             }
         }
@@ -231,7 +231,7 @@ fn numbered(last: u64, changes: Vec<Change>, log: Option<&Log>) -> Plan {
     let mut seq = last;
     let mut rows = vec![];
     for change in changes {
-        let is_there = log.and_then(|log| log.get(&change.key)).is_some_and(|row| !row.is_dead());
+        let is_there = log.and_then(|log| log.get(change.key.as_bytes())).is_some_and(|row| !row.is_dead());
         if change.value.is_none() && !is_there {
             continue;
         }

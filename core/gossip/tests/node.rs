@@ -95,7 +95,7 @@ impl Flock {
 
     fn read(&self, at: usize, of: OriginId) -> Vec<String> {
         let log = self.nodes[at].as_ref().and_then(|node| node.catalogue().log(of));
-        let text = |row: &Row| format!("{}={}", row.key(), String::from_utf8_lossy(row.body().unwrap().value));
+        let text = |row: &Row| format!("{}={}", row.key_of_its_own(), String::from_utf8_lossy(row.body().unwrap().value));
         log.into_iter().flat_map(Log::rows).filter(|row| !row.is_dead()).map(text).collect()
     }
 

@@ -1,8 +1,11 @@
 //! Ids and names, each validated once where it is parsed.
 
-use serde::{Deserialize, Serialize};
+use serde::de::{self, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// A name or id that does not have the required shape.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -16,12 +19,60 @@ pub struct InvalidName {
     pub rule: &'static str,
 }
 
+impl InvalidName {
+    fn of(kind: &'static str, text: &str, rule: &'static str) -> Self {
+        Self { kind, value: text.chars().take(80).collect(), rule }
+    }
+}
+
+/// What all ids have: they are parsed, shown, read and written as their text.
+macro_rules! as_text {
+    ($name:ident) => {
+        impl TryFrom<String> for $name {
+            type Error = InvalidName;
+            fn try_from(text: String) -> Result<Self, InvalidName> {
+                text.parse()
+            }
+        }
+        impl From<$name> for String {
+            fn from(id: $name) -> String {
+                id.as_str().into()
+            }
+        }
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.serialize_str(self.as_str())
+            }
+        }
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                from.deserialize_str(Parse(PhantomData))
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                self.as_str()
+            }
+        }
+    };
+}
+
+/// A text of any length; a clone is the same text.
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident, $kind:literal, $rule:literal, $valid:expr) => {
         $(#[$doc])*
-        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
-        pub struct $name(Box<str>);
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(Arc<str>);
 
         impl $name {
             /// The text of the id.
@@ -33,40 +84,50 @@ macro_rules! text_id {
             type Err = InvalidName;
             fn from_str(text: &str) -> Result<Self, InvalidName> {
                 let valid: fn(&str) -> bool = $valid;
-                if valid(text) {
-                    Ok(Self(text.into()))
-                } else {
-                    Err(InvalidName { kind: $kind, value: text.chars().take(80).collect(), rule: $rule })
-                }
+                if valid(text) { Ok(Self(text.into())) } else { Err(InvalidName::of($kind, text, $rule)) }
             }
         }
-        impl TryFrom<String> for $name {
-            type Error = InvalidName;
-            fn try_from(text: String) -> Result<Self, InvalidName> {
-                text.parse()
-            }
-        }
-        impl From<$name> for String {
-            fn from(id: $name) -> String {
-                id.0.into()
-            }
-        }
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-        impl AsRef<str> for $name {
-            fn as_ref(&self) -> &str {
-                &self.0
-            }
-        }
+        as_text!($name);
     };
+}
+
+/// A text of one length, in place: a host's view has one or two in each of a hundred thousand facts.
+macro_rules! fixed_id {
+    ($(#[$doc:meta])* $name:ident, $length:literal, $kind:literal, $rule:literal, $valid:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name([u8; $length]);
+
+        impl $name {
+            /// The text of the id.
+            pub fn as_str(&self) -> &str {
+                std::str::from_utf8(&self.0).expect("its bytes are letters and digits")
+            }
+        }
+        impl FromStr for $name {
+            type Err = InvalidName;
+            fn from_str(text: &str) -> Result<Self, InvalidName> {
+                let valid: fn(&u8) -> bool = $valid;
+                let bytes: Option<[u8; $length]> = text.as_bytes().try_into().ok();
+                bytes.filter(|bytes| bytes.iter().all(valid)).map(Self).ok_or_else(|| InvalidName::of($kind, text, $rule))
+            }
+        }
+        as_text!($name);
+    };
+}
+
+struct Parse<T>(PhantomData<T>);
+
+impl<T: FromStr<Err = InvalidName>> Visitor<'_> for Parse<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+        text.parse().map_err(E::custom)
+    }
 }
 
 /// A DNS label: app names become host names, so they obey the same rule.
@@ -103,10 +164,10 @@ text_id!(
     Zone, "zone", "use 1 to 32 lower-case letters, digits and dashes, not beginning or ending with a dash",
     |t| is_label(t, 32)
 );
-text_id!(
+fixed_id!(
     /// A machine's id: 14 lower-case hexadecimal digits.
-    MachineId, "machine id", "a machine id is 14 lower-case hexadecimal digits",
-    |t| t.len() == 14 && t.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    MachineId, 14, "machine id", "a machine id is 14 lower-case hexadecimal digits",
+    |b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)
 );
 text_id!(
     /// A volume's id: `vol_` and 16 lower-case hexadecimal digits.
@@ -118,10 +179,10 @@ text_id!(
     SnapshotId, "snapshot id", "a snapshot id is vs_ and 16 lower-case hexadecimal digits",
     |t| is_prefixed_hex(t, "vs_")
 );
-text_id!(
+fixed_id!(
     /// One immutable version of a machine's spec, 26 characters of Crockford base 32 (a ULID).
-    MachineVersion, "machine version", "a machine version is 26 characters of 0-9 and A-Z without I, L, O and U",
-    |t| t.len() == 26 && t.bytes().all(|b| CROCKFORD.contains(&b))
+    MachineVersion, 26, "machine version", "a machine version is 26 characters of 0-9 and A-Z without I, L, O and U",
+    |b| CROCKFORD.contains(b)
 );
 text_id!(
     /// Chosen by the sender of a command, so that a repeat gets the first answer.
@@ -156,13 +217,14 @@ impl SnapshotId {
 impl MachineId {
     /// An id from seven random bytes.
     pub fn from_random(random: [u8; 7]) -> Self {
-        Self(hex(&random).into())
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        Self(std::array::from_fn(|at| DIGITS[usize::from(random[at / 2] >> (if at % 2 == 0 { 4 } else { 0 }) & 15)]))
     }
 
     /// The name of the machine's network interface on the host: `dl` and the first 12 digits
     /// (15 bytes is the kernel's limit).
     pub fn interface_name(&self) -> String {
-        format!("dl{}", &self.0[..12])
+        format!("dl{}", &self.as_str()[..12])
     }
 }
 
@@ -173,9 +235,7 @@ impl MachineVersion {
         for (i, byte) in random.iter().enumerate() {
             value |= u128::from(*byte) << (72 - 8 * i);
         }
-        let text: String =
-            (0..26).map(|i| char::from(CROCKFORD[((value >> (125 - 5 * i)) & 31) as usize])).collect();
-        Self(text.into())
+        Self(std::array::from_fn(|at| CROCKFORD[((value >> (125 - 5 * at)) & 31) as usize]))
     }
 }
 

@@ -194,13 +194,13 @@ impl Reader {
     /// What the log says is new. With `whole`, what is not among the rows is not there any more.
     pub fn take(&mut self, whole: bool, rows: &[Row]) {
         if whole {
-            let named: BTreeSet<&[u8]> = rows.iter().map(|row| row.key().as_bytes()).collect();
+            let named: BTreeSet<&[u8]> = rows.iter().map(|row| row.key()).collect();
             let gone: Vec<String> = self.hashes.keys().filter(|key| !named.contains(key.as_bytes())).cloned().collect();
             gone.iter().for_each(|key| self.put(key, None));
             self.at = self.at.take().filter(|_| named.contains(AT.as_bytes()));
         }
         for row in rows {
-            let Ok(key) = std::str::from_utf8(row.key().as_bytes()) else { continue };
+            let Ok(key) = std::str::from_utf8(row.key()) else { continue };
             let value = row.body().filter(|_| !row.is_dead()).map(|body| body.value);
             if key == AT {
                 self.at = value.and_then(read);

@@ -206,7 +206,7 @@ pub(crate) struct Skipped {
 pub(crate) fn read_host(host: &HostId, region: Option<Region>, whole: bool, rows: &[Row], skipped: &mut Skipped) -> (Option<HostFact>, Option<ReportNews>) {
     let (mut said, mut apps) = (None, vec![]);
     for row in rows {
-        let key = std::str::from_utf8(row.key().as_bytes()).unwrap_or_default();
+        let key = std::str::from_utf8(row.key()).unwrap_or_default();
         let app = key.strip_prefix(APP_PREFIX).map(str::parse::<AppName>);
         match (app, row.is_dead(), row.body()) {
             (Some(Ok(app)), true, _) => apps.push((app, None)),
@@ -231,13 +231,19 @@ pub(crate) fn read_host(host: &HostId, region: Option<Region>, whole: bool, rows
 /// What a host says of its machines.
 pub(crate) fn read_machines(host: &HostId, whole: bool, rows: &[Row], skipped: &mut Skipped) -> HostFacts {
     let mut facts = HostFacts { host: host.clone(), said: None, machines: vec![], gone: vec![], whole };
+    let mut apps: BTreeSet<AppName> = BTreeSet::new();
     for row in rows {
-        let key = std::str::from_utf8(row.key().as_bytes()).unwrap_or_default();
+        let key = std::str::from_utf8(row.key()).unwrap_or_default();
         let machine = key.strip_prefix(MACHINE_PREFIX).map(str::parse::<MachineId>);
         match (machine, row.is_dead(), row.body()) {
             (Some(Ok(id)), true, _) => facts.gone.push(id),
             (Some(Ok(id)), false, Some(body)) => match serde_json::from_slice::<MachineFact>(body.value) {
-                Ok(fact) if fact.id == id && fact.host == *host => facts.machines.push(fact),
+                Ok(fact) if fact.id == id && fact.host == *host => {
+                    // The same names in all facts are one text in memory.
+                    let app = apps.get(&fact.app).unwrap_or(&fact.app).clone();
+                    apps.insert(app.clone());
+                    facts.machines.push(MachineFact { host: host.clone(), app, ..fact });
+                }
                 Ok(_) => skipped.foreign += 1,
                 Err(_) => skipped.unreadable += 1,
             },

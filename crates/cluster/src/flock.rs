@@ -359,7 +359,7 @@ impl Driver {
     fn read_config(&mut self) {
         self.config.read = None;
         let Some(log) = self.node.catalogue().log(self.config.origin) else { return };
-        let value = |key: &str| Some(log.get(&Key::new(key).ok()?)?.body()?.value);
+        let value = |key: &str| Some(log.get(key.as_bytes())?.body()?.value);
         let Some(config_rows::Whole { config, unreadable }) = self.config.reader.read(value) else {
             tracing::debug!("desired state is not whole yet");
             return;

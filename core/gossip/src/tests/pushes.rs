@@ -7,7 +7,7 @@ use ed25519_dalek::SigningKey;
 /// The two halves of a log that does not fit a message.
 fn halves(batch: Batch) -> [Batch; 2] {
     let (first, second) = batch.rows.split_at(1);
-    let after = Cursor { seq: first[0].seq(), key: Some(first[0].key().clone()) };
+    let after = Cursor { seq: first[0].seq(), key: Some(first[0].key_of_its_own()) };
     let second = Batch { after, rows: second.to_vec(), ..batch.clone() };
     [Batch { rows: first.to_vec(), more: More::Follows, ..batch.clone() }, second]
 }

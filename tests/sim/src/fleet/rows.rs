@@ -29,7 +29,7 @@ pub fn gone(id: &MachineId) -> Change {
 pub fn read(host: &HostId, whole: bool, rows: &[Row], foreign: bool) -> HostFacts {
     let mut facts = HostFacts { host: host.clone(), said: None, machines: vec![], gone: vec![], whole };
     for row in rows {
-        let Ok(key) = std::str::from_utf8(row.key().as_bytes()) else { continue };
+        let Ok(key) = std::str::from_utf8(row.key()) else { continue };
         let machine = key.strip_prefix(MACHINE).and_then(|id| id.parse::<MachineId>().ok());
         match (machine, row.is_dead(), row.body()) {
             (Some(id), true, _) => facts.gone.push(id),
@@ -75,7 +75,7 @@ pub fn difference(old: &Rows, new: &Rows) -> Vec<Change> {
 
 /// The state that rows are, if they are one whole state.
 pub fn config<'r>(rows: impl Iterator<Item = &'r Row>) -> Option<ConfigState> {
-    let text = |row: &Row| Some((std::str::from_utf8(row.key().as_bytes()).ok()?.to_owned(), row.body()?.value.to_vec()));
+    let text = |row: &Row| Some((std::str::from_utf8(row.key()).ok()?.to_owned(), row.body()?.value.to_vec()));
     let mut rows: Rows = rows.filter(|row| !row.is_dead()).filter_map(text).collect();
     let at: At = serde_json::from_slice(&rows.remove(AT)?).ok()?;
     if at.entries != rows.len() || at.digest != digest(&rows) {

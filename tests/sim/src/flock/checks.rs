@@ -44,7 +44,7 @@ impl Checks {
         for row in rows {
             match row.is_dead() {
                 true => drop(seen.rows.remove(row.key())),
-                false => drop(seen.rows.insert(row.key().clone(), row)),
+                false => drop(seen.rows.insert(row.key_of_its_own(), row)),
             }
         }
     }
@@ -62,7 +62,7 @@ impl Checks {
         let Some(truth) = self.truth.get(&state_of(log)) else {
             return self.fail(|| format!("process {who} was told a state of {origin:?} at {:?} that nobody wrote", seen.at));
         };
-        let live: BTreeMap<_, _> = truth.iter().filter(|row| !row.is_dead()).map(|row| (row.key().clone(), row.clone())).collect();
+        let live: BTreeMap<_, _> = truth.iter().filter(|row| !row.is_dead()).map(|row| (row.key_of_its_own(), row.clone())).collect();
         if live != seen.rows {
             let (seen, live): (Vec<&Row>, Vec<&Row>) = (seen.rows.values().collect(), live.values().collect());
             self.fail(|| format!("process {who} was told {seen:?} of {origin:?}, but {live:?} was written"));
@@ -99,7 +99,7 @@ pub fn equal(one: &Log, other: &Log) -> bool {
 /// What a reader starts from after a restart from disk.
 pub fn seen_from(node: &Node) -> BTreeMap<OriginId, Seen> {
     let seen = |log: &Log| {
-        let rows = log.rows().filter(|row| !row.is_dead()).map(|row| (row.key().clone(), row.clone())).collect();
+        let rows = log.rows().filter(|row| !row.is_dead()).map(|row| (row.key_of_its_own(), row.clone())).collect();
         (log.head.is.id, Seen { at: (log.head.is.epoch, log.head.is.seq), rows })
     };
     node.catalogue().logs().map(seen).collect()

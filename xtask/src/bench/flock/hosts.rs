@@ -148,7 +148,9 @@ impl Hosts {
         host.start(kind, &dir, line)?;
         host.tell(&format!("until 1 {}", facts - own))?;
         host.answer()?;
-        Ok((began.elapsed(), super::super::memory_mb(host.pid(), "VmHWM:")?))
+        let back = began.elapsed();
+        println!("    {kind:?}: {:.0} MB of memory then", super::super::memory_mb(host.pid(), "VmRSS:")?);
+        Ok((back, super::super::memory_mb(host.pid(), "VmHWM:")?))
     }
 
     pub fn costs(&self) -> anyhow::Result<Costs> {

@@ -140,7 +140,7 @@ impl World {
         for at in 0..self.processes.len() {
             let Some(node) = self.processes[at].node.as_ref().filter(|_| !self.processes[at].silenced) else { continue };
             let log = node.catalogue().log(self.config.id);
-            let rows = log.map(|log| log.rows().map(|row| (row.key().clone(), row.seq())).collect::<Vec<_>>()).unwrap_or_default();
+            let rows = log.map(|log| log.rows().map(|row| (row.key_of_its_own(), row.seq())).collect::<Vec<_>>()).unwrap_or_default();
             let wanted: Vec<(Key, u64)> = self.store.rows.iter().map(|(key, (_, revision))| (key.clone(), *revision)).collect();
             let seq = log.map(|log| log.head.is.seq);
             if seq != Some(self.store.revision) || rows != wanted {
