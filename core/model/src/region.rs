@@ -9,7 +9,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Of one expression: what a person writes down as an order of preference.
-const MAX_TERMS: usize = 16;
+pub(crate) const MAX_TERMS: usize = 16;
 const EARTH_RADIUS_KM: f64 = 6371.0;
 
 /// A region whose place is known.
@@ -177,10 +177,16 @@ impl RegionExpr {
         Self(vec![RegionTerm::Code(region)])
     }
 
-    /// That one, and any other when it has no room.
-    pub fn preferring(region: Option<&Region>) -> Self {
-        let first = region.map(|region| RegionTerm::Code(region.clone()));
-        Self(first.into_iter().chain([RegionTerm::Any]).collect())
+    pub(crate) fn of(terms: Vec<RegionTerm>) -> Self {
+        Self(terms)
+    }
+
+    /// Any other, too, when those have no room.
+    pub fn or_any(mut self) -> Self {
+        if !self.0.contains(&RegionTerm::Any) {
+            self.0.push(RegionTerm::Any);
+        }
+        self
     }
 
     /// How far down the order a region is, 0 first; `None`: it is not wanted.
@@ -201,18 +207,34 @@ impl RegionExpr {
     }
 }
 
+impl FromStr for RegionTerm {
+    type Err = InvalidName;
+
+    fn from_str(word: &str) -> Result<Self, InvalidName> {
+        match (word, Group::named(word)) {
+            ("any", _) => Ok(Self::Any),
+            (_, Some(group)) => Ok(Self::Group(group)),
+            (code, None) => code.parse().map(Self::Code),
+        }
+    }
+}
+
+impl fmt::Display for RegionTerm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Any => "any",
+            Self::Group(group) => group.as_str(),
+            Self::Code(region) => region.as_str(),
+        })
+    }
+}
+
 impl FromStr for RegionExpr {
     type Err = InvalidName;
 
     fn from_str(text: &str) -> Result<Self, InvalidName> {
         let invalid = |rule| InvalidName { kind: "region", value: text.chars().take(80).collect(), rule };
-        let term = |word: &str| match word.trim() {
-            "any" => Ok(RegionTerm::Any),
-            word => match Group::named(word) {
-                Some(group) => Ok(RegionTerm::Group(group)),
-                None => word.parse().map(RegionTerm::Code).map_err(|error: InvalidName| invalid(error.rule)),
-            },
-        };
+        let term = |word: &str| word.trim().parse().map_err(|error: InvalidName| invalid(error.rule));
         let terms = text.split(',').take(MAX_TERMS + 1).map(term).collect::<Result<Vec<_>, _>>()?;
         if terms.len() > MAX_TERMS {
             return Err(invalid("name at most 16 regions, the preferred one first"));
@@ -241,11 +263,7 @@ impl fmt::Display for RegionExpr {
             if nth > 0 {
                 f.write_str(",")?;
             }
-            f.write_str(match term {
-                RegionTerm::Any => "any",
-                RegionTerm::Group(group) => group.as_str(),
-                RegionTerm::Code(region) => region.as_str(),
-            })?;
+            write!(f, "{term}")?;
         }
         Ok(())
     }
@@ -302,8 +320,9 @@ mod tests {
         for wrong in ["", "fra,", "Frankfurt", "a b", &"fra,".repeat(17)] {
             assert!(wrong.parse::<RegionExpr>().is_err(), "{wrong:?}");
         }
-        let primary = RegionExpr::preferring(Some(&region("fra")));
-        assert_eq!((primary.to_string().as_str(), primary.first()), ("fra,any", Some(&region("fra"))));
-        assert_eq!(RegionExpr::preferring(None), RegionExpr::any());
+        let first = |text: &str| text.parse::<RegionExpr>().unwrap().first().cloned();
+        assert_eq!((first("eu,fra,ams"), first("eu,any")), (Some(region("fra")), None));
+        assert_eq!(RegionExpr::only(region("fra")).or_any().to_string(), "fra,any");
+        assert_eq!(RegionExpr::any().or_any(), RegionExpr::any());
     }
 }

@@ -8,7 +8,7 @@ use crate::{
 use dunlin_model::config::Strategy;
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::volume::VolumeRow;
-use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion, RegionExpr, VolumeId};
+use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion, Region, RegionExpr, VolumeId};
 use dunlin_view::MachineFact;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -21,6 +21,8 @@ pub enum PlanError {
     NoCapacity(#[from] NoCapacity),
     #[error("the release wants {wanted} machines, more than the {MAX_MACHINES_PER_APP} of one app")]
     TooManyMachines { wanted: u32 },
+    #[error("volume {volume} ({name}) is free, but it is in {region}, and primary_region {regions} leaves that out")]
+    VolumeElsewhere { volume: VolumeId, name: String, region: Region, regions: RegionExpr },
     #[error("host {0} has no free address: freed ones rest for 24 hours")]
     NoAddress(HostId),
     #[error("the pool of drawn ids is too small for this plan")]
@@ -149,7 +151,7 @@ fn keep_the_best<'d>(
     mut rows: Vec<&'d MachineRow>,
     count: usize,
 ) -> (Vec<&'d MachineRow>, Vec<&'d MachineRow>) {
-    let wishes = capacity.wishes(&RegionExpr::preferring(desired.primary_region.as_ref()));
+    let wishes = capacity.wishes(&desired.regions);
     let mut spread = capacity.spread([]);
     let mut kept = Vec::new();
     while kept.len() < count {
@@ -191,15 +193,14 @@ fn place_missing<'d>(
     mut missing: Vec<Missing<'d>>,
     pool: &mut Pool,
 ) -> Result<Vec<(&'d str, Vec<Placed<'d>>)>, PlanError> {
-    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-    let purpose = desired.purpose.places();
+    let (regions, purpose) = (&desired.regions, desired.purpose.places());
     let mut free_volumes: Vec<_> = desired.free_volumes.iter().collect();
     free_volumes.sort_by_key(|row| (row.created_at_ms, row.id.clone()));
     let mut placed: Vec<(&str, Vec<Placed<'_>>)> = missing.iter().map(|missing| (missing.name, Vec::new())).collect();
     for (missing, (_, placed)) in missing.iter_mut().zip(&mut placed) {
         let Some(mount) = &missing.group.mount else { continue };
         while placed.len() < missing.count && free_volumes.iter().any(|row| row.name == mount.name) {
-            let ask = Ask { demand: Demand::of(&missing.group.spec, 0), regions: &regions, only: None, purpose };
+            let ask = Ask { demand: Demand::of(&missing.group.spec, 0), regions, only: None, purpose };
             let (host, taken) = beside_its_volume(capacity, ask, &mut missing.spread, &mut free_volumes, &mount.name)?;
             let why = format!("{} needs {} more; volume {taken} is on host {}", missing.name, missing.count, host.id);
             placed.push(Placed { host, volume: Some(VolumeTaken { volume: taken, is_new: false }), why });
@@ -208,7 +209,7 @@ fn place_missing<'d>(
     let mut requests = Vec::new();
     for (group, missing) in missing.iter().enumerate() {
         let volume_gb = missing.group.mount.as_ref().map_or(0, |mount| mount.size_gb);
-        let ask = Ask { demand: Demand::of(&missing.group.spec, volume_gb), regions: &regions, only: None, purpose };
+        let ask = Ask { demand: Demand::of(&missing.group.spec, volume_gb), regions, only: None, purpose };
         requests.extend((placed[group].1.len()..missing.count).map(|_| Request { ask, group }));
     }
     let mut spreads: Vec<Spread> = missing.iter().map(|missing| missing.spread.clone()).collect();
@@ -219,8 +220,7 @@ fn place_missing<'d>(
             None => None,
             Some(_) => Some(VolumeTaken { volume: pool.volumes.pop().ok_or(PlanError::PoolTooSmall)?, is_new: true }),
         };
-        let fell_back = desired.primary_region.as_ref().filter(|primary| **primary != host.region);
-        let fell_back = fell_back.map_or(String::new(), |primary| format!("; {primary} has no room for it"));
+        let fell_back = fell_back(regions, &host.region);
         let told = capacity.told(index, &spreads[request.group]);
         let why = format!("{} needs {} more; then it has {told}{fell_back}", missing.name, missing.count);
         placed[request.group].1.push(Placed { host, volume, why });
@@ -228,7 +228,19 @@ fn place_missing<'d>(
     Ok(placed)
 }
 
-/// The oldest volume of the name on whose host there is room.
+/// For people: the regions that are preferred to the one that it is.
+fn fell_back(regions: &RegionExpr, region: &Region) -> String {
+    let preferred = &regions.terms()[..regions.rank(region).unwrap_or(0)];
+    let preferred: Vec<String> = preferred.iter().map(ToString::to_string).collect();
+    match &preferred[..] {
+        [] => String::new(),
+        [one] => format!("; {one} has no room for it"),
+        several => format!("; {} have no room for it", several.join(", ")),
+    }
+}
+
+/// The oldest volume of the name on whose host there is room. One outside of the regions that the app names is not taken, and
+/// not passed over for a new one either: what is on it would be missed.
 fn beside_its_volume<'d>(
     capacity: &mut Capacity<'d>,
     ask: Ask<'_>,
@@ -236,14 +248,27 @@ fn beside_its_volume<'d>(
     free: &mut Vec<&'d VolumeRow>,
     name: &str,
 ) -> Result<(&'d HostRow, VolumeId), PlanError> {
-    let mut refused = None;
+    let (mut refused, mut elsewhere) = (None, None);
     for at in (0..free.len()).filter(|at| free[*at].name == name) {
+        if ask.regions.rank(&free[at].region).is_none() {
+            elsewhere = elsewhere.or(Some(free[at]));
+            continue;
+        }
         match capacity.place(&Ask { only: Some(&free[at].host), ..ask }, spread) {
             Ok(host) => return Ok((host, free.remove(at).id.clone())),
             Err(no_capacity) => refused = refused.or(Some(no_capacity)),
         }
     }
-    Err(refused.map_or(PlanError::PoolTooSmall, PlanError::NoCapacity))
+    Err(match (refused, elsewhere) {
+        (Some(no_capacity), _) => PlanError::NoCapacity(no_capacity),
+        (None, Some(row)) => PlanError::VolumeElsewhere {
+            volume: row.id.clone(),
+            name: name.to_owned(),
+            region: row.region.clone(),
+            regions: ask.regions.clone(),
+        },
+        (None, None) => PlanError::PoolTooSmall,
+    })
 }
 
 /// All reservations and assignments first, so that hosts prepare while the first one starts.

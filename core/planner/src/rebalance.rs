@@ -9,7 +9,7 @@
 use crate::plan::{Placed, addition, is_replaceable, removal, serves};
 use crate::{Ask, Capacity, Demand, Desired, GroupTarget, Observed, PlanError, Pool, Spread, Step};
 use dunlin_model::desired::{HostRow, MachineRow};
-use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, RegionExpr};
+use dunlin_model::{HostId, MachineId, MachineSpec, MachineState};
 use std::collections::BTreeSet;
 
 /// Of one plan. What moves is stopped once its successor serves; the fewer at once, the less is felt.
@@ -115,15 +115,15 @@ fn best_move(
     rows: &[&MachineRow],
     spread: &Spread,
 ) -> Option<(usize, Move, usize)> {
-    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-    let wishes = capacity.wishes(&regions);
-    let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+    let wishes = capacity.wishes(&desired.regions);
+    let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &desired.regions, only: None, purpose: desired.purpose.places() };
     let mut best: Option<Found> = None;
     let mut looked_at = BTreeSet::new();
     for (at, row) in rows.iter().enumerate().filter(|(_, row)| serves(row, observed)) {
         let Some(from) = capacity.index(&row.host).filter(|from| looked_at.insert(*from)) else { continue };
         let mut without = spread.clone();
         capacity.discount(&mut without, from);
+        // One outside of the regions that its app names by now stays where it is.
         let Some(now) = capacity.cost_but_load(from, &wishes, &without) else { continue };
         // Only to regions that are preferred as much as its own.
         let wishes = wishes.of_rank(now.rank);
@@ -149,16 +149,15 @@ fn off_a_drained_host<'a>(desired: &Desired, observed: &Observed, capacity: &Cap
         let fact = observed.machines.get(&row.id);
         fact.is_some_and(|fact| matches!(fact.state, MachineState::Stopped | MachineState::Suspended))
     };
-    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
     for (name, group) in desired.groups.iter().filter(|(_, group)| group.mount.is_none() && is_replaceable(&group.spec)) {
         let rows: Vec<&MachineRow> = desired.machines.iter().filter(|row| row.spec.process_group == *name).collect();
         // What was lost with its host is replaced by a repair.
         let is_there = |row: &MachineRow| !observed.lost.contains(&row.id) && (serves(row, observed) || sleeps(row));
         let moving = rows.iter().find(|row| is_drained(&row.host) && stays(&row.spec).is_none() && is_there(row));
         let Some(row) = moving.filter(|_| rows.len() == group.count as usize) else { continue };
-        let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+        let ask = Ask { demand: Demand::of(&group.spec, 0), regions: &desired.regions, only: None, purpose: desired.purpose.places() };
         let others = capacity.spread(rows.iter().filter(|other| other.id != row.id).map(|other| &other.host));
-        let Some(to) = capacity.best(&ask, &capacity.wishes(&regions), &others) else { continue };
+        let Some(to) = capacity.best(&ask, &capacity.wishes(&desired.regions), &others) else { continue };
         let to = capacity.row(to);
         let why = format!("host {} is drained, and {name} has a place on host {}", row.host, to.id);
         let moved = Move { machine: row.id.clone(), group: name.clone(), from: row.host.clone(), to: to.id.clone(), why };

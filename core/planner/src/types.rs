@@ -4,7 +4,7 @@ use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::config::Strategy;
 use dunlin_model::volume::{AutoExtend, VolumeRow};
 use dunlin_model::{
-    AppName, CommandId, Guest, HostId, MachineId, MachineSpec, MachineVersion, Mount, Region, VolumeId,
+    AppName, CommandId, Guest, HostId, MachineId, MachineSpec, MachineVersion, Mount, Region, RegionExpr, VolumeId,
 };
 use dunlin_view::{HostFact, MachineFact};
 use serde::{Deserialize, Serialize};
@@ -30,8 +30,8 @@ pub struct Desired {
     /// What plans that were not carried out to their end have left of them: [`Plan::leaves`] of the last one.
     pub left: BTreeMap<MachineId, Left>,
     pub hosts: Vec<HostRow>,
-    /// New machines go there if a host of it has room.
-    pub primary_region: Option<Region>,
+    /// Where new machines may go, in the order of preference; those that are elsewhere stay.
+    pub regions: RegionExpr,
     /// Addresses of all machines of the platform.
     pub used_addresses: BTreeSet<Ipv4Addr>,
     /// How long a machine may take to be prepared and to become healthy, each.

@@ -21,6 +21,24 @@ fn mount(size_gb: u32) -> MountTarget {
     MountTarget { name: "data".into(), path: "/data".into(), size_gb, snapshot_retention: 5, auto_backup: true, encrypted: None, extend: None }
 }
 
+/// That no machine has.
+fn volume(id: u8, on: &str, code: &str, created_at_ms: u64) -> VolumeRow {
+    VolumeRow {
+        id: VolumeId::from_random([id; 8]),
+        name: "data".into(),
+        org: "personal".parse().unwrap(),
+        app: fleet::app(),
+        host: host(on),
+        region: region(code),
+        size_gb: 5,
+        created_at_ms,
+        snapshot_retention: 5,
+        auto_backup: true,
+        encrypted: false,
+        source: None,
+    }
+}
+
 /// Two zones in fra, one host in ams; 4 GiB each.
 fn three_hosts() -> Fleet {
     Fleet::of(vec![
@@ -62,7 +80,7 @@ fn machines_of_a_group_are_apart() {
 fn the_primary_region_comes_first_and_the_nearest_when_it_is_full() {
     let mut fleet = three_hosts();
     fleet.hosts.push(host_row("a-iad", "iad", None, 4, 4096));
-    fleet.primary = Some(region("fra"));
+    fleet.primary = Some("fra".parse().unwrap());
     // 4,096 MB less a tenth hold seven of 512.
     fleet.groups.insert("app".into(), group("app", 15, guest(512, 0)));
     let made = fleet.deploy().unwrap();
@@ -71,10 +89,113 @@ fn the_primary_region_comes_first_and_the_nearest_when_it_is_full() {
     assert!(why.iter().any(|why| why.contains("fra has no room for it")), "{why:?}");
 }
 
+/// Room for seven machines of 512 MB on each host, for fourteen in fra.
+fn two_continents() -> Fleet {
+    let mut fleet = three_hosts();
+    fleet.hosts.push(host_row("a-iad", "iad", None, 4, 4096));
+    fleet.hosts.push(host_row("w1", "waw", None, 4, 4096));
+    fleet.primary = Some("fra,ams,eu".parse().unwrap());
+    fleet
+}
+
+/// On a-iad, f1, f2, m1 and w1.
+fn on_continents(fleet: &Fleet) -> [u64; 5] {
+    on(fleet, "app").try_into().unwrap()
+}
+
+fn names(made: &Plan) -> Vec<&'static str> {
+    made.steps.iter().map(|step| step.kind.name()).collect()
+}
+
+#[test]
+fn an_order_of_regions_is_filled_from_its_first_to_its_last_and_nothing_else_is() {
+    let mut fleet = two_continents();
+    fleet.groups.insert("app".into(), group("app", 2, guest(512, 0)));
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [0, 1, 1, 0, 0], "apart, within the first region");
+    fleet.groups.get_mut("app").unwrap().count = 22;
+    let made = fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [0, 7, 7, 7, 1]);
+    let whys = |text: &str| made.steps.iter().filter(|step| step.why.ends_with(text)).count();
+    assert_eq!((whys("; fra has no room for it"), whys("; fra, ams have no room for it")), (7, 1));
+
+    // There is room in fra again: what fell back stays, whoever looks, and another release updates it in its place.
+    fleet.hosts[0].memory_mb = 16_384;
+    assert_eq!(fleet.plan(Purpose::Deploy).unwrap().steps, []);
+    assert_eq!(settle(&mut fleet), 0);
+    fleet.groups.get_mut("app").unwrap().spec.env.insert("RELEASE".into(), "2".into());
+    let made = fleet.plan(Purpose::Deploy).unwrap();
+    assert!(names(&made).iter().all(|name| ["update", "start", "gate"].contains(name)), "{:?}", names(&made));
+    fleet.groups.get_mut("app").unwrap().spec.env.clear();
+    // Those that are too many go from where they are wanted least.
+    fleet.groups.get_mut("app").unwrap().count = 15;
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [0, 7, 7, 1, 0]);
+    assert_eq!(settle(&mut fleet), 0);
+}
+
+#[test]
+fn a_full_order_of_regions_says_where_how_much_is_missing_and_who_has_it() {
+    let mut fleet = two_continents();
+    fleet.groups.insert("app".into(), group("app", 28, guest(512, 0)));
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [0, 7, 7, 7, 7]);
+    fleet.groups.get_mut("app").unwrap().count = 29;
+    let lacks = |host: &str| format!("host {host} has 103 MB free beside 409 that are kept for restarts, 409 MB are missing");
+    let hosts = ["f1 (fra)", "f2 (fra)", "m1 (ams)", "w1 (waw)"].map(lacks).join("; ");
+    let told = format!("no host in fra,ams,eu has room for a machine with 512 MB: {hosts}; the nearest region with room is iad, 6549 km from fra");
+    assert_eq!(no_capacity(fleet.plan(Purpose::Deploy)).to_string(), told);
+    // The same order with any other at its end goes there.
+    fleet.primary = Some("fra,ams,eu,any".parse().unwrap());
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [1, 7, 7, 7, 7]);
+    // Nobody is there at all.
+    fleet.primary = Some("syd,nrt".parse().unwrap());
+    fleet.groups.get_mut("app").unwrap().count = 30;
+    let told = "no host in syd,nrt has room for a machine with 512 MB: no host is there; the nearest region with room is iad, 15674 km from syd";
+    assert_eq!(no_capacity(fleet.plan(Purpose::Deploy)).to_string(), told);
+}
+
+#[test]
+fn what_is_outside_of_a_new_order_stays_until_it_is_too_many_or_its_host_is_drained() {
+    let mut fleet = two_continents();
+    fleet.primary = Some("iad".parse().unwrap());
+    fleet.groups.insert("app".into(), group("app", 3, guest(512, 0)));
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [3, 0, 0, 0, 0]);
+    fleet.primary = Some("fra,ams,eu".parse().unwrap());
+    assert_eq!(fleet.plan(Purpose::Deploy).unwrap().steps, []);
+    assert_eq!(settle(&mut fleet), 0);
+    fleet.groups.get_mut("app").unwrap().count = 4;
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [3, 1, 0, 0, 0]);
+    fleet.groups.get_mut("app").unwrap().count = 2;
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [1, 1, 0, 0, 0]);
+    (fleet.hosts[3].cordoned, fleet.hosts[3].draining) = (true, true);
+    assert_eq!((settle(&mut fleet), on_continents(&fleet)), (1, [0, 1, 1, 0, 0]));
+}
+
+#[test]
+fn a_free_volume_outside_of_the_order_is_neither_taken_nor_passed_over() {
+    let mut fleet = two_continents();
+    fleet.groups.insert("app".into(), GroupTarget { mount: Some(mount(5)), ..group("app", 1, guest(256, 0)) });
+    fleet.free_volumes = vec![volume(1, "a-iad", "iad", 1)];
+    let error = fleet.plan(Purpose::Deploy).unwrap_err();
+    let told = format!("volume {} (data) is free, but it is in iad, and primary_region fra,ams,eu leaves that out", fleet.free_volumes[0].id);
+    assert_eq!(error.to_string(), told);
+    fleet.free_volumes.push(volume(2, "w1", "waw", 2));
+    fleet.deploy().unwrap();
+    assert_eq!(on_continents(&fleet), [0, 0, 0, 0, 1], "a newer one, that may be taken");
+    let mut alone = Fleet { rows: BTreeMap::new(), primary: Some("fra".parse().unwrap()), ..fleet };
+    alone.deploy().unwrap();
+    assert_eq!(on_continents(&alone), [1, 0, 0, 0, 0], "one region is a preference only");
+}
+
 #[test]
 fn a_cordoned_or_refusing_host_gets_nothing_new_and_keeps_what_it_has() {
     let mut fleet = three_hosts();
-    fleet.primary = Some(region("fra"));
+    fleet.primary = Some("fra".parse().unwrap());
     fleet.groups.insert("app".into(), group("app", 2, guest(256, 0)));
     fleet.deploy().unwrap();
     fleet.hosts[0].cordoned = true;
@@ -91,26 +212,12 @@ fn a_cordoned_or_refusing_host_gets_nothing_new_and_keeps_what_it_has() {
 fn a_machine_goes_where_its_volume_is_and_new_ones_are_apart() {
     let mut fleet = three_hosts();
     fleet.disk_gb = [("f1", 100), ("f2", 100), ("m1", 3)].map(|(id, gb)| (host(id), gb)).into();
-    let row = |id: u8, on: &str, code: &str, created_at_ms| VolumeRow {
-        id: VolumeId::from_random([id; 8]),
-        name: "data".into(),
-        org: "personal".parse().unwrap(),
-        app: fleet::app(),
-        host: host(on),
-        region: region(code),
-        size_gb: 5,
-        created_at_ms,
-        snapshot_retention: 5,
-        auto_backup: true,
-        encrypted: false,
-        source: None,
-    };
-    fleet.free_volumes = vec![row(1, "m1", "ams", 2), row(2, "f2", "fra", 1)];
+    fleet.free_volumes = vec![volume(1, "m1", "ams", 2), volume(2, "f2", "fra", 1)];
     fleet.groups.insert("db".into(), GroupTarget { mount: Some(mount(5)), ..group("db", 3, guest(256, 0)) });
     fleet.deploy().unwrap();
     assert_eq!(on(&fleet, "db"), [1, 1, 1], "two at their volumes, the third where there is disk and none of them");
     // A volume on a host that takes nothing is not the machine's place; another free one is.
-    let mut fleet = Fleet { rows: BTreeMap::new(), free_volumes: vec![row(1, "m1", "ams", 1), row(2, "f2", "fra", 2)], ..fleet };
+    let mut fleet = Fleet { rows: BTreeMap::new(), free_volumes: vec![volume(1, "m1", "ams", 1), volume(2, "f2", "fra", 2)], ..fleet };
     fleet.hosts[2].cordoned = true;
     fleet.groups.get_mut("db").unwrap().count = 1;
     fleet.deploy().unwrap();
@@ -270,7 +377,7 @@ fn places(made: &Plan) -> Vec<(String, HostId)> {
 type Objective = [u64; 6];
 
 fn objective(fleet: &Fleet, places: &[(String, HostId)]) -> Objective {
-    let wish = RegionExpr::preferring(fleet.primary.as_ref());
+    let wish = fleet.wish();
     let pairs = |domain: &dyn Fn(&HostId) -> String| {
         let mut counts: BTreeMap<(String, String), u64> = BTreeMap::new();
         for (group, host) in places {
@@ -279,7 +386,7 @@ fn objective(fleet: &Fleet, places: &[(String, HostId)]) -> Objective {
         counts.values().map(|n| n * (n - 1) / 2).sum::<u64>()
     };
     let zone = |id: &HostId| format!("{} {:?}", fleet.host(id).region, fleet.host(id).zone);
-    let km = |id: &HostId| fleet.primary.as_ref().map_or(0, |primary| distance_km(primary, &fleet.host(id).region).unwrap());
+    let km = |id: &HostId| wish.first().map_or(0, |first| distance_km(first, &fleet.host(id).region).unwrap());
     let load = |host: &dunlin_model::desired::HostRow| {
         let here = places.iter().filter(|(_, id)| *id == host.id).map(|(group, _)| {
             let group = &fleet.groups[group];
@@ -334,7 +441,8 @@ fn fits_with(fleet: &Fleet, places: &[(String, HostId)], name: &str, id: &HostId
         volume_gb += demand.volume_gb;
     }
     let kept = if fleet.hosts.len() > 1 { u64::from(host.memory_mb) / 10 } else { 0 };
-    !host.cordoned && memory_mb <= u64::from(host.memory_mb) - kept && cores <= host.cpus && volume_gb <= fleet.disk_gb[id]
+    let is_wanted = fleet.wish().rank(&host.region).is_some();
+    is_wanted && !host.cordoned && memory_mb <= u64::from(host.memory_mb) - kept && cores <= host.cpus && volume_gb <= fleet.disk_gb[id]
 }
 
 prop_compose! {
@@ -342,7 +450,7 @@ prop_compose! {
         hosts in proptest::collection::vec(
             (0usize..3, 0usize..3, 1u32..5, 2u32..17, 4u32..40, 0u32..7), 1..=most,
         ),
-        primary in proptest::option::of(0usize..3),
+        primary in proptest::option::of(prop::sample::select(vec!["fra", "ams", "iad", "iad,fra", "ams,eu", "us,fra,any", "eu"])),
     ) -> Fleet {
         let codes = ["fra", "ams", "iad"];
         let rows = hosts.iter().enumerate().map(|(n, (code, zone, cpus, memory, _, cordon))| {
@@ -352,7 +460,7 @@ prop_compose! {
         });
         let mut fleet = Fleet::of(rows.collect());
         fleet.disk_gb = hosts.iter().enumerate().map(|(n, (_, _, _, _, disk_gb, _))| (host(&format!("h{n}")), *disk_gb)).collect();
-        fleet.primary = primary.map(|nth| region(codes[nth]));
+        fleet.primary = primary.map(|primary| primary.parse().unwrap());
         fleet
     }
 }
@@ -407,11 +515,11 @@ fn within_capacity(fleet: &Fleet) -> Result<(), TestCaseError> {
 
 /// No domain of a level has two machines more than another that has room for one and is preferred as much.
 fn spread_within_one(fleet: &Fleet, name: &str) -> Result<(), TestCaseError> {
-    let (wish, group, counts) = (RegionExpr::preferring(fleet.primary.as_ref()), &fleet.groups[name], fleet.counts(name));
+    let (wish, group, counts) = (fleet.wish(), &fleet.groups[name], fleet.counts(name));
     let of = |level: usize, id: &HostId| {
         let row = fleet.host(id);
         match level {
-            0 => (format!("{}", wish.rank(&row.region).unwrap()), row.region.to_string()),
+            0 => (format!("{:?}", wish.rank(&row.region)), row.region.to_string()),
             1 => (row.region.to_string(), format!("{} {:?}", row.region, row.zone)),
             _ => (format!("{} {:?}", row.region, row.zone), id.to_string()),
         }

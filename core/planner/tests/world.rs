@@ -3,10 +3,10 @@
 
 mod sim;
 
-use dunlin_model::config::Strategy as DeployStrategy;
+use dunlin_model::config::{PrimaryRegion, Strategy as DeployStrategy};
 use dunlin_model::desired::HostRow;
 use dunlin_model::volume::VolumeRow;
-use dunlin_model::{Guest, MachineId, MachineState, RegionExpr, VolumeId};
+use dunlin_model::{Guest, MachineId, MachineState, VolumeId};
 use dunlin_planner::{
     Ask, Capacity, Demand, Desired, Ended, For, MAX_EXITS_BEFORE_HEALTHY, MountTarget, Next, Observed, Plan, Problem, Purpose,
     STEADY_MS, Step, StepKind, advance, check, plan,
@@ -368,14 +368,13 @@ fn new_machines_go_to_the_primary_region_if_it_has_room() {
     let place = |desired: &Desired, observed: &Observed| {
         let mut capacity = Capacity::new(&desired.hosts, observed);
         let mut spread = capacity.spread([]);
-        let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-        let ask = Ask { demand: Demand::of_guest(&Guest::default()), regions: &regions, only: None, purpose: For::New };
+        let ask = Ask { demand: Demand::of_guest(&Guest::default()), regions: &desired.regions, only: None, purpose: For::New };
         capacity.place(&ask, &mut spread).map(|host| host.id.to_string())
     };
     for (region, memory_mb, expected) in
         [(None, 4096, "a-far"), (Some("local"), 4096, "h1"), (Some("local"), 64, "a-far"), (Some("fra"), 4096, "a-far")]
     {
-        desired.primary_region = region.map(|region| region.parse().unwrap());
+        desired.regions = PrimaryRegion::places(region.map(|region| region.parse().unwrap()).as_ref());
         desired.hosts[0].memory_mb = memory_mb;
         desired.hosts[1].memory_mb = 4096;
         assert_eq!(place(&desired, &world.observed()).unwrap(), expected, "{region:?} {memory_mb}");

@@ -20,6 +20,7 @@ mod file;
 mod parse;
 mod problem;
 pub mod procfile;
+mod region;
 mod render;
 mod resolve;
 mod section;
@@ -33,6 +34,7 @@ pub mod words;
 pub use file::FileEntry;
 pub use parse::{Parsed, parse};
 pub use problem::{ConfigError, ConfigProblem, Mistake};
+pub use region::{InvalidPrimaryRegion, PrimaryRegion};
 pub use render::render;
 pub use service::is_path;
 pub use units::{GUEST_SIZES, GuestSize};
@@ -40,7 +42,7 @@ pub use validate::InvalidConfig;
 
 use crate::machine::{AutoStop, CheckKind, Concurrency, CpuKind, RestartWhen};
 use crate::volume::AutoExtend;
-use crate::{AppName, Region};
+use crate::AppName;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -66,7 +68,7 @@ pub struct AppConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub app: Option<AppName>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub primary_region: Option<Region>,
+    pub primary_region: Option<PrimaryRegion>,
     /// One of [`KILL_SIGNALS`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kill_signal: Option<String>,

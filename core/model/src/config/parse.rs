@@ -4,7 +4,8 @@ use super::problem::position;
 use super::section::{Findings, GroupUse, Refused, Section, read_item, value};
 use super::{
     AppConfig, Build, ConfigError, ConfigProblem, DEFAULT_GROUP, Deploy, GUEST_SIZES, GuestSize, HttpService,
-    KILL_SIGNALS, MAX_FILE_BYTES, MAX_KILL_TIMEOUT_MS, Mistake, MountConfig, Restart, Strategy, Vm, file, procfile, service, units, words,
+    InvalidPrimaryRegion, KILL_SIGNALS, MAX_FILE_BYTES, MAX_KILL_TIMEOUT_MS, Mistake, MountConfig, Restart, Strategy, Vm, file, procfile,
+    service, units, words,
 };
 use crate::machine::{CpuKind, RestartWhen};
 use crate::volume::{
@@ -90,7 +91,10 @@ pub fn parse(text: &str, file_name: &str) -> Result<Parsed, ConfigError> {
 fn read_app<'t>(f: &mut Findings<'t>, mut top: Section<'t>) -> AppConfig {
     let config = AppConfig {
         app: top.read(f, "app", "a name", parsed),
-        primary_region: top.read(f, "primary_region", "a region's code", parsed),
+        primary_region: top.read(f, "primary_region", "regions, the preferred one first, like \"fra\" or \"fra,ams,eu\"", |value| {
+            let text = value.as_str().ok_or(Refused::Type)?;
+            text.parse().map_err(|error: InvalidPrimaryRegion| Refused::Because(error.why))
+        }),
         kill_signal: top.read(f, "kill_signal", &format!("one of {}", KILL_SIGNALS.join(", ")), |value| {
             let name = value.as_str().filter(|name| KILL_SIGNALS.contains(name)).ok_or(Refused::Type)?;
             Ok(name.to_owned())

@@ -246,6 +246,20 @@ fn a_file_as_fly_launch_writes_it_is_deployed_as_it_is() {
 }
 
 #[test]
+fn a_primary_region_may_be_an_order_of_regions() {
+    let read = |text: &str| good(&format!("primary_region = \"{text}\"\n")).primary_region.unwrap();
+    assert_eq!(read("fra").as_str(), "fra");
+    assert_eq!(read("fra, ams,eu").as_str(), "fra,ams,eu");
+    let legal = "name regions, the preferred one first, for example fra or fra,ams,eu: codes of 1 to 16 lower-case letters, digits and \
+                 dashes, or apac, eu, na, sa, us, usa and any for all that are there";
+    let wrong = |value: &str, why: &str| refused(&format!("app = \"web\"\nprimary_region = {value}\n"), &format!("dunlin.toml:2:18: primary_region{why}"));
+    wrong("\"fra,,ams\"", &format!(": \"fra,,ams\" has a comma with no region before or after it; {legal}"));
+    wrong("\"fra ams\"", &format!(": \"fra ams\" has \"fra ams\", which cannot be a region; {legal}"));
+    wrong("\"fra,ams,fra\"", &format!(": \"fra,ams,fra\" names fra twice; {legal}"));
+    wrong("[\"fra\", \"ams\"]", " must be regions, the preferred one first, like \"fra\" or \"fra,ams,eu\", found a list");
+}
+
+#[test]
 fn checks_speak_tls_and_run_commands() {
     let text = "[http_service]\n[[http_service.checks]]\nprotocol = \"https\"\ntls_server_name = \"web.internal\"\n\
                 [checks.a]\ntype = \"http\"\nport = 9000\nprotocol = \"https\"\ntls_skip_verify = true\n\
@@ -394,9 +408,9 @@ proptest! {
 
     #[test]
     fn any_value_in_any_place_is_survived(
-        key in prop::sample::select(vec!["app", "env", "env.A", "build", "build.args", "http_service", "http_service.checks",
+        key in prop::sample::select(vec!["app", "primary_region", "env", "env.A", "build", "build.args", "http_service", "http_service.checks",
             "http_service.concurrency", "services", "checks", "checks.a", "vm", "restart", "files", "swap_size_mb", "console_command", "mounts", "mounts.initial_size", "processes", "processes.a", "deploy.strategy", "kill_timeout"]),
-        value in prop::sample::select(vec!["1", "-1", "1.5", "nan", "true", "\"x\"", "\"\"", "[]", "[1]", "{}", "[{}]", "{a={}}", "[[1]]", "1979-05-27", "9223372036854775807"]),
+        value in prop::sample::select(vec!["1", "-1", "1.5", "nan", "true", "\"x\"", "\"x, y\"", "\"\"", "[]", "[1]", "{}", "[{}]", "{a={}}", "[[1]]", "1979-05-27", "9223372036854775807"]),
     ) {
         if let Ok(parsed) = parse(&format!("{key} = {value}\n"), "f") {
             let again = parse(&render(&parsed.config), "f").unwrap();

@@ -1,10 +1,10 @@
 //! A fleet of hosts that obey at once: what is assigned runs, what is destroyed is gone.
 
-use dunlin_model::config::Strategy;
+use dunlin_model::config::{PrimaryRegion, Strategy};
 use dunlin_model::desired::{HostRow, Ipv4Prefix, MachineRow};
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{
-    AppName, CpuKind, Generation, Guest, HostId, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Region,
+    AppName, CpuKind, Generation, Guest, HostId, ImageRef, MachineId, MachineSpec, MachineState, MachineVersion, Region, RegionExpr,
     Service, VolumeId,
 };
 use dunlin_planner::{
@@ -73,7 +73,7 @@ pub struct Fleet {
     pub rows: BTreeMap<MachineId, MachineRow>,
     pub free_volumes: Vec<VolumeRow>,
     pub groups: BTreeMap<String, GroupTarget>,
-    pub primary: Option<Region>,
+    pub primary: Option<PrimaryRegion>,
     pub refused: BTreeMap<HostId, String>,
     pub dead: BTreeSet<HostId>,
     pub drawn: u64,
@@ -101,11 +101,15 @@ impl Fleet {
             free_volumes: self.free_volumes.clone(),
             left: BTreeMap::new(),
             hosts: self.hosts.clone(),
-            primary_region: self.primary.clone(),
+            regions: self.wish(),
             used_addresses: BTreeSet::new(),
             wait_timeout_ms: 60_000,
             strategy: Strategy::Rolling,
         }
+    }
+
+    pub fn wish(&self) -> RegionExpr {
+        PrimaryRegion::places(self.primary.as_ref())
     }
 
     pub fn used(&self, host: &HostId) -> Demand {
@@ -243,6 +247,7 @@ impl Fleet {
         let free_mb = u64::from(host.memory_mb.saturating_sub(used.memory_mb)).saturating_sub(kept);
         let disk_gb = self.disk_gb.get(&host.id);
         !host.cordoned
+            && self.wish().rank(&host.region).is_some()
             && u64::from(demand.memory_mb) <= free_mb
             && disk_gb.is_none_or(|disk_gb| used.volume_gb + demand.volume_gb <= *disk_gb)
             && disk_gb.is_none_or(|_| demand.cores == 0 || used.cores + demand.cores <= host.cpus)

@@ -4,7 +4,7 @@ use dunlin_model::config::Strategy as DeployStrategy;
 use dunlin_model::desired::{HostRow, Ipv4Prefix, MachineRow};
 use dunlin_model::{
     AppName, Check, CheckKind, CommandId, ExitInfo, Generation, HostId, ImageRef, MachineId, MachineSpec, MachineState,
-    MachineVersion, Service,
+    MachineVersion, RegionExpr, Service,
 };
 use dunlin_planner::{
     Desired, Ended, GroupTarget, Mark, Next, Observed, Plan, PlanError, Pool, Progress, Purpose, Step, StepKind, advance,
@@ -175,7 +175,7 @@ impl World {
             free_volumes: vec![],
             left: self.plan.as_ref().map(|(plan, progress)| plan.leaves(progress)).unwrap_or_default(),
             hosts: vec![host_row],
-            primary_region: None,
+            regions: RegionExpr::any(),
             used_addresses: self.rows.values().map(|row| row.address).collect(),
             wait_timeout_ms: WAIT_TIMEOUT_MS,
             strategy: DeployStrategy::Rolling,
