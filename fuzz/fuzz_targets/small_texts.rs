@@ -1,6 +1,7 @@
 //! Names, ids, expressions and tokens: what is taken is printed as it would be read again.
 #![no_main]
 
+use dunlin_model::config::PrimaryRegion;
 use dunlin_model::token::Capability;
 use dunlin_model::{AppName, CommandId, HostId, MachineId, MachineVersion, OrgName, Region, RegionExpr, SnapshotId, VolumeId, Zone};
 use ed25519_dalek::SigningKey;
@@ -22,6 +23,7 @@ fuzz_target!(|text: &str| {
     same_again::<MachineId>(text);
     same_again::<MachineVersion>(text);
     same_again::<OrgName>(text);
+    same_again::<PrimaryRegion>(text);
     same_again::<Region>(text);
     same_again::<RegionExpr>(text);
     same_again::<SnapshotId>(text);

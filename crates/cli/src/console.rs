@@ -8,6 +8,7 @@ use crate::config_file::app_name;
 use crate::exec::{self, Program};
 use crate::{CliError, Exit, Session, ssh};
 use dunlin_api::wire::{AppStatus, Machine, Release};
+use dunlin_model::config::PrimaryRegion;
 use dunlin_model::config::units::{CPUS, GUEST_SIZES, GuestSize, MEMORY_MB, parse_size_mb};
 use dunlin_model::machine::CONSOLE_GROUP;
 use dunlin_model::{AppName, Guest, MachineId};
@@ -55,7 +56,7 @@ fn config(app: &AppName, release: Option<Release>, args: &ConsoleArgs) -> Result
     })?;
     let released = release.and_then(|release| release.config).unwrap_or_default();
     let mut env: BTreeMap<String, String> = released.env.clone();
-    if let Some(region) = &released.primary_region {
+    if let Some(region) = released.primary_region.as_ref().and_then(PrimaryRegion::named) {
         env.entry("PRIMARY_REGION".to_owned()).or_insert_with(|| region.to_string());
     }
     env.extend(args.env.iter().cloned());

@@ -5,7 +5,7 @@ use crate::rows::{Row, key};
 use crate::{Ctx, reconcile};
 use dunlin_api::{ErrorCode, HostApi, Refusal, Reserve};
 use dunlin_model::desired::{HostRow, MachineRow, TombstoneRow};
-use dunlin_model::{AppName, HostId, MachineId, MachineSpec, Region, RegionExpr};
+use dunlin_model::{AppName, HostId, MachineId, MachineSpec, RegionExpr};
 use dunlin_planner::{Ask, Capacity, Demand, For, Observed};
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -125,7 +125,7 @@ pub(crate) async fn promised(ctx: &Ctx, wanted: &Wanted<'_>) -> Result<(HostRow,
 pub(crate) struct VolumeWanted<'w> {
     pub app: &'w AppName,
     pub size_gb: u32,
-    pub region: Option<&'w Region>,
+    pub regions: &'w RegionExpr,
     /// Where what it begins as a copy of is.
     pub only: Option<&'w HostId>,
     /// Where volumes of its name are: their machines are not to be lost together.
@@ -136,23 +136,21 @@ pub(crate) struct VolumeWanted<'w> {
 pub(crate) async fn with_volume_room(ctx: &Ctx, wanted: &VolumeWanted<'_>) -> Result<HostRow, Failure> {
     let hosts = ctx.state.list::<HostRow>("hosts/").await?;
     let hosts: Vec<HostRow> = hosts.into_iter().map(|row| row.value).collect();
-    let regions = wanted.region.map_or_else(RegionExpr::any, |region| RegionExpr::only(region.clone()));
     let is_asked_for = |host: &&HostRow| {
-        wanted.region.is_none_or(|region| *region == host.region) && wanted.only.is_none_or(|only| *only == host.id)
+        wanted.regions.rank(&host.region).is_some() && wanted.only.is_none_or(|only| *only == host.id)
     };
     let asked: Vec<HostRow> = hosts.iter().filter(is_asked_for).cloned().collect();
     if asked.is_empty() {
         let there = hosts.iter().filter(|host| wanted.only.is_none_or(|only| *only == host.id));
-        return Err(no_such_region(&regions, there.map(|host| &host.region)));
+        return Err(no_such_region(wanted.regions, there.map(|host| &host.region)));
     }
     let mut observed = reconcile::observe(ctx, wanted.app).await?;
     for _ in 0..MOST_ASKED {
         let found = {
             let mut capacity = Capacity::new(&asked, &observed);
             let mut spread = capacity.spread(wanted.beside.iter().copied());
-            let any = RegionExpr::any();
             // The disk's room is as old as its host's last fact: it is asked itself, below.
-            let ask = Ask { demand: Demand::default(), regions: &any, only: wanted.only, purpose: For::New };
+            let ask = Ask { demand: Demand::default(), regions: wanted.regions, only: wanted.only, purpose: For::New };
             capacity.place(&ask, &mut spread)
         };
         let host = found.map_err(|no_room| {

@@ -1,6 +1,6 @@
 //! From a release to what each process group should be.
 
-use dunlin_model::config::AppConfig;
+use dunlin_model::config::{AppConfig, PrimaryRegion};
 use dunlin_model::desired::{AppRow, ReleaseRow};
 use dunlin_model::{MachineSpec, MachineVersion};
 use dunlin_model::volume::{SIZE_DEFAULT_GB, SNAPSHOT_RETENTION_DEFAULT};
@@ -55,8 +55,9 @@ fn machine_spec(app: &AppRow, release: &ReleaseRow, group: &str) -> MachineSpec 
 
 fn env(config: &AppConfig) -> BTreeMap<String, String> {
     let mut env = config.env.clone();
-    if let Some(region) = &config.primary_region {
-        // The configured one, as on Fly: apps compare it with the region that they are in. An app's own word wins.
+    if let Some(region) = config.primary_region.as_ref().and_then(PrimaryRegion::named) {
+        // The configured one, as on Fly: apps compare it with the region that they are in. Of several the first, also where
+        // it had no room: it is the app's word, and the same in all its machines. An app's own word wins.
         env.entry("PRIMARY_REGION".to_owned()).or_insert_with(|| region.to_string());
     }
     env

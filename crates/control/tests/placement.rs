@@ -2,10 +2,15 @@
 
 mod world;
 
+use dunlin_model::HostId;
 use dunlin_model::desired::{HostRow, ReleaseStatus};
+use dunlin_view::MachineAssignment;
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use world::World;
+use world::others::other_row;
 
 const MACHINES: &str = "/v1/apps/web/machines";
 const PLAN: &str = "/v1/apps/web/plan";
@@ -59,6 +64,73 @@ async fn the_next_best_host_is_asked_when_one_refuses() {
     assert!(config.machines.values().all(|machine| machine.host == world::host_id()));
     let regions = world.get("/v1/platform/regions").await.json();
     assert_eq!((&regions["Regions"][0]["name"], &regions["Regions"][1]["code"]), (&json!("Amsterdam, Netherlands"), &json!("local")));
+    world.control.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_app_falls_back_along_its_order_of_regions_and_no_further() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start_fleet(data.path(), &[other_row(2, "ams"), other_row(3, "iad")]).await;
+    let body = |image: char, regions: &str| {
+        let mut body = world::release_body("web", image, "good");
+        body["config"]["primary_region"] = json!(regions);
+        // One fits on a host of 4,096 MB beside what is kept for restarts.
+        body["config"]["vm"] = json!([{ "memory_mb": 2048 }]);
+        body
+    };
+    let release = async |image: char| {
+        let answer = world.post("/v1/apps/web/releases", body(image, "ams, local")).await;
+        assert_eq!(answer.status, 201, "{}", answer.text);
+        world.follow("web", answer.json()["version"].as_u64().unwrap() as u32).await.pop().unwrap()
+    };
+    let scale = async |count: u32| {
+        let answer = world.post("/v1/apps/web/scale", json!({ "app": count })).await;
+        assert_eq!(answer.status, 201, "{}", answer.text);
+        world.follow("web", answer.json()["version"].as_u64().unwrap() as u32).await.pop().unwrap()
+    };
+    let places = || {
+        let config = world.view.current().config.clone();
+        let told = |machine: &MachineAssignment| (machine.host.to_string(), machine.spec.env["PRIMARY_REGION"].clone());
+        config.machines.values().map(|machine| (machine.id.to_string(), told(machine))).collect::<BTreeMap<_, _>>()
+    };
+    let spoke = async |hosts: &[&str]| {
+        world.eventually("those hosts say that they are half full", async || {
+            let view = world.view.current();
+            hosts.iter().all(|id| view.hosts.get(&id.parse::<HostId>().unwrap()).is_some_and(|fact| fact.memory_reserved_mb == 2048))
+        })
+        .await;
+    };
+    let refused = world.post("/v1/apps/web/releases", body('a', "ams,,local")).await;
+    assert_eq!(refused.status, 422, "{}", refused.text);
+    assert!(refused.text.contains("primary_region: \\\"ams,,local\\\" has a comma with no region before or after it; name regions"), "{}", refused.text);
+
+    assert_eq!(release('a').await.ended, Some(ReleaseStatus::Succeeded));
+    let told = |host: &str| (host.to_owned(), "ams".to_owned());
+    assert_eq!(places().into_values().collect::<Vec<_>>(), [told("h2")]);
+    spoke(&["h2"]).await;
+    assert_eq!(scale(2).await.ended, Some(ReleaseStatus::Succeeded));
+    let both = places();
+    assert_eq!(both.values().collect::<BTreeSet<_>>(), [&told("h1"), &told("h2")].into());
+    spoke(&["h1", "h2"]).await;
+    assert_eq!(release('b').await.ended, Some(ReleaseStatus::Succeeded));
+    assert_eq!(places(), both, "they are updated where they are");
+
+    world.host.full.store(true, Ordering::SeqCst);
+    world.others.host(2).full.store(true, Ordering::SeqCst);
+    spoke(&["h1", "h2"]).await;
+    let end = scale(3).await;
+    assert_eq!(end.ended, Some(ReleaseStatus::RolledBack), "{end:?}");
+    let lacks = |host: &str| format!("host {host} has 1639 MB free beside 409 that are kept for restarts, 409 MB are missing");
+    let why = format!("no host in ams,local has room for a machine with 2048 MB: {}; {}", lacks("h1 (local)"), lacks("h2 (ams)"));
+    assert!(end.message.contains(&why) && end.message.contains("; the nearest region with room is iad, "), "{end:?}");
+    assert!(end.hint.as_ref().is_some_and(|hint| hint.contains("primary_region = \"ams,local,iad\"")), "{end:?}");
+    assert_eq!(places(), both);
+
+    let volume = world.post("/v1/apps/web/volumes", json!({ "name": "data" })).await.json();
+    assert_eq!(volume["zone"], "h2", "where the app's machines may be: {volume}");
+    let shown = world.post(PLAN, json!({ "config": body('b', "fra,syd")["config"] })).await.json();
+    let note = "no host is in primary_region fra,syd: machines that run stay in ams, iad, local, and new ones have no place; PRIMARY_REGION says fra";
+    assert!(shown["notes"].as_array().unwrap().contains(&json!(note)), "{shown}");
     world.control.shutdown().await;
 }
 

@@ -133,7 +133,7 @@ fn desired(hosts: &[HostRow], groups: &[(&str, u32, u32)]) -> Desired {
         free_volumes: vec![],
         left: BTreeMap::new(),
         hosts: hosts.to_vec(),
-        primary_region: None,
+        regions: RegionExpr::any(),
         used_addresses: BTreeSet::new(),
         wait_timeout_ms: 60_000,
         strategy: Strategy::Rolling,

@@ -10,10 +10,12 @@ use axum::Json;
 use axum::extract::{Path, State};
 use dunlin_api::volumes::{CreateVolume, Extended, ExtendVolume, Snapshot, UpdateVolume, Volume};
 use dunlin_api::{ErrorCode, Refusal, VolumeStatus};
+use dunlin_model::config::PrimaryRegion;
+use dunlin_model::desired::{AppRow, ReleaseRow};
 use dunlin_model::volume::{
     SIZE_MAX_GB, SIZE_MIN_GB, SNAPSHOT_RETENTION, SNAPSHOT_RETENTION_DEFAULT, VOLUME_NAME_RULE, VolumeRow, is_volume_name,
 };
-use dunlin_model::{AppName, SnapshotId, VolumeId, VolumeSource};
+use dunlin_model::{AppName, RegionExpr, SnapshotId, VolumeId, VolumeSource};
 use futures_util::future::join_all;
 use http::StatusCode;
 use std::sync::Arc;
@@ -69,6 +71,13 @@ pub async fn get(
     Ok(Json(shown(&ctx, &row.value).await?))
 }
 
+/// Where a volume without a region goes. Where the app names an order of regions, one elsewhere would be no machine's.
+async fn of_its_machines(ctx: &Ctx, app: &AppRow) -> Result<RegionExpr, Failure> {
+    let release = ctx.state.get::<ReleaseRow>(&key::release(&app.name, app.current_release)).await?;
+    let primary = release.and_then(|row| row.value.config.primary_region);
+    Ok(primary.as_ref().and_then(PrimaryRegion::order).cloned().unwrap_or_else(RegionExpr::any))
+}
+
 pub async fn create(
     State(ctx): State<Arc<Ctx>>,
     Path(app): Path<AppName>,
@@ -90,10 +99,15 @@ pub async fn create(
         return Err(Failure::invalid(format!("size_gb is {size_gb}; it must be from {least_gb} to {SIZE_MAX_GB}")));
     }
     let of = source.as_ref().and_then(|source| there.iter().find(|row| row.value.id == source.volume)).map(|row| &row.value);
+    let regions = match &body.region {
+        Some(region) => RegionExpr::only(region.clone()),
+        None if of.is_some() => RegionExpr::any(),
+        None => of_its_machines(&ctx, &app_row.value).await?,
+    };
     let wanted = VolumeWanted {
         app: &app,
         size_gb,
-        region: body.region.as_ref(),
+        regions: &regions,
         only: of.map(|of| &of.host),
         beside: there.iter().filter(|row| row.value.name == body.name).map(|row| &row.value.host).collect(),
     };

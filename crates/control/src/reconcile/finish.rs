@@ -4,7 +4,7 @@ use super::make::{desired, make, save};
 use super::story::{followed, history, summary, tell};
 use super::want::{active, wants_plan};
 use super::{Turn, explain};
-use crate::events::bounded;
+use crate::events::{bounded, cut};
 use crate::failure::Failure;
 use crate::rows::{Change, Outcome, Row, key};
 use crate::{Ctx, now_ms};
@@ -292,7 +292,10 @@ async fn failure_told(ctx: &Ctx, plan: &Plan) -> Result<DeployEvent, Failure> {
     let events = history(ctx, &plan.app, release).await?.borrow().clone();
     let row = ctx.state.get::<ReleaseRow>(&key::release(&plan.app, release)).await?;
     let reason = row.map(|row| row.value.reason).unwrap_or_default();
-    let told = events.iter().rev().find(|event| event.message == reason).cloned();
+    // Both may have been cut, each in its way.
+    let whole = cut(reason.clone());
+    let whole = whole.trim_end_matches('…');
+    let told = events.iter().rev().find(|event| event.message.trim_end_matches('…') == whole).cloned();
     Ok(told.unwrap_or_else(|| DeployEvent { ended: None, ..closing(plan, ReleaseStatus::Failed, reason) }))
 }
 

@@ -4,10 +4,10 @@ use super::story::events_of;
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Row, key};
 use crate::{Ctx, now_ms, spec, volumes};
-use dunlin_model::config::Strategy;
+use dunlin_model::config::{PrimaryRegion, Strategy};
 use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow};
-use dunlin_model::{AppName, Guest, HostId, MachineId, MachineVersion, RegionExpr, VolumeId};
-use dunlin_planner::{Ask, Capacity, Demand, Desired, Observed, Plan, PlanError, Pool, Progress, Purpose, check, plan};
+use dunlin_model::{AppName, Guest, HostId, MachineId, MachineVersion, VolumeId};
+use dunlin_planner::{Ask, Capacity, Demand, Desired, NoCapacity, Observed, Plan, PlanError, Pool, Progress, Purpose, check, plan};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -20,6 +20,8 @@ pub(crate) struct Made {
     pub progress: Progress,
     /// Why the release cannot be planned; the plan is then empty.
     pub impossible: Option<String>,
+    /// What would make it possible, where that is more than room.
+    pub hint: Option<String>,
     /// There is no room as far as is known; by then, newer facts say whether that is so.
     pub doubtful_until_ms: Option<u64>,
     /// Hosts that say that they are full, and what they are to be asked for before that is believed.
@@ -39,16 +41,29 @@ pub(crate) async fn make(
     };
     let is_final = matches!(made, Err(PlanError::NoCapacity(_))) && doubtful_until_ms.is_none();
     let to_confirm = if is_final { who_is_full(&desired, &observed) } else { None };
+    let hint = made.as_ref().err().and_then(hint);
     let (plan, impossible) = checked(&desired, &observed, made);
     let progress = Progress::new(&plan, now_ms());
-    Ok(Made { plan, progress, impossible, doubtful_until_ms, to_confirm })
+    Ok(Made { plan, progress, impossible, hint, doubtful_until_ms, to_confirm })
+}
+
+fn hint(error: &PlanError) -> Option<String> {
+    match error {
+        PlanError::NoCapacity(NoCapacity { regions: Some(regions), nearest: Some(nearest), .. }) => Some(format!(
+            "let it go elsewhere too, for example with primary_region = \"{regions},{}\", or make room there, and deploy again",
+            nearest.region
+        )),
+        PlanError::VolumeElsewhere { volume, name, region, regions } => Some(format!(
+            "to use what is on it, deploy with primary_region = \"{regions},{region}\"; else `dunlin volume destroy {volume}`, and a new {name} is made"
+        )),
+        _ => None,
+    }
 }
 
 /// As far as its largest machine is concerned.
 fn who_is_full(desired: &Desired, observed: &Observed) -> Option<(Vec<HostId>, Guest)> {
     let largest = desired.groups.values().max_by_key(|group| group.spec.guest.memory_mb)?;
-    let regions = RegionExpr::preferring(desired.primary_region.as_ref());
-    let ask = Ask { demand: Demand::of(&largest.spec, 0), regions: &regions, only: None, purpose: desired.purpose.places() };
+    let ask = Ask { demand: Demand::of(&largest.spec, 0), regions: &desired.regions, only: None, purpose: desired.purpose.places() };
     let hosts = Capacity::new(&desired.hosts, observed).claim_to_be_full(&ask).into_iter().cloned().collect();
     Some((hosts, largest.spec.guest.clone()))
 }
@@ -121,7 +136,7 @@ pub(crate) async fn desired(ctx: &Ctx, app: &AppRow, release: &ReleaseRow, purpo
         used_addresses: addresses,
         machines: machines.into_iter().filter(of_app).map(|row| row.value).collect(),
         hosts: hosts.into_iter().map(|row| row.value).collect(),
-        primary_region: release.config.primary_region.clone(),
+        regions: PrimaryRegion::places(release.config.primary_region.as_ref()),
         wait_timeout_ms: release.config.deploy.wait_timeout_ms,
         strategy: match purpose {
             Purpose::Deploy => release.config.deploy.strategy,

@@ -182,7 +182,7 @@ async fn turn(ctx: &Ctx, name: &AppName, memory: &mut Memory) -> Result<Turn, Fa
     }
     if let Some(reason) = made.impossible {
         let before = ctx.state.get::<Progress>(&key::progress(name)).await?;
-        return finish::failed(ctx, &app, &made.plan, before.as_ref(), finish::Failed::plain(reason)).await;
+        return finish::failed(ctx, &app, &made.plan, before.as_ref(), finish::Failed { hint: made.hint, ..finish::Failed::plain(reason) }).await;
     }
     if purpose == Purpose::Rebalance && made.plan.steps.is_empty() {
         return Ok(Turn::Settled); // somebody made or lost room in this moment

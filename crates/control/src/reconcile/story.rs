@@ -71,16 +71,21 @@ async fn say(
 }
 
 /// A file that comes from Fly names one of Fly's regions. The app runs all the same, where there are hosts; but nobody
-/// shall believe that it runs in that region.
+/// shall believe that it runs in that region. Where several are named, nothing new goes anywhere else.
 pub(crate) async fn region_note(ctx: &Ctx, release: &ReleaseRow) -> Result<Option<String>, Failure> {
-    let Some(region) = &release.config.primary_region else { return Ok(None) };
+    let Some(primary) = &release.config.primary_region else { return Ok(None) };
     let hosts = ctx.state.list::<HostRow>("hosts/").await?;
-    let regions: BTreeSet<_> = hosts.iter().map(|row| row.value.region.as_str()).collect();
-    if regions.contains(region.as_str()) {
+    if hosts.iter().any(|row| primary.regions().rank(&row.value.region).is_some()) {
         return Ok(None);
     }
-    let there = regions.into_iter().collect::<Vec<_>>().join(", ");
-    Ok(Some(format!("no host is in primary_region {region}: machines run in {there}; PRIMARY_REGION says {region}")))
+    let there: BTreeSet<_> = hosts.iter().map(|row| row.value.region.as_str()).collect();
+    let there = there.into_iter().collect::<Vec<_>>().join(", ");
+    let what = match primary.order() {
+        None => format!("machines run in {there}"),
+        Some(_) => format!("machines that run stay in {there}, and new ones have no place"),
+    };
+    let told = primary.named().unwrap_or_default();
+    Ok(Some(format!("no host is in primary_region {primary}: {what}; PRIMARY_REGION says {told}")))
 }
 
 pub(crate) fn summary(plan: &Plan) -> String {

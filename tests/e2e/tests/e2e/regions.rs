@@ -31,6 +31,46 @@ fn print_held(fleet: &Fleet, when: &str) {
 }
 
 #[test]
+fn an_app_falls_back_along_its_order_of_regions_and_no_further() {
+    // w1 in ams, w2 in fra, w3 in iad.
+    let fleet = Fleet::start(&HOSTS);
+    let control = fleet.control();
+    let dir = control.source("web", PYTHON);
+    let write = |release: &str, regions: &str| {
+        config(&dir, release, "");
+        let text = std::fs::read_to_string(dir.join("dunlin.toml")).unwrap();
+        std::fs::write(dir.join("dunlin.toml"), format!("primary_region = \"{regions}\"\n{text}")).unwrap();
+    };
+    write("1", "fra,,ams");
+    control.fails_in(&dir, &["deploy"], 2, &["dunlin.toml:1:18: primary_region: \"fra,,ams\" has a comma with no region", "for example fra or fra,ams,eu"]);
+    write("1", "fra,ams");
+    control.ok(&["apps", "create", "web"]);
+    control.ok_in(&dir, &["deploy"]);
+    control.ok(&["host", "cordon", "w2"]);
+    control.ok(&["scale", "count", "2", "--app", "web"]);
+    fleet.until_whole("web", 2);
+    let both = fleet.machines("web");
+    let hosts = both.values().map(String::as_str).collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(hosts, ["w1", "w2"].into());
+    for id in both.keys() {
+        assert_eq!(control.ok(&["machine", "exec", id, "--", "printenv", "PRIMARY_REGION"]).trim(), "fra");
+    }
+    control.ok(&["host", "uncordon", "w2"]);
+    write("2", "fra,ams");
+    control.ok_in(&dir, &["deploy"]);
+    assert_eq!(fleet.machines("web"), both, "what fell back stays");
+
+    ["w1", "w2"].iter().for_each(|host| drop(control.ok(&["host", "cordon", host])));
+    control.expect_log("plan failed");
+    let says = [
+        "no host in fra,ams has room for a machine with", "host w1 (ams) is cordoned", "host w2 (fra) is cordoned",
+        "the nearest region with room is iad, 6549 km from fra", "primary_region = \"fra,ams,iad\"",
+    ];
+    control.fails(&["scale", "count", "3", "--app", "web"], 1, &says);
+    assert_eq!(fleet.machines("web"), both);
+}
+
+#[test]
 fn an_edge_elsewhere_knows_the_sum_until_it_is_asked() {
     let fleet = Fleet::start(&HOSTS);
     let control = fleet.control();

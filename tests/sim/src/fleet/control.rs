@@ -10,7 +10,7 @@ use super::world::{CONTROL, HOSTS, World};
 use dunlin_gossip::Input;
 use dunlin_model::config::Strategy;
 use dunlin_model::desired::{MachineRow, ReleaseStatus};
-use dunlin_model::{AppName, Generation, HostId, MachineId, MachineVersion, Service, VolumeId};
+use dunlin_model::{AppName, Generation, HostId, MachineId, MachineVersion, RegionExpr, Service, VolumeId};
 use dunlin_planner::{
     Desired, Ended, Mark, Next, Observed, Plan, Pool, Progress, Purpose, Standing, StepKind, Watch, advance, check, drift, plan,
 };
@@ -274,7 +274,7 @@ impl World {
             free_volumes: self.store.free_volumes(name),
             left: last.map(|(plan, progress)| plan.leaves(progress)).unwrap_or_default(),
             hosts: self.store.hosts.clone(),
-            primary_region: None,
+            regions: RegionExpr::any(),
             used_addresses: self.store.addresses.clone(),
             wait_timeout_ms: WAIT_TIMEOUT_MS,
             strategy: Strategy::Rolling,
