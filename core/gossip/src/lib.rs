@@ -69,5 +69,5 @@ pub use rng::Rng;
 pub use row::{Body, MAX_ROW_BYTES, MAX_VALUE_BYTES, Row};
 pub use snapshot::Snapshot;
 pub use subscribe::IDLE_MS;
-pub use sync::SYNC_MS;
+pub use sync::{Compared, SYNC_MS};
 pub use wire::Malformed;

@@ -205,7 +205,7 @@ impl Node {
             members,
             lives: Lives::default(),
             pushes: Pushes::default(),
-            syncs: Syncs::default(),
+            syncs: Syncs::begin(now.ms),
             subscriptions: Subscriptions::default(),
             counters: Counters::default(),
             wants: BTreeMap::new(),

@@ -34,9 +34,12 @@ const BEATS_A_DATAGRAM: usize = 1_150 / BEAT_BYTES;
 const BEATS_A_SYNC: usize = 12;
 const MAX_QUEUED_BEATS: usize = 4_096;
 const MAX_PEERS: usize = 16_384;
+/// Who was compared with longer ago says nothing of now.
+const COMPARED_WITHIN_MS: u64 = 60_000;
 
 #[derive(Default)]
 pub(crate) struct Syncs {
+    began_ms: u64,
     pub next_ms: u64,
     pub next_beat_ms: u64,
     round: u64,
@@ -59,6 +62,21 @@ struct Equal {
     change: Option<u64>,
     /// The delta since then was sent and did not do it.
     tried: bool,
+    /// When they were last compared, and whether they had the same then.
+    compared: Option<(u64, bool)>,
+    equal_at_ms: Option<u64>,
+}
+
+/// How a realm is here and at those that were compared with in the last minute. While there is news on its way, hosts differ as they
+/// should; one whose age grows although little changes has something else than all others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compared {
+    pub realm: Realm,
+    /// Peers that had the same when they were last compared with.
+    pub equal: usize,
+    pub differ: usize,
+    /// Since any peer was last found to have the same, or since this process began.
+    pub age_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -69,6 +87,10 @@ pub(crate) struct Behind {
 }
 
 impl Syncs {
+    pub fn begin(now_ms: u64) -> Self {
+        Self { began_ms: now_ms, ..Self::default() }
+    }
+
     pub fn behind(&self, origin: OriginId) -> Option<&Behind> {
         self.behind.get(&origin)
     }
@@ -132,6 +154,7 @@ impl Node {
             self.remember_equal(at);
             return self.datagram(from.clone(), &Message::Same { realm, root });
         }
+        self.note_differs(at.clone());
         let differs = self.compare(from, &recent);
         let equal = self.syncs.peers.get(&at).copied().unwrap_or_default();
         let mine = equal.change.and_then(|change| self.catalogue.changed_since(&realm, change)).filter(|mine| mine.len() <= MAX_DELTA);
@@ -176,6 +199,7 @@ impl Node {
             buckets.push(bucket);
         }
         if !buckets.is_empty() {
+            self.note_differs((from.clone(), realm.clone()));
             self.stream(from.clone(), &Message::Entries { realm, buckets, entries });
         }
     }
@@ -183,6 +207,9 @@ impl Node {
     pub(crate) fn receive_entries(&mut self, from: &Addr, realm: &Realm, buckets: &[u8], theirs: &[Entry]) {
         if !self.holds(realm) {
             return;
+        }
+        if buckets.is_empty() {
+            self.note_differs((from.clone(), realm.clone())); // the answer to a root that was another
         }
         self.compare(from, theirs);
         let known: BTreeSet<OriginId> = theirs.iter().map(|entry| entry.id).collect();
@@ -223,10 +250,36 @@ impl Node {
     }
 
     fn remember_equal(&mut self, at: (Addr, Realm)) {
+        let (change, now_ms) = (self.catalogue.change(), self.now_ms);
+        *self.peer(at) = Equal { change: Some(change), tried: false, compared: Some((now_ms, true)), equal_at_ms: Some(now_ms) };
+    }
+
+    fn note_differs(&mut self, at: (Addr, Realm)) {
+        let now_ms = self.now_ms;
+        self.peer(at).compared = Some((now_ms, false));
+    }
+
+    fn peer(&mut self, at: (Addr, Realm)) -> &mut Equal {
         if self.syncs.peers.len() >= MAX_PEERS && !self.syncs.peers.contains_key(&at) {
             self.syncs.peers.pop_first();
         }
-        self.syncs.peers.insert(at, Equal { change: Some(self.catalogue.change()), tried: false });
+        self.syncs.peers.entry(at).or_default()
+    }
+
+    /// For operators: of each realm that somebody else holds too.
+    pub fn compared(&self) -> Vec<Compared> {
+        let others = self.members.others();
+        let region = Realm::Region(self.me.region.clone());
+        let held = [(Realm::Global, others.all.is_empty()), (region, others.near.is_empty())];
+        held.into_iter().filter(|(_, is_alone)| !is_alone).map(|(realm, _)| self.compared_in(&realm)).collect()
+    }
+
+    fn compared_in(&self, realm: &Realm) -> Compared {
+        let peers = || self.syncs.peers.iter().filter(|((_, of), _)| of == realm).map(|(_, equal)| equal);
+        let lately = |(at_ms, _): &(u64, bool)| self.now_ms.saturating_sub(*at_ms) < COMPARED_WITHIN_MS;
+        let count = |wanted: bool| peers().filter_map(|peer| peer.compared).filter(lately).filter(|(_, is_equal)| *is_equal == wanted).count();
+        let since_ms = peers().filter_map(|peer| peer.equal_at_ms).max().unwrap_or(self.syncs.began_ms);
+        Compared { realm: realm.clone(), equal: count(true), differ: count(false), age_ms: self.now_ms.saturating_sub(since_ms) }
     }
 
     fn holds(&self, realm: &Realm) -> bool {

@@ -124,6 +124,33 @@ fn rows_are_in_the_region_at_once_and_stay_there() {
 }
 
 #[test]
+fn who_has_the_same_is_known_and_who_has_something_else() {
+    let mut flock = Flock::of(&["fra", "fra", "fra", "iad"]);
+    let region = |name: &str| Realm::Region(Region::new(name).unwrap());
+    let compared = |flock: &Flock, at: usize, realm: &Realm| flock.nodes[at].as_ref().unwrap().compared().into_iter().find(|of| of.realm == *realm);
+    let counts = |of: &Compared| (of.equal, of.differ);
+    flock.publish(0, &[("a", Some("1"))]);
+    flock.pass(20_000);
+    let of = compared(&flock, 0, &Realm::Global).unwrap();
+    assert_eq!(counts(&of), (3, 0));
+    let of = compared(&flock, 0, &region("fra")).unwrap();
+    assert!(counts(&of) == (2, 0) && of.age_ms < 2_000, "{of:?}");
+    assert_eq!(compared(&flock, 3, &region("iad")), None, "it is alone there");
+    // One that takes nothing of a log has something else for as long as that lasts.
+    let id = flock.keys[0].0.id;
+    flock.handle(1, Input::Remove(id));
+    flock.pass(20_000);
+    let of = compared(&flock, 1, &region("fra")).unwrap();
+    assert!(counts(&of) == (0, 2) && of.age_ms > 15_000, "{of:?}");
+    let of = compared(&flock, 2, &region("fra")).unwrap();
+    assert!(counts(&of) == (1, 1) && of.age_ms < 2_000, "the others have the same as before: {of:?}");
+    // Whoever is gone does not count for longer than a minute.
+    flock.nodes[1] = None;
+    flock.pass(61_000);
+    assert_eq!(counts(&compared(&flock, 2, &region("fra")).unwrap()), (1, 0));
+}
+
+#[test]
 fn a_log_of_many_chunks_reaches_a_wiped_host() {
     let mut flock = Flock::of(&["fra", "fra", "fra"]);
     let id = flock.keys[0].0.id;

@@ -250,6 +250,7 @@ impl Cluster {
             certificate_days_left: self.inner.certificate_ends_ms.load(Ordering::Relaxed).saturating_sub(now_ms()) / DAY_MS,
             members: seen.members.len(),
             logs: seen.logs.clone(),
+            compared: seen.compared.clone(),
             gossip: seen.gossip,
             transport: TransportCounts {
                 links: self.inner.links.connected().len() as u64,

@@ -17,9 +17,9 @@ use crate::facts::{Published, SCHEMA, Skipped};
 use crate::link::{Arrival, Expect, Links, Packet, Target, count};
 use crate::live::{News, View};
 use crate::member::now_ms;
-use crate::status::{GossipCounts, LogStatus, Silenced};
+use crate::status::{ComparedStatus, GossipCounts, LogScope, LogStatus, Silenced};
 use crate::tls::Tls;
-use dunlin_gossip::{Addr, Certificate, Event, Input, Key, Name, Node, Now, OriginId, Output, Peer, Row};
+use dunlin_gossip::{Addr, Certificate, Event, Input, Key, Name, Node, Now, OriginId, Output, Peer, Realm, Row};
 use dunlin_model::{AppName, Generation, HostId, Region};
 use dunlin_view::{ConfigState, Freshness};
 use ed25519_dalek::SigningKey;
@@ -64,6 +64,7 @@ pub(crate) struct Seen {
     pub regions: BTreeMap<OriginId, Region>,
     pub ages_ms: BTreeMap<OriginId, Option<u64>>,
     pub logs: Vec<LogStatus>,
+    pub compared: Vec<ComparedStatus>,
     pub speaks: bool,
     pub silenced: Option<Silenced>,
     pub gossip: GossipCounts,
@@ -495,6 +496,9 @@ impl Driver {
         }
         let seat = |peer: &Peer| Some((peer.id, Seat { addr: socket_addr(&peer.addr)?, region: region(&peer.region) }));
         seen.members = self.node.members().filter_map(seat).collect();
+        let scope = |realm: &Realm| if *realm == Realm::Global { LogScope::Global } else { LogScope::Region };
+        let compared = self.node.compared().into_iter();
+        seen.compared = compared.map(|of| ComparedStatus { scope: scope(&of.realm), equal: of.equal, differ: of.differ, age_ms: of.age_ms }).collect();
         seen.gossip = GossipCounts { unreadable_facts: self.skipped.unreadable, foreign_facts: self.skipped.foreign, old_facts: self.old_facts, ..GossipCounts::default() };
         seen.gossip.take(self.node.counters());
         let expect = |origin: OriginId| seen.names.get(&origin).cloned().map_or(Expect::Writer(origin), Expect::Host);

@@ -37,6 +37,6 @@ pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, NotAJoinToken,
 pub use link::Handler;
 pub use live::{Age, Ages, Changes, View};
 pub use member::{ControlHost, Member, MemberError, MemberKeys, Said};
-pub use status::{ClusterStatus, GossipCounts, LogScope, LogStatus, MemberStatus, Silenced, TransportCounts};
+pub use status::{ClusterStatus, ComparedStatus, GossipCounts, LogScope, LogStatus, MemberStatus, Silenced, TransportCounts};
 pub use stream::{Service, Stream, read_frame, write_frame};
 pub use tls::TlsError;

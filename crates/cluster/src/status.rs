@@ -1,11 +1,15 @@
 //! What an operator sees of the cluster, as one host knows it.
 
+use crate::authority::CONFIG_LOG;
 use dunlin_gossip::Counters;
 use dunlin_model::{HostId, Region};
 use dunlin_view::Freshness;
 use serde::Serialize;
 use std::fmt::{Display, Write};
 use std::net::SocketAddr;
+
+/// Origins whose age and lag are metrics of their own: a thousand hosts have some two thousand, twice that is spared nobody's scrape.
+const MAX_ORIGINS: usize = 4_096;
 
 /// One host of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -35,7 +39,15 @@ pub enum LogScope {
 }
 
 impl LogScope {
-    const ALL: [(Self, &str); 3] = [(Self::Global, "global"), (Self::Region, "region"), (Self::Subscribed, "subscribed")];
+    const ALL: [Self; 3] = [Self::Global, Self::Region, Self::Subscribed];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Global => "global",
+            Self::Region => "region",
+            Self::Subscribed => "subscribed",
+        }
+    }
 }
 
 /// One writer's log.
@@ -56,6 +68,17 @@ pub struct LogStatus {
     pub bytes: usize,
     /// Two heads of it contradict each other: its key is in two hands. Remove that host, and let it join anew.
     pub quarantined: bool,
+}
+
+/// Whether others have the same of a scope: of those that were compared with in the last minute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ComparedStatus {
+    pub scope: LogScope,
+    pub equal: usize,
+    /// News are on their way, or one of the two stays behind.
+    pub differ: usize,
+    /// Since any other was last found to have the same, or since this process began.
+    pub age_ms: u64,
 }
 
 /// Why this process says nothing in the cluster.
@@ -94,6 +117,8 @@ pub struct ClusterStatus {
     pub certificate_days_left: u64,
     pub members: usize,
     pub logs: Vec<LogStatus>,
+    /// Of scopes that another host holds, too.
+    pub compared: Vec<ComparedStatus>,
     pub gossip: GossipCounts,
     pub transport: TransportCounts,
 }
@@ -161,6 +186,8 @@ pub(crate) fn render(status: &ClusterStatus, out: &mut String) {
     one("certificate_days_left", "gauge", "Until the other hosts refuse this one's certificate.", status.certificate_days_left);
     one("links", "gauge", "Connections to other hosts.", status.transport.links);
     render_logs(&status.logs, out);
+    render_origins(&status.logs, out);
+    render_compared(&status.compared, out);
     let (gossip, transport) = (&status.gossip, &status.transport);
     let refused = [
         ("malformed", gossip.malformed),
@@ -207,14 +234,121 @@ fn render_logs(logs: &[LogStatus], out: &mut String) {
     ];
     for (name, help, measure) in measures {
         let of_scope = |scope| measure(&logs.iter().filter(|log| log.scope == scope).collect::<Vec<_>>());
-        let values = LogScope::ALL.map(|(scope, label)| (label, of_scope(scope)));
+        let values = LogScope::ALL.map(|scope| (scope.label(), of_scope(scope)));
         many(out, (name, "gauge"), help, "scope", &values);
     }
 }
 
-fn many(out: &mut String, (name, kind): (&str, &str), help: &str, label: &str, values: &[(&str, u64)]) {
+/// Each log by its name. Desired state is never left out, then the own region's come first: nobody far away looks after those.
+fn render_origins(logs: &[LogStatus], out: &mut String) {
+    let mut told: Vec<&LogStatus> = logs.iter().collect();
+    let rank = |scope| match scope {
+        LogScope::Region => 0,
+        LogScope::Global => 1,
+        LogScope::Subscribed => 2,
+    };
+    told.sort_by_key(|log| (log.name != CONFIG_LOG, rank(log.scope))); // and otherwise as they are, so that it is the same ones each time
+    let left_out = told.len().saturating_sub(MAX_ORIGINS);
+    told.truncate(MAX_ORIGINS);
+    let label = |log: &&LogStatus| escaped(&log.name);
+    let ages = told.iter().filter_map(|log| Some((label(log), seconds(log.age_ms?))));
+    let lags = told.iter().map(|log| (label(log), log.lag));
+    labelled(out, ("origin_age_seconds", "gauge"), "Since a log was heard; those of which nothing live was heard have none.", "origin", ages);
+    labelled(out, ("origin_lag", "gauge"), "By how many sequences a head that its writer signed is ahead of what is held.", "origin", lags);
+    let _ = writeln!( // a string takes all
+        out,
+        "# HELP dunlin_cluster_origins_left_out Logs without metrics of their own, beyond {MAX_ORIGINS}.\n\
+         # TYPE dunlin_cluster_origins_left_out gauge\ndunlin_cluster_origins_left_out {left_out}"
+    );
+}
+
+fn render_compared(compared: &[ComparedStatus], out: &mut String) {
+    let of = |value: fn(&ComparedStatus) -> usize| compared.iter().map(move |of| (of.scope.label(), value(of)));
+    labelled(out, ("peers_equal", "gauge"), "Others, of those compared with in the last minute, that had the same.", "scope", of(|of| of.equal));
+    let help = "Others, of those compared with in the last minute, that had something else: news are on their way, or one stays behind.";
+    labelled(out, ("peers_differ", "gauge"), help, "scope", of(|of| of.differ));
+    let ages = compared.iter().map(|of| (of.scope.label(), seconds(of.age_ms)));
+    labelled(out, ("equal_age_seconds", "gauge"), "Since any other was last found to have the same, or since the start.", "scope", ages);
+}
+
+fn seconds(ms: u64) -> String {
+    format!("{}.{:03}", ms / 1000, ms % 1000)
+}
+
+/// As Prometheus wants what stands in quotes.
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+fn labelled<L: Display, V: Display>(out: &mut String, (name, kind): (&str, &str), help: &str, label: &str, values: impl Iterator<Item = (L, V)>) {
     let _ = writeln!(out, "# HELP dunlin_cluster_{name} {help}\n# TYPE dunlin_cluster_{name} {kind}"); // a string takes all
     for (of, value) in values {
         let _ = writeln!(out, "dunlin_cluster_{name}{{{label}=\"{of}\"}} {value}"); // likewise
+    }
+}
+
+fn many(out: &mut String, metric: (&str, &str), help: &str, label: &str, values: &[(&str, u64)]) {
+    labelled(out, metric, help, label, values.iter().copied());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(name: &str, scope: LogScope, age_ms: Option<u64>, lag: u64) -> LogStatus {
+        LogStatus { name: name.into(), scope, region: None, epoch: 1, seq: 1, age_ms, lag, behind_ms: 0, rows: 0, bytes: 0, quarantined: false }
+    }
+
+    fn rendered(logs: Vec<LogStatus>, compared: Vec<ComparedStatus>) -> String {
+        let mut out = String::new();
+        render(&ClusterStatus { logs, compared, ..ClusterStatus::default() }, &mut out);
+        out
+    }
+
+    #[test]
+    fn each_origin_has_its_age_and_its_lag() {
+        let logs = vec![log("host/h1", LogScope::Global, Some(1_203), 0), log("machines/h1", LogScope::Region, None, 7), log("a\\b\"c", LogScope::Global, Some(9), 0)];
+        let compared = vec![ComparedStatus { scope: LogScope::Global, equal: 3, differ: 1, age_ms: 60_010 }];
+        let text = rendered(logs, compared);
+        let lines: Vec<&str> = text.lines().collect();
+        for line in [
+            "# TYPE dunlin_cluster_origin_age_seconds gauge",
+            "dunlin_cluster_origin_age_seconds{origin=\"host/h1\"} 1.203",
+            "dunlin_cluster_origin_age_seconds{origin=\"a\\\\b\\\"c\"} 0.009",
+            "dunlin_cluster_origin_lag{origin=\"host/h1\"} 0",
+            "dunlin_cluster_origin_lag{origin=\"machines/h1\"} 7",
+            "dunlin_cluster_origins_left_out 0",
+            "dunlin_cluster_peers_equal{scope=\"global\"} 3",
+            "dunlin_cluster_peers_differ{scope=\"global\"} 1",
+            "dunlin_cluster_equal_age_seconds{scope=\"global\"} 60.010",
+        ] {
+            assert!(lines.contains(&line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains("age_seconds{origin=\"machines/h1\"}"), "nobody heard it: {text}");
+        // Every metric is introduced once, before its first value.
+        let mut known = std::collections::BTreeSet::new();
+        for line in lines {
+            match line.strip_prefix("# TYPE ") {
+                Some(of) => assert!(known.insert(of.split(' ').next().unwrap()), "{line} comes twice"),
+                None if line.starts_with('#') => {}
+                None => assert!(known.contains(line.split(['{', ' ']).next().unwrap()), "{line} has no type"),
+            }
+        }
+    }
+
+    #[test]
+    fn origins_beyond_the_bound_are_counted_and_desired_state_is_none_of_them() {
+        let mut logs: Vec<LogStatus> = (0..5_000).map(|n| log(&format!("host/h{n}"), LogScope::Global, Some(0), 0)).collect();
+        logs.push(log("machines/far", LogScope::Subscribed, Some(0), 0));
+        logs.push(log("machines/near", LogScope::Region, Some(0), 0));
+        logs.push(log(CONFIG_LOG, LogScope::Global, Some(0), 0));
+        let text = rendered(logs, vec![]);
+        let count = |name: &str| text.lines().filter(|line| line.starts_with(&format!("dunlin_cluster_{name}{{"))).count();
+        assert_eq!((count("origin_age_seconds"), count("origin_lag")), (MAX_ORIGINS, MAX_ORIGINS));
+        let left_out = 5_003 - MAX_ORIGINS;
+        assert!(text.contains(&format!("\ndunlin_cluster_origins_left_out {left_out}\n")), "{left_out}");
+        for (name, is_there) in [("config/0", true), ("machines/near", true), ("host/h0", true), ("host/h4999", false), ("machines/far", false)] {
+            assert_eq!(text.contains(&format!("origin_lag{{origin=\"{name}\"}}")), is_there, "{name}");
+        }
     }
 }

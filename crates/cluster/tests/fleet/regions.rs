@@ -93,6 +93,15 @@ async fn who_uses_an_app_elsewhere_sees_its_machines() {
     h4.cluster.render_metrics(&mut text);
     assert!(text.contains("dunlin_cluster_logs{scope=\"subscribed\"} 2"), "{text}");
     assert!(text.contains("dunlin_cluster_logs{scope=\"region\"} 1"), "{text}");
+    // And each origin, and whether the others have the same.
+    assert!(text.contains("dunlin_cluster_origin_lag{origin=\"machines/h2\"} 0\n"), "{text}");
+    let metric = |host: &Host, line: &str| {
+        let mut text = String::new();
+        host.cluster.render_metrics(&mut text);
+        text.lines().any(|found| found == line)
+    };
+    until("all others are found equal", || metric(h4, "dunlin_cluster_peers_equal{scope=\"global\"} 3") && metric(h4, "dunlin_cluster_peers_differ{scope=\"global\"} 0")).await;
+    assert!(h4.cluster.status().compared.iter().all(|of| of.scope == LogScope::Global), "nobody else is in its region");
     // A host that is removed is gone with all that it said.
     let mut desired = dunlin_view::ConfigState::clone(&h1.view.current().config);
     desired.generation.revision += 1;
