@@ -11,6 +11,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -25,6 +26,8 @@ enum Does {
     BreakAfter(ContentStore, u64),
     /// Says this size for everything, and sends so many bytes of something else, after so many right ones.
     Lie { says: u64, right: Vec<u8>, wrong: usize },
+    /// Serves a blob's first bytes at once, and from there on so many each second.
+    Trickle { of: ContentStore, at_once: u64, a_second: usize },
     /// Cannot be reached.
     Gone,
 }
@@ -86,7 +89,27 @@ impl World {
 }
 
 /// Reads the request itself, to remember it, and answers as the host does.
-async fn behave(does: Does, mut stream: tokio::io::DuplexStream, asked: Arc<Mutex<Vec<(String, String, u64)>>>, host: String) {
+async fn behave(does: Does, stream: tokio::io::DuplexStream, asked: Arc<Mutex<Vec<(String, String, u64)>>>, host: String) {
+    let a_second = if let Does::Trickle { a_second, .. } = does { a_second } else { 0 };
+    if let Some((mut rest, mut stream)) = answer(does, stream, asked, host).await {
+        let mut bytes = vec![0; a_second];
+        while a_second > 0 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let read = rest.read(&mut bytes).await.unwrap_or(0);
+            if read == 0 || stream.write_all(&bytes[..read]).await.is_err() {
+                return; // all of it, or the other has had enough
+            }
+        }
+    }
+}
+
+/// What is left of the answer, and where it goes.
+async fn answer(
+    does: Does,
+    mut stream: tokio::io::DuplexStream,
+    asked: Arc<Mutex<Vec<(String, String, u64)>>>,
+    host: String,
+) -> Option<(tokio::io::DuplexStream, tokio::io::DuplexStream)> {
     let len = stream.read_u32_le().await.unwrap();
     let mut request = vec![0; len as usize];
     stream.read_exact(&mut request).await.unwrap();
@@ -96,13 +119,14 @@ async fn behave(does: Does, mut stream: tokio::io::DuplexStream, asked: Arc<Mute
     let (store, limit) = match does {
         Does::Serve(store) => (store, u64::MAX),
         Does::BreakAfter(store, limit) => (store, limit),
+        Does::Trickle { of, at_once, .. } => (of, at_once.saturating_sub(offset)),
         Does::Lie { says, right, wrong } => {
             let head = format!(r#"{{"size":{says}}}"#);
             stream.write_u32_le(head.len() as u32).await.unwrap();
             stream.write_all(head.as_bytes()).await.unwrap();
             let _ = stream.write_all(&right).await; // it may have enough
             let _ = stream.write_all(&vec![b'x'; wrong]).await;
-            return;
+            return None;
         }
         Does::Gone => unreachable!("it is not reached"),
     };
@@ -112,7 +136,9 @@ async fn behave(does: Does, mut stream: tokio::io::DuplexStream, asked: Arc<Mute
     near.write_all(&request).await.unwrap();
     let head = near.read_u32_le().await.unwrap();
     let _ = stream.write_u32_le(head).await; // as above
-    let _ = tokio::io::copy(&mut near.take(u64::from(head).saturating_add(limit)), &mut stream).await;
+    let mut begins = near.take(u64::from(head).saturating_add(limit));
+    let _ = tokio::io::copy(&mut begins, &mut stream).await;
+    Some((begins.into_inner(), stream))
 }
 
 /// A layer of bytes that do not compress, so that it is large on the way too.
@@ -278,6 +304,72 @@ async fn a_host_that_is_away_is_waited_for() {
     world.host("away", Does::Gone);
     let error = peers.fetch_image(&world.ours, &Digest::of(b"nothing")).await.unwrap_err().to_string();
     assert!(error.contains("away cannot be reached (connection refused)"), "{error}");
+}
+
+/// It gives a byte each second for ever, so no silence ends it: the next host goes on where it is left.
+#[tokio::test(start_paused = true)]
+async fn a_host_that_trickles_is_left_for_the_next_one() {
+    let world = World::new();
+    let full = world.store("full");
+    let (digest, layer, _) = large_image(&full);
+    let half = 3 << 20;
+    world.host("slow", Does::Trickle { of: full.clone(), at_once: half, a_second: 1 });
+    world.host("lacks", Does::Serve(world.store("lacks")));
+    world.host("whole", Does::Serve(full.clone()));
+    let (peers, began) = (world.peers(&["slow", "lacks", "whole"]), tokio::time::Instant::now());
+    peers.fetch_image(&world.ours, &digest).await.unwrap();
+    assert!(world.has(&layer) && began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    let [begun] = world.offsets("whole", &layer)[..] else { panic!("it is asked once: {:?}", world.offsets("whole", &layer)) };
+    assert!((half..half + 60).contains(&begun), "it goes on where the other was left, at {begun}");
+    // For some minutes it is asked last, for other blobs too.
+    let next = small_image(&full, "web", None);
+    let asked = |host: &str, digest: &Digest| world.offsets(host, digest).len();
+    peers.fetch_image(&world.ours, &next).await.unwrap();
+    assert_eq!((asked("slow", &next), asked("whole", &next)), (0, 1));
+    std::fs::remove_file(world.blob_path("ours", &next)).unwrap();
+    tokio::time::advance(Duration::from_secs(301)).await;
+    peers.fetch_image(&world.ours, &next).await.unwrap();
+    assert_eq!((asked("slow", &next), asked("whole", &next)), (1, 1));
+}
+
+/// The only one that has it is stayed with as long as it gives anything worth while, and the error says what it gave.
+#[tokio::test(start_paused = true)]
+async fn the_only_host_that_has_it_may_be_slow_but_not_endless() {
+    let world = World::new();
+    let full = world.store("full");
+    let (digest, layer, _) = large_image(&full);
+    world.host("slow", Does::Trickle { of: full.clone(), at_once: 1 << 20, a_second: 12 << 10 });
+    world.host("lacks", Does::Serve(world.store("lacks")));
+    world.host("away", Does::Gone);
+    world.peers(&["slow", "lacks", "away"]).fetch_image(&world.ours, &digest).await.unwrap();
+    assert!(world.has(&layer));
+    assert!(world.offsets("slow", &layer).len() <= 4, "others are asked every few minutes only: {:?}", world.offsets("slow", &layer));
+
+    std::fs::remove_file(world.blob_path("ours", &layer)).unwrap();
+    world.host("slow", Does::Trickle { of: full.clone(), at_once: 1 << 20, a_second: 1 });
+    let began = tokio::time::Instant::now();
+    let error = world.peers(&["slow", "lacks"]).fetch_image(&world.ours, &digest).await.unwrap_err();
+    assert!(matches!(&error, FetchError::Slow { digest, .. } if *digest == layer), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("comes too slowly") && text.contains("bytes in half a minute") && text.contains("lacks does not have it"), "{text}");
+    assert!(began.elapsed() < Duration::from_secs(180), "{:?}", began.elapsed());
+    // What came is not lost.
+    world.host("whole", Does::Serve(full));
+    world.peers(&["whole"]).fetch_image(&world.ours, &digest).await.unwrap();
+    assert!(world.offsets("whole", &layer)[0] >= 1 << 20);
+}
+
+/// Both are slow: the faster one ends it.
+#[tokio::test(start_paused = true)]
+async fn of_slow_hosts_the_fastest_is_stayed_with() {
+    let world = World::new();
+    let full = world.store("full");
+    let (digest, layer, _) = large_image(&full);
+    world.host("slower", Does::Trickle { of: full.clone(), at_once: 4 << 20, a_second: 100 });
+    world.host("slow", Does::Trickle { of: full, at_once: 4 << 20, a_second: 10 << 10 });
+    let began = tokio::time::Instant::now();
+    world.peers(&["slower", "slow"]).fetch_image(&world.ours, &digest).await.unwrap();
+    assert!(world.has(&layer) && began.elapsed() < Duration::from_secs(600), "{:?}", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

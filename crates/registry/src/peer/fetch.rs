@@ -1,6 +1,7 @@
 //! Fetching: manifest first, then what it names and the store lacks, each from the nearest host that has it.
 
-use super::{Duplex, HEAD_WITHIN, Head, MAX_SILENCE, Request, VERSION, read_frame, within, write_frame};
+use super::pace::{BELIEVED_FOR, PATIENT_BYTES, Pace, SlowHosts, TooSlow};
+use super::{Duplex, HEAD_WITHIN, Head, Request, VERSION, read_frame, within, write_frame};
 use crate::digest::Digest;
 use crate::manifest::{Descriptor, MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, Manifest, architecture};
 use crate::store::{BlobWriter, ContentStore, MAX_BLOB_BYTES, StoreError};
@@ -13,13 +14,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// Blobs that come in at once, of all images; more gain nothing on one line.
 const MAX_PARALLEL_BLOBS: usize = 4;
 /// A member that is not connected to within this time is as good as gone.
 const DIAL_WITHIN: Duration = Duration::from_secs(5);
-/// Hosts that cannot be reached or break off are asked again for this long after the last byte: they may be restarting.
+/// Hosts that cannot be reached or break off are asked again for this long after the last kilobyte: they may be restarting.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Before all hosts are asked again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -34,6 +35,8 @@ pub type Dial = Arc<dyn Fn(&HostId) -> BoxFuture<'static, io::Result<Box<dyn Dup
 pub enum FetchError {
     #[error("no host has {digest}: {asked}; push or build the image again, or bring back a host that has it")]
     Nowhere { digest: Digest, asked: String },
+    #[error("{digest} comes too slowly: {asked}; mend the line to a host that has it, or bring back another one that does")]
+    Slow { digest: Digest, asked: String },
     #[error("the image is refused: {0}")]
     Refused(String),
     #[error(transparent)]
@@ -52,6 +55,7 @@ struct Inner {
     permits: Semaphore,
     /// One fetch at a time per digest; the others find it done.
     busy: Mutex<BTreeMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
+    slow: SlowHosts,
 }
 
 /// What is asked for.
@@ -70,6 +74,7 @@ enum Failure {
     Broke(String),
     /// It sent something else.
     Lied(String),
+    Slow(TooSlow),
     /// Our own disk.
     Store(StoreError),
 }
@@ -84,7 +89,7 @@ impl Peers {
     /// `order` gives the hosts to ask, without this one: the nearest first, control's last, since it has everything.
     pub fn new(dial: Dial, order: impl Fn() -> Vec<HostId> + Send + Sync + 'static) -> Self {
         let permits = Semaphore::new(MAX_PARALLEL_BLOBS);
-        Self { inner: Arc::new(Inner { dial, order: Box::new(order), permits, busy: Mutex::default() }) }
+        Self { inner: Arc::new(Inner { dial, order: Box::new(order), permits, busy: Mutex::default(), slow: SlowHosts::default() }) }
     }
 
     /// Brings what the store lacks of an image: of an index, the image for this computer. When it returns, all of the
@@ -128,14 +133,24 @@ impl Peers {
         }
         let _permit = self.inner.permits.acquire().await.map_err(|_| ended())?; // it is never closed
         let (mut came, mut came_at) = (0, Instant::now());
+        // When they last did not give it.
+        let mut failed: BTreeMap<HostId, Instant> = BTreeMap::new();
         loop {
             let mut asked = Vec::new();
-            let mut may_help = false;
-            for host in (self.inner.order)() {
-                let why = match self.fetch_from(store, &host, &wanted).await {
+            let (mut may_help, mut is_slow) = (false, false);
+            for host in self.inner.slow.last((self.inner.order)()) {
+                let found = self.fetch_from(store, &host, &wanted, &failed).await;
+                if !matches!(found, Err(Failure::Slow(TooSlow::ForNow { .. }))) {
+                    failed.insert(host.clone(), Instant::now());
+                }
+                let why = match found {
                     Ok(size) => return Ok(size),
                     Err(Failure::Store(error)) => return Err(error.into()),
                     Err(Failure::Lacks(why)) => why,
+                    Err(Failure::Slow(how)) => {
+                        (may_help, is_slow) = (true, true);
+                        self.remember_slow(&host, how, &wanted.digest)
+                    }
                     Err(Failure::Lied(why)) => {
                         tracing::warn!(digest = %wanted.digest, %host, why, "a host sent damaged content; the next one is asked");
                         why
@@ -149,11 +164,12 @@ impl Peers {
             }
             let (own, digest) = (store.clone(), wanted.digest.clone());
             let has_come = on_disk(move || own.partial_len(&digest)).await?;
-            if has_come > came {
+            if has_come >= came + PATIENT_BYTES {
                 (came, came_at) = (has_come, Instant::now());
             }
             if !may_help || came_at.elapsed() >= PATIENCE {
-                return Err(FetchError::Nowhere { digest: wanted.digest.clone(), asked: told(&asked) });
+                let (digest, asked) = (wanted.digest.clone(), told(&asked));
+                return Err(if is_slow { FetchError::Slow { digest, asked } } else { FetchError::Nowhere { digest, asked } });
             }
             tokio::time::sleep(PAUSE).await;
         }
@@ -161,7 +177,10 @@ impl Peers {
 
     /// Goes on with what is there of it. If the whole is wrong and the beginning was another's, it comes again from this
     /// one: nobody is blamed for what another sent.
-    async fn fetch_from(&self, store: &ContentStore, host: &HostId, wanted: &Wanted) -> Result<u64, Failure> {
+    async fn fetch_from(&self, store: &ContentStore, host: &HostId, wanted: &Wanted, failed: &BTreeMap<HostId, Instant>) -> Result<u64, Failure> {
+        // Who has just not given it is no reason to leave one who gives at least something.
+        let may = |other: &HostId| other != host && failed.get(other).is_none_or(|at| at.elapsed() >= BELIEVED_FOR);
+        let is_elsewhere = |rate: u64| (self.inner.order)().iter().any(|other| may(other) && self.inner.slow.is_faster(other, rate));
         loop {
             let (own, digest) = (store.clone(), wanted.digest.clone());
             let begun = move || match own.resume_blob(&digest)? {
@@ -170,7 +189,7 @@ impl Peers {
             };
             let mut writer = Some(on_disk(begun).await?);
             let had = writer.as_ref().map_or(0, BlobWriter::len);
-            let size = self.fetch_rest(host, &mut writer, wanted).await?;
+            let size = self.fetch_rest(host, &mut writer, wanted, &is_elsewhere).await?;
             let writer = writer.ok_or_else(ended)?;
             let (own, digest) = (store.clone(), wanted.digest.clone());
             match on_disk(move || own.keep_content(writer, &digest)).await {
@@ -182,7 +201,24 @@ impl Peers {
         }
     }
 
-    async fn fetch_rest(&self, host: &HostId, writer: &mut Option<BlobWriter>, wanted: &Wanted) -> Result<u64, Failure> {
+    /// What the next one is to know of a host that is left.
+    fn remember_slow(&self, host: &HostId, how: TooSlow, digest: &Digest) -> String {
+        let (bytes_a_second, why) = match how {
+            TooSlow::ForNow { bytes_a_second } => (bytes_a_second, format!("sent {bytes_a_second} bytes a second")),
+            TooSlow::Altogether { bytes } => (0, format!("sent {bytes} bytes in half a minute")),
+        };
+        tracing::warn!(%digest, %host, why, "a host is slow; it goes on with the next one, and this one is asked last for some minutes");
+        self.inner.slow.remember(host, bytes_a_second);
+        why
+    }
+
+    async fn fetch_rest(
+        &self,
+        host: &HostId,
+        writer: &mut Option<BlobWriter>,
+        wanted: &Wanted,
+        is_elsewhere: &(dyn Fn(u64) -> bool + Sync),
+    ) -> Result<u64, Failure> {
         let mut have = writer.as_ref().map_or(0, BlobWriter::len);
         let cannot = |e: io::Error| Failure::Broke(format!("cannot be reached ({e})"));
         let mut stream = within(DIAL_WITHIN, (self.inner.dial)(host)).await.map_err(cannot)?;
@@ -206,25 +242,35 @@ impl Peers {
             }
             return Err(Failure::Broke("has less of it than came before".into()));
         }
+        let mut pace = Pace::new();
         while have < size {
             let wanted_bytes = WRITE_BYTES.min(usize::try_from(size - have).unwrap_or(WRITE_BYTES));
             let mut bytes = Vec::with_capacity(wanted_bytes);
-            let read = fill(&mut stream, &mut bytes, wanted_bytes).await;
+            let read = fill(&mut stream, &mut bytes, wanted_bytes, (&mut pace, is_elsewhere)).await;
             have += bytes.len() as u64;
             append(writer, bytes).await?;
-            read.map_err(broke)?;
+            read?;
         }
         Ok(size)
     }
 }
 
 /// Up to `wanted` bytes; what came before an error is in `bytes`.
-async fn fill(stream: &mut Box<dyn Duplex>, bytes: &mut Vec<u8>, wanted: usize) -> io::Result<()> {
+async fn fill(
+    stream: &mut Box<dyn Duplex>,
+    bytes: &mut Vec<u8>,
+    wanted: usize,
+    (pace, is_elsewhere): (&mut Pace, &(dyn Fn(u64) -> bool + Sync)),
+) -> Result<(), Failure> {
     while bytes.len() < wanted {
-        let mut rest = stream.take((wanted - bytes.len()) as u64);
-        if within(MAX_SILENCE, rest.read_buf(bytes)).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        let (before, began) = (bytes.len(), Instant::now());
+        let mut rest = stream.take((wanted - before) as u64);
+        match timeout(pace.left(), rest.read_buf(bytes)).await {
+            Ok(Ok(0)) => return Err(broke(io::ErrorKind::UnexpectedEof.into())),
+            Ok(Ok(_)) | Err(_) => {}
+            Ok(Err(error)) => return Err(broke(error)),
         }
+        pace.note(began.elapsed(), (bytes.len() - before) as u64, is_elsewhere).map_err(Failure::Slow)?;
     }
     Ok(())
 }

@@ -9,9 +9,11 @@
 //! have to run any machine: they give one another whatever is named. What a host fetched is linked into no repository, so
 //! no tenant sees it through this host's registry either.
 //!
-//! A peer is authenticated, not believed: every byte is checked against the digest, and nothing longer than announced is read.
+//! A peer is authenticated, not believed: every byte is checked against the digest, and nothing longer than announced is read. Nor
+//! does a slow one hold a blob for long that others may have.
 
 mod fetch;
+mod pace;
 mod serve;
 
 pub use fetch::{Dial, FetchError, Peers};
