@@ -20,8 +20,14 @@ use dunlin_model::{HostId, MachineId};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A host copies the binary and tries whether it runs at all, then its server starts anew, within this.
+/// A host that has the binary tries whether it runs at all, then its server starts anew, within this.
 pub const INSTALLED_WITHIN_MS: u64 = 180_000;
+/// A binary of which nothing has moved for so long does not come any more. The host gives up after half of that, and says why.
+pub const STALLED_FOR_MS: u64 = 60_000;
+/// However slow the line is: 100 MB in this are 230 kbit/s, and all who wait for their turn wait for this host.
+pub const SENT_WITHIN_MS: u64 = 3_600_000;
+/// A host that takes longer to get the binary is worth a line of the story.
+const LONG_ON_ITS_WAY_MS: u64 = 30_000;
 /// A restart, or a load that passes, is no verdict.
 pub const WORSE_FOR_MS: u64 = 15_000;
 /// A look that came is noted down this often: the store is not for heartbeats.
@@ -85,8 +91,13 @@ pub struct Line {
 #[serde(tag = "phase", rename_all = "snake_case")]
 pub enum Phase {
     Waiting,
-    /// `before`: how it did when it was its turn.
-    Installing { since_ms: u64, before: Box<Look> },
+    /// `before`: how it did when it was its turn. `given_ms`: when it had all of the binary.
+    Installing {
+        since_ms: u64,
+        before: Box<Look>,
+        #[serde(default)]
+        given_ms: Option<u64>,
+    },
     Baking { since_ms: u64, before: Box<Look>, life: u64, seen_ms: u64, worse: Option<Worse> },
     /// It is fine; its keeper is to hear of it.
     Keeping { since_ms: u64 },
@@ -118,6 +129,17 @@ pub struct Seen {
     pub refused: Option<String>,
     /// Where there is no look: why.
     pub why_silent: Option<String>,
+    /// Of one that is to take the binary.
+    pub sent: Option<Sent>,
+}
+
+/// How far the binary is on its way to a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// In the last try; `None`: there was none since whoever sends it began to look.
+    pub bytes: Option<u64>,
+    /// When that last became another, or the looking began.
+    pub at_ms: u64,
 }
 
 /// What a host is to be told.
@@ -294,7 +316,7 @@ fn begin(upgrade: &Upgrade, seen: Option<&Seen>, now_ms: u64) -> Phase {
         // Nobody has asked it yet.
         None => Phase::Waiting,
         Some(Seen { look: Some(look), .. }) if look.sha256 == upgrade.sha256 && !look.trial.is_on() => Phase::Kept { at_ms: now_ms },
-        Some(Seen { look: Some(look), heard: true, .. }) => Phase::Installing { since_ms: now_ms, before: Box::new(look.clone()) },
+        Some(Seen { look: Some(look), heard: true, .. }) => Phase::Installing { since_ms: now_ms, before: Box::new(look.clone()), given_ms: None },
         Some(Seen { look: None, why_silent, .. }) => Phase::Skipped {
             why: why_silent.clone().unwrap_or_else(|| "it does not answer".into()),
         },
@@ -307,7 +329,7 @@ fn step(upgrade: &Upgrade, turn: &Turn, seen: &Seen, now_ms: u64) -> Phase {
     match (&turn.phase, went_back) {
         (Phase::GoingBack { why, .. }, Some(_)) => failed(now_ms, why, true),
         (_, Some(why)) => failed(now_ms, why, true),
-        (Phase::Installing { since_ms, before }, None) => installing(upgrade, *since_ms, before, seen, now_ms),
+        (Phase::Installing { .. }, None) => installing(upgrade, &turn.phase, seen, now_ms),
         (Phase::Baking { .. }, None) => baking(upgrade, &turn.phase, seen, now_ms),
         (Phase::Keeping { since_ms }, None) => match &seen.look {
             Some(look) if look.trial.is_kept(&upgrade.id) => Phase::Kept { at_ms: now_ms },
@@ -316,6 +338,8 @@ fn step(upgrade: &Upgrade, turn: &Turn, seen: &Seen, now_ms: u64) -> Phase {
             }
             _ => turn.phase.clone(),
         },
+        // It never took it, and nobody sends it any more.
+        (Phase::GoingBack { since_ms, why }, None) if now_ms > since_ms + WORSE_FOR_MS && is_untouched(upgrade, seen) => failed(now_ms, why, true),
         (Phase::GoingBack { since_ms, why }, None) if now_ms > since_ms + upgrade.word_within_ms() + INSTALLED_WITHIN_MS => {
             failed(now_ms, &format!("{why}; and it does not say that it went back, which its keeper does by itself"), false)
         }
@@ -327,22 +351,46 @@ fn failed(at_ms: u64, why: &str, is_back: bool) -> Phase {
     Phase::Failed { at_ms, why: why.to_owned(), is_back }
 }
 
-fn installing(upgrade: &Upgrade, since_ms: u64, before: &Look, seen: &Seen, now_ms: u64) -> Phase {
-    let same = || Phase::Installing { since_ms, before: Box::new(before.clone()) };
+fn is_untouched(upgrade: &Upgrade, seen: &Seen) -> bool {
+    seen.look.as_ref().is_some_and(|look| !look.trial.is_of(&upgrade.id) && look.sha256 != upgrade.sha256)
+}
+
+fn installing(upgrade: &Upgrade, phase: &Phase, seen: &Seen, now_ms: u64) -> Phase {
+    let Phase::Installing { since_ms, before, given_ms } = phase else { unreachable!("its caller has looked") };
+    // A try that is not through yet says that the one before has failed, however much of it was sent.
+    let given_ms = match seen.sent {
+        Some(Sent { bytes: Some(bytes), at_ms }) => (bytes >= upgrade.bytes).then(|| given_ms.unwrap_or(at_ms)),
+        _ => *given_ms,
+    };
+    let back = |why: String| Phase::GoingBack { since_ms: now_ms, why };
     if let Some(why) = &seen.refused {
         return failed(now_ms, &format!("it did not take the binary: {why}"), true);
     }
     match &seen.look {
         Some(look) if look.life != before.life && look.trial.is_of(&upgrade.id) => {
-            Phase::Baking { since_ms: now_ms, before: Box::new(before.clone()), life: look.life, seen_ms: now_ms, worse: None }
+            Phase::Baking { since_ms: now_ms, before: before.clone(), life: look.life, seen_ms: now_ms, worse: None }
         }
-        _ if upgrade.aborted => Phase::GoingBack { since_ms: now_ms, why: "an operator ended the upgrade".into() },
-        _ if now_ms > since_ms + INSTALLED_WITHIN_MS => Phase::GoingBack {
-            since_ms: now_ms,
-            why: format!("no server of the new binary answered within {} s", INSTALLED_WITHIN_MS / 1000),
+        _ if upgrade.aborted => back("an operator ended the upgrade".into()),
+        _ => match too_late(upgrade, (*since_ms, given_ms), seen, now_ms) {
+            Some(why) => back(why),
+            None => Phase::Installing { since_ms: *since_ms, before: before.clone(), given_ms },
         },
-        _ => same(),
     }
+}
+
+/// The transfer has as long as it moves, and the rest counts from its end. Whoever has only begun to look lets its host's turn begin anew.
+fn too_late(upgrade: &Upgrade, (since_ms, given_ms): (u64, Option<u64>), seen: &Seen, now_ms: u64) -> Option<String> {
+    let looks_since_ms = seen.sent.filter(|sent| sent.bytes.is_none()).map_or(0, |sent| sent.at_ms);
+    if let Some(given_ms) = given_ms {
+        let is_late = now_ms > given_ms.max(looks_since_ms) + INSTALLED_WITHIN_MS;
+        return is_late.then(|| format!("it has the binary, and no server of it answered within {} s", INSTALLED_WITHIN_MS / 1000));
+    }
+    let Sent { bytes, at_ms } = seen.sent.unwrap_or(Sent { bytes: None, at_ms: since_ms });
+    let so_far = format!("{} of {} bytes were sent", bytes.unwrap_or(0), upgrade.bytes);
+    if now_ms > since_ms.max(looks_since_ms) + SENT_WITHIN_MS {
+        return Some(format!("the binary did not get there within {} minutes: {so_far}; mend the line to it", SENT_WITHIN_MS / 60_000));
+    }
+    (now_ms > at_ms + STALLED_FOR_MS).then(|| format!("the binary stopped on its way: {so_far}, and no more for {} s; mend the line to it", STALLED_FOR_MS / 1000))
 }
 
 fn baking(upgrade: &Upgrade, phase: &Phase, seen: &Seen, now_ms: u64) -> Phase {
@@ -379,6 +427,11 @@ fn told(upgrade: &Upgrade, from: &Phase, to: &Phase) -> Option<String> {
     let bake_s = upgrade.bake_ms / 1000;
     Some(match (from, to) {
         (_, Phase::Waiting) => return None,
+        (Phase::Installing { since_ms, given_ms: None, .. }, Phase::Installing { given_ms: Some(at_ms), .. }) => match at_ms.saturating_sub(*since_ms) {
+            0..LONG_ON_ITS_WAY_MS => return None,
+            took_ms => format!("has the binary after {} s", took_ms / 1000),
+        },
+        (Phase::Installing { .. }, Phase::Installing { .. }) => return None,
         (_, Phase::Installing { before, .. }) => format!("takes the binary; it runs {}", before.version),
         (Phase::Installing { .. }, Phase::Baking { .. }) => format!("runs the new binary; watched for {bake_s} s"),
         (Phase::Baking { worse: None, .. }, Phase::Baking { worse: Some(worse), .. }) => format!("does worse: {}", worse.why),

@@ -11,6 +11,8 @@ use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio_util::sync::CancellationToken;
 
 /// A larger file is no binary of ours.
 pub const MAX_BINARY_BYTES: u64 = 1 << 30;
@@ -48,8 +50,32 @@ pub enum Answer {
     Collected(Vec<(String, String)>),
 }
 
+/// A file on its way to a host. A clone is the same.
+#[derive(Debug, Clone)]
+pub struct Sending {
+    pub path: PathBuf,
+    sent: Arc<AtomicU64>,
+    /// The host is not to have it any more.
+    pub stop: CancellationToken,
+}
+
+impl Sending {
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, sent: Arc::default(), stop: CancellationToken::new() }
+    }
+
+    /// So many bytes more have been taken from here.
+    pub fn note(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+}
+
 /// Asks a host. With [`Ask::Install`] goes the file whose bytes follow. `Err`: its no, or why it cannot be asked.
-pub type Operate = Arc<dyn Fn(HostId, Ask, Option<PathBuf>) -> BoxFuture<'static, Result<Answer, NoAnswer>> + Send + Sync>;
+pub type Operate = Arc<dyn Fn(HostId, Ask, Option<Sending>) -> BoxFuture<'static, Result<Answer, NoAnswer>> + Send + Sync>;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum NoAnswer {

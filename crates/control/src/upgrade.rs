@@ -5,14 +5,14 @@
 //! row. Two upgrades never run at once, since there is one row.
 
 use crate::failure::{Failure, chain};
-use crate::operate::{Answer, Ask, Install, NoAnswer};
+use crate::operate::{Answer, Ask, Install, NoAnswer, Sending};
 use crate::rows::{Change, Outcome, Row, key};
 use crate::{Ctx, now_ms};
 use dunlin_api::ErrorCode;
 use dunlin_model::HostId;
 use dunlin_model::desired::{HostRow, MachineRow};
-use dunlin_planner::upgrade::{self as planner, MAX_BAKE_MS, MAX_PARALLEL, MIN_BAKE_MS, Order, Phase, Seen, Turn};
-pub use dunlin_planner::upgrade::{Answered, Line, Look, MachineLook, State, Trial, Upgrade};
+use dunlin_planner::upgrade::{self as planner, MAX_BAKE_MS, MAX_PARALLEL, MIN_BAKE_MS, Order, Phase, Seen, Sent, Turn};
+pub use dunlin_planner::upgrade::{Answered, INSTALLED_WITHIN_MS, Line, Look, MachineLook, SENT_WITHIN_MS, State, Trial, Upgrade};
 use dunlin_view::Freshness;
 use futures_util::future::join_all;
 use std::collections::{BTreeMap, BTreeSet};
@@ -213,9 +213,39 @@ struct Told {
     tasks: JoinSet<()>,
     /// Since when hosts whose turn it is cannot begin. A moment of that leaves nobody out.
     unfit_since_ms: BTreeMap<HostId, u64>,
+    /// Who is to take the binary, of the upgrade with this id, and how far it is on its way there.
+    sends: BTreeMap<HostId, (String, Option<Sending>, Sent)>,
 }
 
 impl Told {
+    /// Where the binary moves is seen here: hosts of before do not say it.
+    fn note_sent(&mut self, upgrade: &Upgrade, seen: &mut BTreeMap<HostId, Seen>, now_ms: u64) {
+        self.forget_sends(upgrade);
+        for turn in upgrade.hosts.iter().filter(|turn| is_installing(turn)) {
+            let begins = || (upgrade.id.clone(), None, Sent { bytes: None, at_ms: now_ms });
+            let (_, sending, sent) = self.sends.entry(turn.host.clone()).or_insert_with(begins);
+            let bytes = sending.as_ref().map(Sending::sent);
+            if bytes != sent.bytes {
+                *sent = Sent { bytes, at_ms: now_ms };
+            }
+            if let Some(seen) = seen.get_mut(&turn.host) {
+                seen.sent = Some(*sent);
+            }
+        }
+    }
+
+    /// Whoever is not to have the binary any more is not sent the rest.
+    fn forget_sends(&mut self, upgrade: &Upgrade) {
+        let installing: BTreeSet<&HostId> = upgrade.hosts.iter().filter(|turn| is_installing(turn)).map(|turn| &turn.host).collect();
+        self.sends.retain(|host, (id, sending, _)| {
+            let stays = *id == upgrade.id && installing.contains(host);
+            if let Some(sending) = sending.as_ref().filter(|_| !stays) {
+                sending.stop.cancel();
+            }
+            stays
+        });
+    }
+
     /// Hosts that wait for their turn and were not fit for it for a moment only are not seen.
     fn patiently(&mut self, upgrade: &Upgrade, mut seen: BTreeMap<HostId, Seen>, now_ms: u64) -> BTreeMap<HostId, Seen> {
         for turn in &upgrade.hosts {
@@ -233,11 +263,16 @@ impl Told {
     }
 }
 
+fn is_installing(turn: &Turn) -> bool {
+    matches!(turn.phase, Phase::Installing { .. })
+}
+
 /// Whether there is an upgrade that runs.
 async fn go_on(ctx: &Arc<Ctx>, told: &mut Told, refusals: &Refusals) -> Result<bool, Failure> {
     let Some(row) = load(ctx).await?.filter(|row| row.value.state == State::Running) else { return Ok(false) };
-    let seen = look(ctx, &planner::watched(&row.value), refusals).await?;
+    let mut seen = look(ctx, &planner::watched(&row.value), refusals).await?;
     let now_ms = now_ms();
+    told.note_sent(&row.value, &mut seen, now_ms);
     let seen = told.patiently(&row.value, seen, now_ms);
     let next = planner::advance(&row.value, &seen, now_ms);
     if next != row.value {
@@ -248,6 +283,7 @@ async fn go_on(ctx: &Arc<Ctx>, told: &mut Told, refusals: &Refusals) -> Result<b
             Err(failure) => return Err(failure),
         }
     }
+    told.forget_sends(&next);
     while told.tasks.try_join_next().is_some() {}
     for order in planner::orders(&next, &seen) {
         tell(ctx, told, refusals, &next, order);
@@ -283,6 +319,7 @@ async fn look(ctx: &Ctx, hosts: &[HostId], refusals: &Refusals) -> Result<BTreeM
             assigned: rows.iter().filter(|row| row.value.host == *host).map(|row| row.value.id.clone()).collect(),
             refused: refused.remove(host),
             why_silent: why_not,
+            sent: None,
         };
         (host.clone(), seen)
     });
@@ -291,21 +328,25 @@ async fn look(ctx: &Ctx, hosts: &[HostId], refusals: &Refusals) -> Result<BTreeM
 
 fn tell(ctx: &Arc<Ctx>, told: &mut Told, refusals: &Refusals, upgrade: &Upgrade, order: Order) {
     let id = upgrade.id.clone();
-    let (host, ask, file) = match order {
+    let (host, ask, sending) = match order {
         Order::Keep { host } => (host, Ask::Keep { upgrade: id }, None),
         Order::GoBack { host, why } => (host, Ask::GoBack { upgrade: id, why }, None),
         Order::Install { host, word_within_s } => {
             let install = Install { upgrade: id, sha256: upgrade.sha256.clone(), bytes: upgrade.bytes, word_within_s };
-            (host, Ask::Install(install), Some(binaries(ctx).join(&upgrade.sha256)))
+            (host, Ask::Install(install), Some(Sending::new(binaries(ctx).join(&upgrade.sha256))))
         }
     };
     if !told.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(host.clone()) {
         return;
     }
+    if let Some(sending) = &sending {
+        let begins = Sent { bytes: None, at_ms: now_ms() };
+        told.sends.entry(host.clone()).or_insert_with(|| (upgrade.id.clone(), None, begins)).1 = Some(sending.clone());
+    }
     let (busy, refusals, operate) = (told.busy.clone(), refusals.clone(), ctx.operate.clone());
     told.tasks.spawn(async move {
         let is_install = matches!(ask, Ask::Install(_));
-        match operate(host.clone(), ask, file).await {
+        match operate(host.clone(), ask, sending).await {
             Err(NoAnswer::Refused(why)) if is_install => {
                 refusals.lock().unwrap_or_else(PoisonError::into_inner).insert(host.clone(), why);
             }

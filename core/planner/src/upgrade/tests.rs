@@ -5,6 +5,7 @@ use proptest::prelude::*;
 const NEW: &str = "new";
 const BAKE_MS: u64 = 20_000;
 const HANGS_AT_MS: u64 = 5_000;
+const BYTES: u64 = 100_000_000;
 
 fn host(n: usize) -> HostId {
     format!("h{n}").parse().unwrap()
@@ -35,7 +36,7 @@ fn upgrade(hosts: usize, parallel: u32) -> Upgrade {
     Upgrade {
         id: "u1".into(),
         sha256: NEW.into(),
-        bytes: 1,
+        bytes: BYTES,
         version: "dunlin 2".into(),
         parallel,
         bake_ms: BAKE_MS,
@@ -63,18 +64,34 @@ enum Does {
     Hangs,
     /// It is not there.
     Away,
+    /// Well, once the binary is there, at so many bytes a second.
+    Slow(u64),
+    /// Its line goes dead in the middle.
+    Stalls,
+}
+
+/// What was sent of a try that began `ms` ago, and for how long nothing has moved.
+fn on_its_way(does: Does, ms: u64) -> (u64, u64) {
+    let (rate, end) = match does {
+        Does::Slow(rate) => (rate, BYTES),
+        Does::Stalls => (BYTES / 100, BYTES / 2),
+        _ => return (BYTES, ms),
+    };
+    (end.min(rate * ms / 1000), ms.saturating_sub(end * 1000 / rate))
 }
 
 /// Hosts that do as they are told, as far as their binary lets them.
 struct World {
     hosts: BTreeMap<HostId, (Does, Look, Option<String>)>,
+    /// Since when the binary is on its way.
+    sends: BTreeMap<HostId, u64>,
     now_ms: u64,
 }
 
 impl World {
     fn new(does: &[Does]) -> Self {
         let hosts = does.iter().enumerate().map(|(n, does)| (host(n), (*does, look(), None)));
-        Self { hosts: hosts.collect(), now_ms: 1_000 }
+        Self { hosts: hosts.collect(), sends: BTreeMap::new(), now_ms: 1_000 }
     }
 
     fn seen(&self, whom: &[HostId]) -> BTreeMap<HostId, Seen> {
@@ -82,7 +99,11 @@ impl World {
             let (does, look, refused) = &self.hosts[id];
             let is_silent = *does == Does::Away || (*does == Does::Hangs && look.trial.is_on() && self.now_ms > HANGS_AT_MS);
             let look = (!is_silent).then(|| look.clone());
-            (id.clone(), Seen { look, heard: !is_silent, assigned: BTreeSet::from([machine(1)]), refused: refused.clone(), why_silent: None })
+            let sent = self.sends.get(id).map(|began_ms| {
+                let (bytes, still_ms) = on_its_way(*does, self.now_ms - began_ms);
+                Sent { bytes: Some(bytes), at_ms: self.now_ms - still_ms }
+            });
+            (id.clone(), Seen { look, heard: !is_silent, assigned: BTreeSet::from([machine(1)]), refused: refused.clone(), why_silent: None, sent })
         };
         whom.iter().map(seen).collect()
     }
@@ -92,6 +113,10 @@ impl World {
             Order::Install { host, .. } => {
                 let (does, look, refused) = self.hosts.get_mut(host).unwrap();
                 assert!(!look.trial.is_on(), "it is told once");
+                let began_ms = *self.sends.entry(host.clone()).or_insert(self.now_ms);
+                if on_its_way(*does, self.now_ms - began_ms).0 < BYTES {
+                    return;
+                }
                 match does {
                     Does::Refuses => *refused = Some("it does not run here".into()),
                     Does::NeverStarts => {
@@ -130,6 +155,7 @@ impl World {
             for order in orders(upgrade, &seen) {
                 self.obey(&upgrade.id, &order);
             }
+            self.sends.retain(|host, _| upgrade.hosts.iter().any(|turn| turn.host == *host && matches!(turn.phase, Phase::Installing { .. })));
             if upgrade.state != State::Running {
                 return;
             }
@@ -207,6 +233,61 @@ fn a_bad_binary_stops_at_the_canary_which_goes_back() {
         world.run(&mut upgrade);
         assert_eq!(upgrade.state, State::Done, "{does:?}: {:#?}", upgrade.story);
     }
+}
+
+/// 200 s on the way, which the 180 s of the rest do not know of.
+#[test]
+fn a_slow_line_fails_nobody_and_a_dead_one_does() {
+    let mut world = World::new(&[Does::Well, Does::Slow(BYTES / 200), Does::Slow(BYTES / 900)]);
+    let mut upgrade = upgrade(3, 1);
+    world.run(&mut upgrade);
+    assert_eq!(upgrade.state, State::Done, "{:#?}", upgrade.story);
+    assert!(upgrade.story.iter().any(|line| line.text == "h1: has the binary after 200 s"), "{:#?}", upgrade.story);
+
+    for (does, says, within_ms) in [
+        (Does::Stalls, "stopped on its way: 50000000 of 100000000 bytes", 150_000),
+        (Does::Slow(1_000), "did not get there within 60 minutes", 3_650_000),
+    ] {
+        let mut world = World::new(&[Does::Well, does, Does::Well]);
+        let mut upgrade = super::tests::upgrade(3, 1);
+        world.run(&mut upgrade);
+        let State::Stopped { why } = &upgrade.state else { panic!("{does:?}: {upgrade:?}") };
+        assert!(why.contains(says) && world.now_ms < within_ms, "{does:?} at {}: {why}", world.now_ms);
+        assert!(matches!(phase_of(&upgrade, 1), Phase::Failed { is_back: true, .. }), "nothing was touched there: {upgrade:?}");
+        assert_eq!(world.hosts[&host(1)].1, look());
+    }
+}
+
+/// What is durable of a turn, and what whoever sends the binary knows of it, at 1,000 s.
+#[test]
+fn a_turn_outlives_whoever_sends_the_binary() {
+    const NOW_MS: u64 = 1_000_000;
+    let check = |given_ms: Option<u64>, sent: Option<(Option<u64>, u64)>, expected: Result<Option<u64>, &str>| {
+        let mut upgrade = upgrade(2, 1);
+        upgrade.hosts[0].phase = Phase::Installing { since_ms: 100_000, before: Box::new(look()), given_ms };
+        let seen = Seen { sent: sent.map(|(bytes, at_ms)| Sent { bytes, at_ms }), ..Seen::default() };
+        let next = advance(&upgrade, &BTreeMap::from([(host(1), seen)]), NOW_MS);
+        match (&next.hosts[0].phase, expected) {
+            (Phase::Installing { given_ms, .. }, Ok(expected)) => assert_eq!(*given_ms, expected, "{sent:?}"),
+            (Phase::GoingBack { why, .. }, Err(expected)) => assert!(why.contains(expected), "{why}"),
+            (phase, _) => panic!("{given_ms:?} {sent:?}: {phase:?}"),
+        }
+    };
+    check(None, Some((Some(7), NOW_MS - 1)), Ok(None));
+    check(None, Some((Some(7), NOW_MS - 60_001)), Err("stopped on its way: 7 of"));
+    check(None, Some((Some(BYTES), NOW_MS - 60_001)), Ok(Some(NOW_MS - 60_001)));
+    check(Some(NOW_MS - 180_000), Some((Some(BYTES), NOW_MS - 180_000)), Ok(Some(NOW_MS - 180_000)));
+    check(Some(NOW_MS - 180_001), Some((Some(BYTES), NOW_MS - 180_001)), Err("no server of it answered within 180 s"));
+    // The try that was whole has not got there, and another one is under way.
+    check(Some(NOW_MS - 180_001), Some((Some(7), NOW_MS - 1)), Ok(None));
+    // Control has been away for long, and has just begun to look again: the host may be slow to be reached.
+    check(Some(NOW_MS - 500_000), Some((None, NOW_MS - 1)), Ok(Some(NOW_MS - 500_000)));
+    check(None, Some((None, NOW_MS - 1)), Ok(None));
+    check(None, Some((None, NOW_MS - 60_001)), Err("stopped on its way: 0 of"));
+    check(None, None, Err("stopped on its way"));
+    // As a control of before wrote it.
+    let before = serde_json::json!({ "phase": "installing", "since_ms": 1, "before": look() });
+    assert!(matches!(serde_json::from_value(before).unwrap(), Phase::Installing { given_ms: None, .. }));
 }
 
 #[test]
@@ -287,8 +368,17 @@ proptest! {
 
     /// Whatever hosts do: it ends, only hosts that did well have it, and one failure is the last.
     #[test]
-    fn it_ends_and_does_no_more_harm_than_it_must(kinds in prop::collection::vec(0u8..12, 1..9), parallel in 1u32..5) {
-        let does = |kind: &u8| match kind { 0 => Does::Refuses, 1 => Does::NeverStarts, 2 => Does::Fails, 3 => Does::Hangs, 4 => Does::Away, _ => Does::Well };
+    fn it_ends_and_does_no_more_harm_than_it_must(kinds in prop::collection::vec(0u8..14, 1..9), parallel in 1u32..5) {
+        let does = |kind: &u8| match kind {
+            0 => Does::Refuses,
+            1 => Does::NeverStarts,
+            2 => Does::Fails,
+            3 => Does::Hangs,
+            4 => Does::Away,
+            5 => Does::Slow(BYTES / 250),
+            6 => Does::Stalls,
+            _ => Does::Well,
+        };
         let does: Vec<Does> = kinds.iter().map(does).collect();
         let mut world = World::new(&does);
         let mut upgrade = upgrade(does.len(), parallel);
@@ -297,7 +387,7 @@ proptest! {
             let (does, look, _) = &world.hosts[&turn.host];
             let has_new = look.sha256 == NEW;
             match turn.phase {
-                Phase::Kept { .. } => prop_assert!(has_new && *does == Does::Well),
+                Phase::Kept { .. } => prop_assert!(has_new && matches!(does, Does::Well | Does::Slow(_))),
                 Phase::Failed { is_back, .. } => prop_assert!(has_new != is_back),
                 Phase::Waiting | Phase::Skipped { .. } => prop_assert!(!has_new),
                 _ => prop_assert!(false, "{turn:?} is under way"),

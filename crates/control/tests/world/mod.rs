@@ -3,9 +3,11 @@
 //! after it became healthy), `withers` (the same, a while after), `ends` (with exit code 0).
 #![allow(dead_code)] // each test binary uses a part
 
+mod images;
 mod machine;
 pub mod others;
 mod session;
+pub mod upgrades;
 
 use async_trait::async_trait;
 use axum::body::Body;
@@ -18,6 +20,7 @@ use dunlin_api::{
 };
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
+use dunlin_control::operate::Operate;
 use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, StartError, Wanted};
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
@@ -28,6 +31,7 @@ use dunlin_model::{
 };
 use dunlin_registry::ContentStore;
 use dunlin_view::{ConfigState, HostFact, MachineFact};
+pub use images::push_image;
 use machine::{created, exit, live};
 pub use others::Others;
 use others::{all_played_by, fleet};
@@ -409,19 +413,6 @@ impl HostApi for SmallHost {
     }
 }
 
-/// An image without layers, another one for each tag; its digest.
-pub fn push_image(content: &ContentStore, repo: &str, tag: &str) -> String {
-    let repo = repo.parse().unwrap();
-    let config = format!("{{\"config\":{{\"Labels\":{{\"tag\":\"{tag}\"}}}}}}");
-    let (digest, size) = content.put_blob(&repo, config.as_bytes(), None).unwrap();
-    let media_type = "application/vnd.oci.image.manifest.v1+json";
-    let manifest = serde_json::json!({
-        "schemaVersion": 2, "mediaType": media_type, "layers": [],
-        "config": { "mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest.as_str(), "size": size },
-    });
-    content.put_manifest(&repo, media_type, manifest.to_string().as_bytes(), Some(tag)).unwrap().as_str().to_owned()
-}
-
 pub struct World {
     pub control: Control,
     pub content: ContentStore,
@@ -465,12 +456,16 @@ impl World {
         world
     }
 
-    async fn start_with(
+    async fn start_with(data: &Path, kill_at: Option<String>, others: &[HostRow], plays_all: bool, seen: ConfigState) -> Result<Self, StartError> {
+        Self::start_all(data, kill_at, others, plays_all, (seen, others::no_servers())).await
+    }
+
+    async fn start_all(
         data: &Path,
         kill_at: Option<String>,
         others: &[HostRow],
         plays_all: bool,
-        seen: ConfigState,
+        (seen, operate): (ConfigState, Operate),
     ) -> Result<Self, StartError> {
         let view = View::memory();
         view.publish_config(seen, now_ms()).unwrap();
@@ -499,7 +494,7 @@ impl World {
             view: view.clone(),
             host: host.clone(),
             reach: if plays_all { Some(all_played_by(&host)) } else { others.reach() },
-            probe: others.probe(), operate: others::no_servers(),
+            probe: others.probe(), operate,
             content: content.clone(),
             images: Box::new(|app, wanted| {
                 Box::pin(async move {

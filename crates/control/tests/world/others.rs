@@ -4,6 +4,7 @@ use super::{SmallHost, host_row};
 use dunlin_api::HostApi;
 use dunlin_api::remote::{Asker, Dial, Duplex, RemoteHost, serve};
 use dunlin_cluster::View;
+use dunlin_control::operate::{NoAnswer, Operate};
 use dunlin_control::{Fleet, Probe, Reach};
 use dunlin_model::HostId;
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
@@ -112,6 +113,6 @@ pub fn all_played_by(small: &Arc<SmallHost>) -> Reach {
 }
 
 /// Hosts here have no server of their own that could be asked.
-pub fn no_servers() -> dunlin_control::operate::Operate {
-    Arc::new(|host, _, _| Box::pin(async move { Err(dunlin_control::operate::NoAnswer::Silent(format!("host {host} has no server here"))) }))
+pub fn no_servers() -> Operate {
+    Arc::new(|host, _, _| Box::pin(async move { Err(NoAnswer::Silent(format!("host {host} has no server here"))) }))
 }

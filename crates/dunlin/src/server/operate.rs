@@ -12,8 +12,8 @@ use crate::keeper::wire::{self, Said};
 use crate::{keeper, program, upgrade};
 use anyhow::{Context, bail};
 use dunlin_cluster::{Service, Stream, View, read_frame, write_frame};
-use dunlin_control::operate::{Answer, Ask, Install, MAX_BINARY_BYTES, NoAnswer, Operate};
-use dunlin_control::upgrade::Trial;
+use dunlin_control::operate::{Answer, Ask, Install, MAX_BINARY_BYTES, NoAnswer, Operate, Sending};
+use dunlin_control::upgrade::{INSTALLED_WITHIN_MS, SENT_WITHIN_MS, Trial};
 use dunlin_host::Host;
 use dunlin_model::HostId;
 use dunlin_proxy::ProxyMetrics;
@@ -26,16 +26,18 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 const MAX_ASK_BYTES: usize = 64 << 10;
 const MAX_ANSWER_BYTES: usize = 16 << 20;
 const READ_BYTES: usize = 256 << 10;
-/// Between two pieces of a binary.
+/// Between two pieces of a binary, on either side.
 const MAX_SILENCE: Duration = Duration::from_secs(30);
 const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
 const COLLECTED_WITHIN: Duration = Duration::from_secs(60);
-const INSTALLED_WITHIN: Duration = Duration::from_secs(600);
+/// The planner ends it before, by these.
+const INSTALLED_WITHIN: Duration = Duration::from_millis(INSTALLED_WITHIN_MS);
+const SENT_WITHIN: Duration = Duration::from_millis(SENT_WITHIN_MS + INSTALLED_WITHIN_MS);
 
 /// This host's server, as control sees it.
 pub struct Operated {
@@ -253,40 +255,131 @@ pub fn hex(bytes: &[u8]) -> String {
 
 /// How control asks hosts: its own in the process, others over the cluster.
 pub fn operator(own: Arc<Operated>) -> Operate {
-    Arc::new(move |host: HostId, ask: Ask, file: Option<PathBuf>| {
+    Arc::new(move |host: HostId, ask: Ask, sending: Option<Sending>| {
         let own = own.clone();
         Box::pin(async move {
             let within = match &ask {
-                Ask::Install(_) => INSTALLED_WITHIN,
+                Ask::Install(_) => SENT_WITHIN,
                 Ask::Collect => COLLECTED_WITHIN,
                 _ => ANSWERED_WITHIN,
             };
             let silent = |why: String| NoAnswer::Silent(why);
             let asked = async {
                 if host == own.settings.host_id {
-                    return match file {
-                        Some(path) => own.answer(ask, &mut tokio::fs::File::open(path).await.map_err(|e| silent(e.to_string()))?).await,
+                    return match sending {
+                        Some(sending) => ask_own(&own, ask, sending).await,
                         None => own.answer(ask, &mut tokio::io::empty()).await,
                     };
                 }
                 let fleet = own.fleet.as_ref().ok_or_else(|| silent("this server is in no cluster".into()))?;
-                ask_over_cluster(fleet, &host, &ask, file).await.map_err(|error| silent(error.to_string()))?
+                ask_over_cluster(fleet, &host, &ask, sending).await.map_err(|error| silent(error.to_string()))?
             };
             tokio::time::timeout(within, asked).await.unwrap_or_else(|_| Err(silent(format!("it did not answer within {} s", within.as_secs()))))
         })
     })
 }
 
-async fn ask_over_cluster(fleet: &Fleet, host: &HostId, ask: &Ask, file: Option<PathBuf>) -> std::io::Result<Result<Answer, NoAnswer>> {
+/// The same file over the same way as to others, so that it is counted and stopped alike.
+async fn ask_own(own: &Arc<Operated>, ask: Ask, sending: Sending) -> Result<Answer, NoAnswer> {
+    let mut file = tokio::fs::File::open(&sending.path).await.map_err(|error| NoAnswer::Silent(error.to_string()))?;
+    let (mut near, mut far) = tokio::io::duplex(READ_BYTES);
+    let send = async move {
+        if let Err(error) = send(&mut file, &sending, &mut near).await {
+            tracing::debug!(%error, "the binary was not taken whole");
+        }
+    };
+    let answer = async move { own.answer(ask, &mut far).await };
+    tokio::join!(send, answer).1
+}
+
+async fn ask_over_cluster(fleet: &Fleet, host: &HostId, ask: &Ask, sending: Option<Sending>) -> std::io::Result<Result<Answer, NoAnswer>> {
     let mut stream = fleet.cluster.open(host, Service::Operate).await?;
     write_frame(&mut stream, &serde_json::to_vec(ask)?).await?;
-    if let Some(path) = file {
-        let mut file = tokio::fs::File::open(path).await?;
-        // A host that refuses stops reading; its answer says why.
-        if let Err(error) = tokio::io::copy_buf(&mut tokio::io::BufReader::with_capacity(READ_BYTES, &mut file), &mut stream).await {
-            tracing::debug!(%host, %error, "the binary was not taken whole");
+    if let Some(sending) = sending {
+        let mut file = tokio::fs::File::open(&sending.path).await?;
+        match send(&mut file, &sending, &mut stream).await {
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::TimedOut | std::io::ErrorKind::Interrupted) => return Err(error),
+            // A host that refuses stops reading; its answer says why.
+            Err(error) => tracing::debug!(%host, %error, "the binary was not taken whole"),
+            Ok(()) => {}
         }
     }
-    let answer = read_frame(&mut stream, MAX_ANSWER_BYTES).await?;
+    let answer = tokio::time::timeout(INSTALLED_WITHIN, read_frame(&mut stream, MAX_ANSWER_BYTES)).await??;
     serde_json::from_slice(&answer).map_err(std::io::Error::other)
+}
+
+/// To the end, however slow the other side is, unless it takes nothing for long or is not to have it any more. What is counted may
+/// still be on its way.
+async fn send(file: &mut (impl AsyncRead + Unpin), sending: &Sending, to: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
+    use std::io::{Error, ErrorKind};
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        let read = file.read(&mut buffer).await?;
+        let mut left = &buffer[..read];
+        if left.is_empty() {
+            return to.flush().await;
+        }
+        while !left.is_empty() {
+            let taken = tokio::select! {
+                () = sending.stop.cancelled() => return Err(Error::new(ErrorKind::Interrupted, "the host is not to have the binary any more")),
+                taken = tokio::time::timeout(MAX_SILENCE, to.write(left)) => {
+                    taken.map_err(|_| Error::new(ErrorKind::TimedOut, format!("it took nothing of the binary for {} s", MAX_SILENCE.as_secs())))??
+                }
+            };
+            if taken == 0 {
+                return Err(ErrorKind::WriteZero.into());
+            }
+            sending.note(taken as u64);
+            left = &left[taken..];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::ErrorKind;
+    use tokio::time::{Instant, sleep};
+
+    const BYTES: usize = 1 << 20;
+
+    /// Sends to one who takes so many bytes each second, up to an end; how that ended, what was counted and how long it took.
+    async fn sent_to(a_second: usize, end: usize, stop_after: Option<Duration>) -> (Result<(), ErrorKind>, u64, Duration) {
+        let (mut near, mut far) = tokio::io::duplex(1 << 10);
+        let reader = tokio::spawn(async move {
+            let (mut bytes, mut taken) = (vec![0; a_second], 0);
+            while taken < end {
+                sleep(Duration::from_secs(1)).await;
+                match far.read(&mut bytes).await.unwrap() {
+                    0 => return,
+                    read => taken += read,
+                }
+            }
+            std::future::pending::<()>().await; // it has gone quiet, and holds the line
+        });
+        let (sending, began) = (Sending::new(PathBuf::new()), Instant::now());
+        if let Some(after) = stop_after {
+            let stop = sending.stop.clone();
+            tokio::spawn(async move {
+                sleep(after).await;
+                stop.cancel();
+            });
+        }
+        let ended = send(&mut &vec![7; BYTES][..], &sending, &mut near).await.map_err(|error| error.kind());
+        reader.abort();
+        (ended, sending.sent(), began.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_binary_is_sent_for_as_long_as_it_moves() {
+        let (ended, sent, took) = sent_to(1 << 10, usize::MAX, None).await;
+        assert_eq!((ended, sent), (Ok(()), BYTES as u64));
+        assert!(took > Duration::from_secs(1_000), "{took:?}");
+        let (ended, sent, took) = sent_to(1 << 10, 64 << 10, None).await;
+        assert_eq!(ended, Err(ErrorKind::TimedOut));
+        assert!(sent < 70 << 10 && took < Duration::from_secs(110), "{sent} in {took:?}");
+        let (ended, sent, took) = sent_to(1 << 10, usize::MAX, Some(Duration::from_secs(20))).await;
+        assert_eq!((ended, took), (Err(ErrorKind::Interrupted), Duration::from_secs(20)));
+        assert!(sent < 30 << 10, "{sent}");
+    }
 }
