@@ -221,6 +221,16 @@ impl Upgrade {
         self.tell(now_ms, "an operator lets it go on; hosts that failed or were left out get another turn".into());
     }
 
+    /// Whoever went on with it is gone, and how far it came since then is not known here.
+    pub fn halt(&mut self, why: &str, now_ms: u64) {
+        for turn in self.hosts.iter_mut().filter(|turn| turn.phase.is_under_way()) {
+            let why = "what became of the binary there is not known here: its keeper has gone back by itself unless it was told to keep it";
+            turn.phase = failed(now_ms, why, false);
+        }
+        self.state = State::Stopped { why: why.to_owned() };
+        self.tell(now_ms, format!("stopped: {why}"));
+    }
+
     pub fn abort(&mut self, now_ms: u64) {
         self.aborted = true;
         self.tell(now_ms, "an operator ends it: hosts that are not through go back, those that kept the new binary stay with it".into());

@@ -3,11 +3,11 @@
 //!
 //! Every member holds the last desired state, signed and whole, as config facts. They have no releases and no configurations
 //! of those: an app whose release was made after the backup goes on as it is, and the next deploy makes another. Nothing is
-//! destroyed here but what was already: tombstones are taken over, and none is made.
+//! destroyed here but what was already: tombstones are taken over, and none is made. An upgrade of the fleet that ran then is halted.
 
 use crate::failure::Failure;
 use crate::rows::{AddressRow, Change, Outcome, RemovedHostRow, RevokedRow, Row, SecretsSetRow, SecretsVersionRow, key};
-use crate::{Ctx, now_ms};
+use crate::{Ctx, now_ms, upgrade};
 use dunlin_api::ErrorCode;
 use dunlin_model::desired::{AppRow, HostRow, Ipv4Prefix, MachineRow, TombstoneReason, TombstoneRow};
 use dunlin_model::volume::{VolumeRow, VolumeTombstoneRow};
@@ -54,6 +54,7 @@ pub(crate) async fn after_restore(ctx: &Ctx) -> Result<(), Failure> {
     while ctx.state.incarnation() <= seen.generation.incarnation {
         ctx.state.raise_incarnation().await?;
     }
+    upgrade::halt_restored(ctx).await?;
     if seen.generation > restored.value.generation {
         tracing::info!(backup = %restored.value.generation, cluster = %seen.generation, "the cluster knows more than the backup: that is adopted");
         let mut adopted = Batch { ctx, change: Change::default() };

@@ -135,14 +135,36 @@ fn forget_others(dir: &Path, sha256: &str) -> std::io::Result<()> {
 }
 
 pub(crate) async fn resume(ctx: &Ctx) -> Result<Upgrade, Failure> {
+    let binaries = binaries(ctx);
     change(ctx, |upgrade| match upgrade.state {
         State::Running => Err(runs(upgrade)),
+        // Binaries are in no backup, and the order of turns has another host last.
+        _ if upgrade.control != ctx.host_row.id || !binaries.join(&upgrade.sha256).is_file() => Err(Failure::new(
+            ErrorCode::FailedPrecondition,
+            format!("control was on host {} when this upgrade began, and its binary is not here", upgrade.control),
+        )
+        .hint("start it again: `dunlin cluster upgrade --binary FILE` with the same binary leaves hosts that have it as they are")),
         State::Stopped { .. } | State::Done => {
             upgrade.resume(new_id(), now_ms());
             Ok(())
         }
     })
     .await
+}
+
+/// After a restore. The hosts' keepers end what was under way by themselves; to go on from a state of then would be to judge hosts by
+/// what they were before others, or a later upgrade, had to do with them.
+pub(crate) async fn halt_restored(ctx: &Ctx) -> Result<(), Failure> {
+    let Some(row) = load(ctx).await?.filter(|row| row.value.state == State::Running) else { return Ok(()) };
+    let mut upgrade = row.value.clone();
+    upgrade.halt(
+        "control was restored from a backup that was made while this upgrade ran, and how far it came after that is not known here. Start it again: \
+         `dunlin cluster upgrade --binary FILE` with the same binary leaves hosts that have it as they are",
+        now_ms(),
+    );
+    let (id, version) = (&upgrade.id, &upgrade.version);
+    tracing::warn!(upgrade = %id, %version, "the upgrade of the backup does not go on; start it again with `dunlin cluster upgrade --binary FILE`");
+    save(ctx, Some(&row), &upgrade).await
 }
 
 pub(crate) async fn abort(ctx: &Ctx) -> Result<Upgrade, Failure> {

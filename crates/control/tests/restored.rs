@@ -7,6 +7,7 @@ use dunlin_model::desired::ReleaseStatus;
 use dunlin_view::ConfigState;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use world::upgrades::servers_on_dead_lines;
 use world::{World, host_id};
 
 struct Backup {
@@ -116,5 +117,43 @@ async fn a_backup_is_restored_where_nobody_knows_more() {
     let world = World::start(data).await;
     assert_eq!(machines(&world).await[0]["id"], before[0]["id"]);
     assert_eq!(deployed(&world, 'b').await, 2);
+    world.control.shutdown().await;
+}
+
+/// Nobody here knows how far it came, and its binary is in no backup.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upgrade_of_the_backup_is_halted_and_says_so() {
+    let data = tempfile::tempdir().unwrap();
+    let data = data.path();
+    let (operate, sends) = servers_on_dead_lines();
+    let world = World::start_operated(data, operate).await;
+    assert_eq!(world.upgrade(b"a binary").await.status, 202);
+    world.eventually("it is on its way", async || !sends.lock().unwrap().is_empty()).await;
+    let backup = Backup::of(data);
+    world.control.shutdown().await;
+    backup.restore(data).await;
+    std::fs::remove_dir_all(data.join("control/upgrades")).unwrap();
+
+    let (operate, sends) = servers_on_dead_lines();
+    let world = World::start_operated(data, operate).await;
+    let shown = async || world.get("/v1/cluster/upgrade").await.json();
+    let halted = shown().await;
+    assert_eq!((&halted["state"], &halted["hosts"][0]["phase"], &halted["hosts"][0]["is_back"]), (&json!("stopped"), &json!("failed"), &json!(false)), "{halted}");
+    let why = halted["why"].as_str().unwrap();
+    assert!(why.contains("restored from a backup") && why.contains("Start it again: `dunlin cluster upgrade --binary FILE`"), "{why}");
+    let refused = world.post("/v1/cluster/upgrade/resume", json!({})).await;
+    assert!(refused.status == 412 && refused.text.contains("start it again"), "{} {}", refused.status, refused.text);
+    tokio::time::sleep(std::time::Duration::from_millis(1_500)).await;
+    assert!(sends.lock().unwrap().is_empty(), "no host is told anything");
+
+    let again = world.upgrade(b"a binary").await;
+    assert_eq!(again.status, 202, "{}", again.text);
+    world.eventually("it is sent", async || sends.lock().unwrap().len() == 1).await;
+    assert!(shown().await["id"] != halted["id"] && shown().await["state"] == "running");
+    world.control.shutdown().await;
+    // Only a restore halts it: the next start goes on.
+    let (operate, sends) = servers_on_dead_lines();
+    let world = World::start_operated(data, operate).await;
+    world.eventually("it is sent again", async || sends.lock().unwrap().len() == 1).await;
     world.control.shutdown().await;
 }

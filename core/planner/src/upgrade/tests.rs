@@ -291,6 +291,18 @@ fn a_turn_outlives_whoever_sends_the_binary() {
 }
 
 #[test]
+fn what_was_halted_is_stopped_and_names_who_was_under_way() {
+    let mut upgrade = upgrade(3, 1);
+    upgrade.hosts[0].phase = Phase::Kept { at_ms: 1 };
+    upgrade.hosts[1].phase = Phase::Installing { since_ms: 1, before: Box::new(look()), given_ms: None };
+    upgrade.halt("nobody knows", 5);
+    assert_eq!(upgrade.state, State::Stopped { why: "nobody knows".into() });
+    assert!(matches!(&upgrade.hosts[1].phase, Phase::Failed { is_back: false, at_ms: 5, .. }));
+    assert_eq!((&upgrade.hosts[0].phase, &upgrade.hosts[2].phase), (&Phase::Kept { at_ms: 1 }, &Phase::Waiting));
+    assert_eq!(advance(&upgrade, &World::new(&[Does::Well; 3]).seen(&[host(0), host(1), host(2)]), 9), upgrade, "nobody begins");
+}
+
+#[test]
 fn who_is_away_is_left_out_and_named() {
     let mut world = World::new(&[Does::Well, Does::Away, Does::Well]);
     let mut upgrade = upgrade(3, 1);
