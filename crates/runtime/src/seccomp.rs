@@ -65,6 +65,8 @@ fn allow_list(profile: Profile) -> Result<BpfProgram, seccompiler::BackendError>
 fn refusals(profile: Profile) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: Rules = REFUSED.iter().map(|number| (*number, vec![])).collect();
     rules.insert(libc::SYS_socket, odd_sockets()?);
+    // TIPC has pairs too, and asking for one loads its module.
+    rules.insert(libc::SYS_socketpair, vec![none_of(0, &[libc::AF_UNIX as u64])?]);
     rules.insert(libc::SYS_personality, vec![none_of(0, &PERSONALITIES)?]);
     let injections = TERMINAL_INJECTION.iter().map(|request| one_of(1, Op::Eq, *request));
     rules.insert(libc::SYS_ioctl, injections.collect::<Result<_, _>>()?);

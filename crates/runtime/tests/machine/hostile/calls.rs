@@ -83,6 +83,10 @@ const REFUSED: &[(&str, i64, &str, Host)] = &[
     ("socket bluetooth", libc::SYS_socket, "[31, 3, 1]", Host::Further),
     ("socket SCTP", libc::SYS_socket, "[2, 1, 132]", Host::Further),
     ("socket DCCP", libc::SYS_socket, "[2, 6, 33]", Host::Further),
+    ("socket TIPC", libc::SYS_socket, "[30, 5, 0]", Host::Further),
+    ("socketpair TIPC", libc::SYS_socketpair, r#"[30, 5, 0, "room for"]"#, Host::Further),
+    ("socketpair TCP", libc::SYS_socketpair, r#"[2, 1, 0, "room for"]"#, Host::Says("ENOTSUP")),
+    ("socketpair netlink", libc::SYS_socketpair, r#"[16, 3, 0, "room for"]"#, Host::Says("ENOTSUP")),
     ("netlink netfilter", libc::SYS_socket, "[16, 3, 12]", Host::Says("done")),
     ("netlink xfrm", libc::SYS_socket, "[16, 3, 6]", Host::Further),
     ("netlink generic", libc::SYS_socket, "[16, 3, 16]", Host::Says("done")),
@@ -124,6 +128,8 @@ fn table(calls: &[(&str, i64, &str, Host)], inside: &'static str) -> Vec<Attempt
 fn calls_that_escapes_are_made_of_are_refused() {
     let mut attempts = table(REFUSED, "EPERM");
     attempts.extend(table(UNKNOWN, "ENOSYS"));
+    let pair = json!([libc::SYS_socketpair, libc::AF_UNIX, libc::SOCK_STREAM, 0, "room for"]);
+    attempts.push(attempt("socketpair, as everybody needs it", "syscall", pair, "done", Host::Says("done")));
     attempts.push(attempt("nice", "syscall", json!([libc::SYS_setpriority, 0, 0, -20]), "EACCES", Host::Says("done")));
     check(&World::new(), "ab01", &attempts);
 }
