@@ -113,6 +113,9 @@ pub enum Refusal {
     /// Whoever asks may not ask for it.
     #[error("{0}")]
     Forbidden(String),
+    /// There is too much of it already.
+    #[error("{0}")]
+    Busy(String),
     #[error("{0}")]
     Failed(String),
 }

@@ -12,6 +12,7 @@ pub mod fleet;
 pub mod host;
 pub mod last_hop;
 pub mod remote;
+pub mod shares;
 pub mod volumes;
 pub mod wire;
 

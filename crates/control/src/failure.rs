@@ -76,6 +76,7 @@ impl From<Refusal> for Failure {
             Refusal::DiskFull(_) => ErrorCode::DiskFull,
             Refusal::Unreachable { .. } => ErrorCode::Unavailable,
             Refusal::Forbidden(_) => ErrorCode::Forbidden,
+            Refusal::Busy(_) => ErrorCode::RateLimited,
             Refusal::Failed(_) => ErrorCode::Internal,
         };
         let hint = match &refusal {
@@ -93,6 +94,7 @@ impl From<Refusal> for Failure {
                 "try again in a moment; what it runs goes on without us, and machines that may run elsewhere are replaced if it is lost",
             ),
             Refusal::Forbidden(_) => Some("send a token that allows it: `dunlin tokens create` makes one where control is"),
+            Refusal::Busy(_) => Some("end what you do not need any more, or try again in a moment"),
             Refusal::WaitHopeless { .. } => Some("`dunlin logs` shows why the machine ended"),
             _ => None,
         };

@@ -132,6 +132,7 @@ fn passes(refusal: &Refusal) -> bool {
         | Refusal::OldGeneration { .. }
         | Refusal::TooLate
         | Refusal::DiskFull(_)
+        | Refusal::Busy(_)
         | Refusal::Failed(_)
         | Refusal::Unreachable { .. }
         | Refusal::Leased { .. } => true,

@@ -149,8 +149,8 @@ impl HostApi for Host {
     }
 
     async fn exec(&self, request: ExecRequest) -> Result<ExecSession, Refusal> {
-        self.machine(&request.machine).await?;
-        exec::start(&self.shared, request).await
+        let app = self.machine(&request.machine).await?.app;
+        exec::start(&self.shared, &app, request).await
     }
 
     async fn logs(&self, query: LogQuery) -> Result<LogStream, Refusal> {

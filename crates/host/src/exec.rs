@@ -4,7 +4,9 @@
 use crate::agent::chain;
 use crate::{Shared, convert};
 use bytes::Bytes;
+use dunlin_api::shares::Full;
 use dunlin_api::{ExecControl, ExecOutput, ExecProgram, ExecRequest, ExecSession, ExecStdin, Refusal};
+use dunlin_model::AppName;
 use dunlin_runtime::{Client, ExecHandle, ExecSpec, RuntimeError};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -25,7 +27,7 @@ const STDIN_QUEUE: usize = 16;
 const CONTROL_QUEUE: usize = 16;
 const CHUNK_BYTES: usize = 32 * 1024;
 const MAX_TIMEOUT_MS: u64 = 24 * 3600 * 1000;
-/// Of all machines; each has up to three megabytes in its queues.
+/// Of all machines, and half of them of one app; each has up to three megabytes in its queues.
 pub const MAX_SESSIONS: usize = 128;
 /// How long what a command said is kept for its reader after the command was ended.
 const LAST_WORDS: Duration = Duration::from_secs(10);
@@ -34,10 +36,13 @@ const HANGUP_GRACE: Duration = Duration::from_secs(2);
 /// What the key for the end of the input sends.
 const END_OF_INPUT: &[u8] = &[4];
 
-pub async fn start(shared: &Shared, request: ExecRequest) -> Result<ExecSession, Refusal> {
-    let Ok(turn) = shared.sessions.clone().try_acquire_owned() else {
-        return Err(Refusal::Failed(format!("{MAX_SESSIONS} commands run on this host; end one, or try again")));
-    };
+pub async fn start(shared: &Shared, app: &AppName, request: ExecRequest) -> Result<ExecSession, Refusal> {
+    let turn = shared.sessions.take(Some(app), 1).map_err(|full| {
+        Refusal::Busy(match full {
+            Full::One => format!("{} commands run in the machines of app {app} on this host, and an app may have no more", shared.sessions.most_of_one()),
+            Full::All => format!("{MAX_SESSIONS} commands run on this host, and it takes no more"),
+        })
+    })?;
     let attached = shared.attached.begin(&request.machine);
     begin(shared, request, (turn, attached)).await
 }

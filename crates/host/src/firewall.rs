@@ -3,7 +3,7 @@
 use crate::agent::chain;
 use arc_swap::ArcSwap;
 use dunlin_runtime::net::{self, NetError};
-use dunlin_runtime::net::firewall::{Firewall, MachineRule};
+use dunlin_runtime::net::firewall::{Connections, Firewall, MachineRule, Strain};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// How often it is looked at. Until then machines may be open, or cut off.
 const LOOK: Duration = Duration::from_secs(5);
+/// How often the kernel's table of connections is looked at.
+const LOOK_AT_CONNECTIONS: Duration = Duration::from_millis(250);
 
 /// Name servers of before stay open beside the newest, for the machines that still have them in their
 /// resolv.conf; more than this are not kept.
@@ -30,6 +32,7 @@ struct Kept {
     rules: BTreeMap<String, Ipv4Addr>,
     /// All that were the host's since the server's start, the newest first.
     resolvers: Vec<Ipv4Addr>,
+    strain: Strain,
     /// The kernel has the table with all of `rules`, as far as was seen.
     is_set: bool,
 }
@@ -40,7 +43,7 @@ impl KeptFirewall {
     pub fn apply(firewall: Firewall, rules: impl Iterator<Item = MachineRule>) -> Self {
         let rules = rules.map(|rule| (rule.ifname, rule.addr)).collect();
         let (group, resolv_conf) = (firewall.group(), ArcSwap::default());
-        let kept = Self { group, resolv_conf, kept: Mutex::new(Kept { firewall, rules, resolvers: vec![], is_set: false }) };
+        let kept = Self { group, resolv_conf, kept: Mutex::new(Kept { firewall, rules, resolvers: vec![], strain: Strain::None, is_set: false }) };
         if let Err(error) = kept.take_resolvers(&mut kept.lock()) {
             tracing::warn!(error = %chain(&error), "machines cannot resolve names until this host can");
         }
@@ -101,6 +104,13 @@ impl KeptFirewall {
         Ok(())
     }
 
+    /// Lets as much of the machines' new connections pass as the kernel's table has room for.
+    fn strain(&self, strain: Strain) -> Result<(), NetError> {
+        let mut kept = self.lock();
+        kept.strain = strain; // also of a table that is set anew
+        if kept.is_set { kept.firewall.set_strain(strain) } else { Ok(()) }
+    }
+
     /// Reads the host's name servers; true when they are others than before.
     fn take_resolvers(&self, kept: &mut Kept) -> Result<bool, NetError> {
         let found = net::resolvers()?;
@@ -127,9 +137,46 @@ impl Kept {
     fn set(&mut self) -> Result<Vec<String>, NetError> {
         let rules: Vec<MachineRule> =
             self.rules.iter().map(|(ifname, addr)| MachineRule { ifname: ifname.clone(), addr: *addr }).collect();
-        let applied = self.firewall.clone().with_resolvers(self.resolvers.clone()).apply(&rules);
+        let applied = self.firewall.clone().with_resolvers(self.resolvers.clone()).with_strain(self.strain).apply(&rules);
         self.is_set = applied.is_ok();
         Ok(applied?.notes)
+    }
+}
+
+/// Keeps machines from filling the kernel's table of connections until the agent ends.
+pub async fn watch_connections(shared: Arc<crate::Shared>, agent_lives: impl Fn() -> bool) {
+    let (mut now, mut failing) = (Strain::None, false);
+    loop {
+        tokio::time::sleep(LOOK_AT_CONNECTIONS).await;
+        if !agent_lives() {
+            return;
+        }
+        let Some(connections) = Connections::look() else { continue };
+        let strain = connections.strain();
+        if strain == now {
+            continue;
+        }
+        let kept = shared.clone();
+        match tokio::task::spawn_blocking(move || kept.firewall.strain(strain)).await {
+            Ok(Ok(())) => {
+                let Connections { now: has, most } = connections;
+                match strain {
+                    Strain::None => tracing::info!(has, most, "machines may open connections again"),
+                    Strain::Tight => tracing::warn!(has, most, "the kernel's table of connections fills up: machines that have many get no more"),
+                    Strain::Full => tracing::warn!(
+                        has, most, "the kernel's table of connections is nearly full: machines open no more; raise net.netfilter.nf_conntrack_max \
+                        if none of them is to blame"
+                    ),
+                }
+                (now, failing) = (strain, false);
+            }
+            Ok(Err(error)) if !failing => {
+                tracing::error!(error = %chain(&error), "machines cannot be kept from filling the kernel's table of connections");
+                failing = true;
+            }
+            Ok(Err(_)) => {} // said once
+            Err(_) => {}     // a panic in it was reported by itself
+        }
     }
 }
 

@@ -45,13 +45,14 @@ use crate::agent::Input;
 use crate::firewall::KeptFirewall;
 use crate::journal::Replayed;
 use crate::last_hop::Table;
+use dunlin_api::shares::Shares;
 use dunlin_cluster::View;
 use dunlin_model::desired::Ipv4Prefix;
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{HostId, MachineId, Region};
 use dunlin_registry::Images;
 use dunlin_runtime::SealedExe;
-use dunlin_runtime::cgroup::Cgroups;
+use dunlin_runtime::cgroup::{Cgroups, ProcessRoom, raise_pid_max};
 use dunlin_runtime::features::Abilities;
 use dunlin_runtime::net::{self, firewall::Firewall};
 use std::net::Ipv4Addr;
@@ -149,7 +150,7 @@ struct Shared {
     /// That an operator has to look at.
     tombstones_waiting: AtomicUsize,
     followers: Arc<tokio::sync::Semaphore>,
-    sessions: Arc<tokio::sync::Semaphore>,
+    sessions: Arc<Shares>,
     attached: clock::Attached,
     looks: Arc<tokio::sync::Semaphore>,
     builders: builder::Slots,
@@ -189,6 +190,8 @@ impl Host {
         let agent = inputs.clone();
         tokio::spawn(firewall::keep(shared.clone(), move || !agent.is_closed()));
         let agent = inputs.clone();
+        tokio::spawn(firewall::watch_connections(shared.clone(), move || !agent.is_closed()));
+        let agent = inputs.clone();
         tokio::spawn(volumes::follow(shared.clone(), move || !agent.is_closed()));
         let agent = inputs.clone();
         tokio::spawn(snapshots::follow(shared.clone(), move || !agent.is_closed()));
@@ -215,6 +218,7 @@ impl Shared {
     fn set_up(config: HostConfig, view: View, images: Images, replayed: &Replayed) -> Result<Self, StartError> {
         let cgroups = config.abilities.cgroups().clone();
         tracing::info!(host = %config.id, cgroups = %cgroups.describe(), "control groups");
+        bound_processes(&cgroups)?;
         let prefix = convert::prefix(config.machine_prefix);
         let firewall = Firewall::new(&convert::table_name(&config.instance), prefix, vec![])?;
         let firewall = firewall.close(config.abilities.outside.clone());
@@ -237,7 +241,7 @@ impl Shared {
             journal_us: AtomicU64::new(0),
             tombstones_waiting: AtomicUsize::new(0),
             followers: Arc::new(tokio::sync::Semaphore::new(logs::MAX_STREAMS)),
-            sessions: Arc::new(tokio::sync::Semaphore::new(exec::MAX_SESSIONS)),
+            sessions: Shares::halves(exec::MAX_SESSIONS),
             attached: clock::Attached::default(),
             looks: Arc::new(tokio::sync::Semaphore::new(ps::MAX_LOOKS)),
             builders: builder::Slots::default(),
@@ -253,6 +257,18 @@ impl Shared {
     fn machine_dir(&self, id: &str) -> PathBuf {
         self.config.data_dir.join("machines").join(id)
     }
+}
+
+/// However many machines there are, the host keeps processes for itself.
+fn bound_processes(cgroups: &Cgroups) -> Result<(), StartError> {
+    if let Err(error) = raise_pid_max() {
+        tracing::warn!(%error, "kernel.pid_max stays as it is; `dunlin doctor` says what that means");
+    }
+    let room = ProcessRoom::look().map_err(|source| StartError::Io { what: "the kernel does not say how many processes there may be", source })?;
+    if cgroups.bound_processes(room.machines)? {
+        tracing::info!(computer = room.computer, machines = room.machines, "processes and threads that there may be");
+    }
+    Ok(())
 }
 
 /// Gives this process more weight than all machines together, where processors are scarce: each request passes it.

@@ -123,6 +123,26 @@ fn more_processes_than_allowed_are_refused() {
     child.wait().expect("wait");
 }
 
+/// Each of two may have more, and together they may not.
+#[test]
+fn all_machines_together_have_a_bound_of_processes() {
+    let root = Root::new("allpids");
+    assert!(root.0.bound_processes(12).expect("bound"));
+    let limits = Limits { pids: 100, ..Limits::NONE };
+    let machines = ["m1", "m2"].map(|name| root.0.create(name, &limits).expect("create"));
+    let mut children = machines.each_ref().map(|cgroup| start_in(cgroup, "for i in $(seq 10); do sleep 300 & done; wait"));
+    let taken = || machines.iter().map(|cgroup| cgroup.usage().expect("usage").pids).sum::<u64>();
+    wait_until("they stand at the bound or gave up", || {
+        taken() == 12 || children.iter_mut().any(|child| child.try_wait().expect("wait").is_some())
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(taken() <= 12, "{}", taken());
+    for (cgroup, child) in machines.iter().zip(&mut children) {
+        cgroup.kill_until_empty(DEADLINE).expect("kill");
+        child.wait().expect("wait");
+    }
+}
+
 #[test]
 fn devices_are_closed_but_the_usual_ones() {
     let root = Root::new("dev");

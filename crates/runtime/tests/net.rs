@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use dunlin_runtime::net::firewall::{Firewall, Ipv4Prefix, MachineRule};
+use dunlin_runtime::net::firewall::{Firewall, Ipv4Prefix, MachineRule, Strain};
 use dunlin_runtime::net::{self, NetError, NetSpec};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -483,6 +483,83 @@ fn a_machine_takes_no_more_than_its_part_of_the_connections() {
     assert!((MOST / 2..=MOST + 2).contains(&through), "{through} of {} came through", 3 * MOST);
     greedy.denied(&format!("{SERVER}:80"));
     assert_eq!(other.reaches(&format!("{SERVER}:80")).as_deref(), Some(HOST));
+}
+
+/// That table is the host's, too: machines together leave it some, and who has few connections is refused last.
+#[test]
+fn all_machines_together_leave_connections_to_the_host() {
+    let lab = Lab::new("dunlin_strain");
+    let firewall = lab.firewall.clone().with_connections_max(64);
+    lab.host.run({
+        let firewall = firewall.clone();
+        move || firewall.apply(&[])
+    })
+    .expect("apply");
+    let greedy = lab.machine("7777777777eeee", "10.201.0.7");
+    let other = lab.machine("8888888888eeee", "10.201.0.8");
+    let _server = Server::start(&lab.internet, "0.0.0.0:80");
+    let received = lab.internet.run(|| UdpSocket::bind((SERVER, 7000)).expect("bind"));
+    let target = format!("{SERVER}:80");
+    greedy.ns.run(|| {
+        for _ in 0..20 {
+            UdpSocket::bind("0.0.0.0:0").expect("bind").send_to(b"x", (SERVER, 7000)).expect("send");
+        }
+    });
+    assert_eq!((0..20).filter(|_| got(&received, DENIED)).count(), 20);
+    let talking = other.ns.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
+        socket.send_to(b"x", (SERVER, 7000)).expect("send");
+        socket
+    });
+    let mut buffer = [0; 16];
+    received.set_read_timeout(Some(ALLOWED)).expect("timeout");
+    let (_, from) = received.recv_from(&mut buffer).expect("receive");
+    received.send_to(b"y", from).expect("send");
+    assert!(got(&talking, ALLOWED));
+    let set = |strain: Strain| {
+        let firewall = firewall.clone();
+        lab.host.run(move || firewall.set_strain(strain)).expect("set");
+    };
+    set(Strain::Tight);
+    greedy.denied(&target);
+    assert_eq!(other.reaches(&target).as_deref(), Some(HOST));
+    set(Strain::Full);
+    greedy.denied(&target);
+    other.denied(&target);
+    // What is open stays open, and a table that is set anew is as strict.
+    talking.send_to(b"x", (SERVER, 7000)).expect("send");
+    assert!(got(&received, ALLOWED));
+    let rules = [greedy.rule(), other.rule()];
+    let again = firewall.clone().with_strain(Strain::Full);
+    lab.host.run(move || again.apply(&rules)).expect("apply");
+    assert!(lab.on_host(|firewall| firewall.is_applied()).expect("look"));
+    other.denied(&target);
+    set(Strain::None);
+    assert!(lab.on_host(|firewall| firewall.is_applied()).expect("look"));
+    assert_eq!(other.reaches(&target).as_deref(), Some(HOST));
+    assert_eq!(greedy.reaches(&target).as_deref(), Some(HOST));
+}
+
+/// Between two looks at the table they cannot fill it.
+#[test]
+fn machines_begin_so_many_connections_in_a_second_and_no_more() {
+    let lab = Lab::new("dunlin_rate");
+    let firewall = lab.firewall.clone().with_new_connections(20);
+    lab.host.run(move || firewall.apply(&[])).expect("apply");
+    let machines = [lab.machine("7777777777ffff", "10.201.0.7"), lab.machine("8888888888ffff", "10.201.0.8")];
+    let received = lab.internet.run(|| UdpSocket::bind("0.0.0.0:7000").expect("bind"));
+    for machine in &machines {
+        machine.ns.run(|| {
+            for _ in 0..100 {
+                UdpSocket::bind("0.0.0.0:0").expect("bind").send_to(b"x", (SERVER, 7000)).expect("send");
+            }
+        });
+    }
+    let mut through = 0;
+    while got(&received, DENIED) {
+        through += 1;
+    }
+    assert!((5..60).contains(&through), "{through} of 200 came through");
 }
 
 fn got(socket: &UdpSocket, timeout: Duration) -> bool {

@@ -45,6 +45,23 @@ pub fn a_reader_that_stalls_keeps_no_thread() {
     assert_eq!(refused, Ok(()), "the machine is not full of commands");
 }
 
+/// An app may have many machines.
+pub fn an_app_takes_no_more_than_half_of_the_sessions() {
+    let mut world = World::new();
+    let of_web: Vec<MachineId> = (1..=3).map(|n| world.started(n, "sleep 1000", |_| {})).collect();
+    let other = world.started(4, "sleep 1000", |spec| spec["app"] = "other".into());
+    let long = |id: &MachineId| exec(&world, id, "sleep 1000", 600_000);
+    // A supervisor has 32 of them, and each app half of 128.
+    let mut held: Vec<ExecSession> = of_web[..2].iter().flat_map(|id| (0..32).map(move |_| id)).map(|id| long(id).unwrap()).collect();
+    match long(&of_web[2]).map(drop) {
+        Err(Refusal::Busy(why)) => assert!(why.contains("64 commands run in the machines of app web"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(said(&world, &other, "echo well"), "well\n");
+    held.pop();
+    world.until("there is room again", || long(&of_web[2]).ok());
+}
+
 pub fn a_refusal_says_why() {
     let mut world = World::new();
     let id = world.created(1, "sleep 1000", |_| {});

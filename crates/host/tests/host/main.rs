@@ -43,7 +43,7 @@ const TESTS: &[Test] = tests![
     checks: what_an_app_answers_stays_on_its_host, a_command_in_the_machine_is_a_check;
     clock: the_clock_starts_a_machine_at_its_minute, a_console_ends_when_nobody_is_attached_any_more;
     cpus: performance_machines_have_their_own_and_others_the_rest;
-    exec: a_reader_that_stalls_keeps_no_thread, a_refusal_says_why, a_terminal_is_typed_at_resized_and_hung_up,
+    exec: a_reader_that_stalls_keeps_no_thread, an_app_takes_no_more_than_half_of_the_sessions, a_refusal_says_why, a_terminal_is_typed_at_resized_and_hung_up,
         input_flows_as_fast_as_it_is_read, a_session_without_a_byte_ends;
     files: a_machine_has_its_files_and_those_of_its_secrets;
     firewall: it_comes_back_when_somebody_flushes_it, a_docker_that_starts_later_cuts_nobody_off,

@@ -9,6 +9,7 @@ mod cpus;
 mod detect;
 mod list;
 mod machine;
+mod processes;
 
 use std::fmt;
 use std::io;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cpus::CpuSet;
 pub use machine::MachineCgroup;
+pub use processes::{PID_MAX, PID_MAX_WANTED, ProcessRoom, raise_pid_max};
 
 /// Longest name of a cgroup directory that this module makes.
 const NAME_MAX_BYTES: usize = 64;

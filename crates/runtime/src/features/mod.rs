@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 
-use crate::cgroup::Cgroups;
+use crate::cgroup::{Cgroups, PID_MAX, PID_MAX_WANTED, ProcessRoom};
 use crate::net::firewall::{Firewall, find_program};
 use crate::net::{self};
 use crate::volume;
@@ -86,6 +86,7 @@ pub fn check_all(data_dir: &Path) -> Vec<FeatureCheck> {
     add("overlayfs", true, "no machine can run", overlay);
     add("id-mapped mounts", whole, "no machine can run: its files would belong to others", idmap);
     add("cgroups", whole, "machines cannot be limited, measured or ended for sure", cgroups());
+    add("processes", false, "a few machines that run out of control leave none to the others", processes());
     add("seccomp", true, "machines would see every system call", seccomp());
     add("veth", true, "machines have no network", off_thread(veth).unwrap_or_else(|why| missing(why, "")));
     add("nft", true, "machines have no network: nothing would keep them apart", off_thread(nft).unwrap_or_else(|why| missing(why, "")));
@@ -174,6 +175,24 @@ fn cgroups() -> Outcome {
     match Cgroups::look("dunlin-check") {
         Ok(cgroups) => Ok(cgroups.layout().to_string()),
         Err(error) => missing(error.to_string(), "boot with systemd.unified_cgroup_hierarchy=1"),
+    }
+}
+
+/// Of the whole computer: machines have less than all, but all of them share it.
+fn processes() -> Outcome {
+    let room = match ProcessRoom::look() {
+        Ok(room) => room,
+        Err(error) => return missing(format!("unknown: {error}"), "mount /proc"),
+    };
+    let found = format!("{} on this computer, {} of them for machines", room.computer, room.machines);
+    let pid_max = std::fs::read_to_string(PID_MAX).ok().and_then(|text| text.trim().parse::<u32>().ok()).unwrap_or(0);
+    match std::fs::OpenOptions::new().write(true).open(PID_MAX) {
+        _ if pid_max >= PID_MAX_WANTED => Ok(found),
+        Ok(_) => Ok(format!("{found}; the server asks for more")),
+        Err(error) => missing(
+            format!("{found}, and more cannot be asked for: {error}"),
+            format!("outside of this container, as root: sysctl -w kernel.pid_max={PID_MAX_WANTED}"),
+        ),
     }
 }
 

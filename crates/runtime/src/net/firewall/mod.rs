@@ -11,6 +11,7 @@
 mod foreign;
 mod nft;
 mod script;
+mod strain;
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{NetError, Result, check_ifname, io_error};
 use nft::Nft;
+pub use strain::{Connections, Strain};
 pub(crate) use nft::find_program;
 
 /// Highest number of machines whose pins one table takes.
@@ -32,9 +34,10 @@ const GROUP_BIT: u32 = 0x4000_0000;
 /// A machine may have this part of the connections that the host's kernel keeps track of, for machines and all else: it
 /// drops everybody's new ones when it has no room.
 const CONNECTIONS_PART: u32 = 4;
-/// Where the kernel does not tell how many it keeps: its own least number, on a host with little memory.
-const CONNECTIONS_KEPT_LEAST: u32 = 65_536;
-const CONNECTIONS_KEPT: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
+/// What a machine may always have, as long as there is any room: this part of its part.
+const MODEST_PART: u32 = 16;
+/// All machines together begin this part of the table's connections in a second, and half of that at once.
+const NEW_PART: u32 = 16;
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// An IPv4 network such as `10.201.0.0/16`.
@@ -130,6 +133,8 @@ pub struct Firewall {
     allowed: Vec<Ipv4Prefix>,
     closed: Vec<Ipv4Addr>,
     connections_max: u32,
+    new_connections_per_s: u32,
+    strain: Strain,
     nft: Nft,
 }
 
@@ -150,7 +155,9 @@ impl Firewall {
             resolvers,
             allowed: Vec::new(),
             closed: Vec::new(),
-            connections_max: connections_kept() / CONNECTIONS_PART,
+            connections_max: strain::kept() / CONNECTIONS_PART,
+            new_connections_per_s: strain::kept() / NEW_PART,
+            strain: Strain::None,
             nft: Nft::find()?,
         })
     }
@@ -180,6 +187,20 @@ impl Firewall {
     #[must_use]
     pub fn with_connections_max(mut self, connections: u32) -> Self {
         self.connections_max = connections;
+        self
+    }
+
+    /// How many connections all machines together may begin in a second, instead of a part of what the host keeps track of.
+    #[must_use]
+    pub fn with_new_connections(mut self, per_s: u32) -> Self {
+        self.new_connections_per_s = per_s;
+        self
+    }
+
+    /// What [`apply`](Self::apply) leaves of new connections.
+    #[must_use]
+    pub fn with_strain(mut self, strain: Strain) -> Self {
+        self.strain = strain;
         self
     }
 
@@ -232,6 +253,11 @@ impl Firewall {
         self.nft.run("add a machine", &script::add_element(&self.table, machine))
     }
 
+    /// Lets fewer of the machines' new connections pass, or all of them again, in the table that is there.
+    pub fn set_strain(&self, strain: Strain) -> Result<()> {
+        self.nft.run("bound the machines' connections", &script::strain(&self.clone().with_strain(strain)))
+    }
+
     /// Closes the interface of a machine again. A machine that is not in the table is fine.
     pub fn remove_machine(&self, machine: &MachineRule) -> Result<()> {
         self.check(machine)?;
@@ -268,12 +294,6 @@ impl Firewall {
             chain.family == "inet" && chain.table == self.table && chain.name == script::FORWARDING_WAS_OFF
         }))
     }
-}
-
-/// The kernel has the file from the first rule on that wants to know of connections.
-fn connections_kept() -> u32 {
-    let kept = std::fs::read_to_string(CONNECTIONS_KEPT).ok().and_then(|text| text.trim().parse().ok());
-    kept.unwrap_or(CONNECTIONS_KEPT_LEAST).max(CONNECTIONS_PART)
 }
 
 fn forwarding() -> Result<bool> {

@@ -2,14 +2,14 @@
 
 use std::fmt::Display;
 
-use super::{Firewall, MACHINES_MAX, MachineRule};
+use super::{Firewall, MACHINES_MAX, MODEST_PART, MachineRule, Strain};
 
 /// Name of the empty chain that stands for "forwarding was off before".
 pub(super) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
 
 /// The chains that close machines in; none of them is ever empty.
-pub(super) const CHAINS: [&str; 8] =
-    ["pin", "tracked", "input", "output", "forward", "from_machine", "to_machine", "postrouting"];
+pub(super) const CHAINS: [&str; 9] =
+    ["pin", "tracked", "many", "input", "output", "forward", "from_machine", "to_machine", "postrouting"];
 
 /// Destinations that are not the public internet: this network, private, shared (CGNAT), loopback, link-local with the
 /// metadata services of clouds, protocol assignments, benchmarks, multicast, reserved with broadcast. The networks
@@ -29,7 +29,10 @@ const NOT_PUBLIC: [&str; 11] = [
 ];
 
 pub(super) fn table(firewall: &Firewall, machines: &[MachineRule], forwarding_was_off: bool) -> String {
-    let Firewall { table, machine_prefix, connections_max, .. } = firewall;
+    let Firewall { table, machine_prefix, connections_max, new_connections_per_s, .. } = firewall;
+    let (modest, new_per_s) = ((connections_max / MODEST_PART).max(1), (*new_connections_per_s).max(1));
+    let at_once = new_per_s.div_ceil(2);
+    let (many, strained) = (many(firewall).join("\n    "), strained(firewall.strain));
     let group = firewall.group();
     let pins = elements(machines.iter().map(pin));
     let resolvers = elements(firewall.resolvers.iter());
@@ -49,9 +52,18 @@ table inet {table} {{
   set allowed {{ type ipv4_addr; flags interval; auto-merge; {allowed} }}
   set closed {{ type ipv4_addr; flags interval; auto-merge; {closed} }}
   set connections {{ type ipv4_addr; size {MACHINES_MAX}; flags dynamic; }}
+  set further {{ type ipv4_addr; size {MACHINES_MAX}; flags dynamic; }}
   {memory}
   chain tracked {{
-    ct state new add @connections {{ ip saddr ct count over {connections_max} }} counter drop
+    jump strained
+    ct state new add @connections {{ ip saddr ct count over {modest} }} jump many
+    ct state new limit rate over {new_per_s}/second burst {at_once} packets counter drop
+  }}
+  chain strained {{
+    {strained}
+  }}
+  chain many {{
+    {many}
   }}
   chain pin {{
     type filter hook prerouting priority raw - 10; policy accept;
@@ -102,6 +114,28 @@ table inet {table} {{
 }}
 "
     )
+}
+
+/// For a machine that has more than a modest number of connections; those beyond are counted again, up to its part.
+fn many(firewall: &Firewall) -> Vec<String> {
+    let further = firewall.connections_max.saturating_sub(firewall.connections_max / MODEST_PART);
+    let refused = (firewall.strain >= Strain::Tight).then(|| "counter drop".to_owned());
+    refused.into_iter().chain([format!("add @further {{ ip saddr ct count over {further} }} counter drop")]).collect()
+}
+
+fn strained(strain: Strain) -> &'static str {
+    if strain == Strain::Full { "ct state new counter drop" } else { "" }
+}
+
+/// The same rules in a table that is there; what it has counted stays.
+pub(super) fn strain(firewall: &Firewall) -> String {
+    let table = &firewall.table;
+    let mut script = format!("flush chain inet {table} strained\nflush chain inet {table} many\n");
+    let of_all = Some(strained(firewall.strain)).filter(|rule| !rule.is_empty()).map(|rule| ("strained", rule.to_owned()));
+    for (chain, rule) in of_all.into_iter().chain(many(firewall).into_iter().map(|rule| ("many", rule))) {
+        script.push_str(&format!("add rule inet {table} {chain} {rule}\n"));
+    }
+    script
 }
 
 pub(super) fn add_element(table: &str, machine: &MachineRule) -> String {
