@@ -13,6 +13,7 @@ pub mod host;
 pub mod last_hop;
 pub mod remote;
 pub mod shares;
+pub mod tail;
 pub mod volumes;
 pub mod wire;
 

@@ -4,10 +4,13 @@
 use crate::failure::Failure;
 use crate::now_ms;
 use crate::owners::Owners;
+use dunlin_api::shares::{Share, Shares};
+use dunlin_api::tail::{Tail, Taken, bytes_of};
 use dunlin_api::{LogLine, LogQuery, LogStream, Refusal};
 use dunlin_model::{AppName, HostId, MachineId};
 use futures_util::future::{join_all, select_all};
 use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -21,8 +24,14 @@ const BACKLOG_WAIT: Duration = Duration::from_secs(30);
 const BACKLOG_PAUSE: Duration = Duration::from_millis(500);
 /// So long a line waits for older ones of other hosts.
 const HOLD: Duration = Duration::from_millis(100);
+/// Of lines from before, of each host and of all together, until they are told; a host sends no more.
+const BACKLOG_BYTES: usize = 16 << 20;
+/// Of those of all that is asked here; an app gets half.
+const BACKLOGS_BYTES: usize = 128 << 20;
 /// How often a follower looks for hosts that have machines of the app since a moment ago.
 const LOOK: Duration = Duration::from_secs(1);
+
+static BACKLOGS: LazyLock<Arc<Shares>> = LazyLock::new(|| Shares::halves(BACKLOGS_BYTES));
 
 /// The newest lines of all hosts together, `query.tail` of them, and then what comes.
 pub(crate) async fn lines(owners: Owners, app: AppName, query: LogQuery) -> Result<mpsc::Receiver<LogLine>, Failure> {
@@ -100,9 +109,15 @@ impl Merged {
     }
 
     async fn run(&mut self, owners: &Owners, missing: Vec<LogLine>, to: &mpsc::Sender<LogLine>) -> Result<(), Gone> {
-        for line in self.backlog().await.into_iter().chain(missing) {
+        let (lines, mut held) = self.backlog().await;
+        for line in lines.into_iter().chain(missing) {
+            let bytes = bytes_of(&line);
             send(to, line).await?;
+            if let Some(held) = &mut held {
+                held.shrink(bytes);
+            }
         }
+        drop(held);
         if !self.query.follow {
             return Ok(());
         }
@@ -124,16 +139,18 @@ impl Merged {
         }
     }
 
-    /// What there was before, in the order of time.
-    async fn backlog(&mut self) -> Vec<LogLine> {
+    /// What there was before, in the order of time, and its room in memory.
+    async fn backlog(&mut self) -> (Vec<LogLine>, Option<Share>) {
         let (app, asked, is_follower) = (&self.app, &self.asked, self.query.follow);
         // Nothing is to be put in order, and who follows sees each line at once.
         if is_follower && self.sources.len() == 1 {
-            return vec![];
+            return (vec![], None);
         }
         let end = Instant::now() + BACKLOG_WAIT;
+        let wanted = self.query.tail.unwrap_or(usize::MAX);
         let read = self.sources.iter_mut().map(async |source| {
-            let mut lines = Vec::new();
+            let machine = asked.get(&source.host)?;
+            let mut lines = Tail::new(BACKLOGS.take(Some(app), 0).ok()?, wanted, BACKLOG_BYTES);
             loop {
                 let pause = if is_follower { end.min(Instant::now() + BACKLOG_PAUSE) } else { end };
                 match timeout_at(pause, source.stream.lines.recv()).await {
@@ -151,17 +168,22 @@ impl Merged {
             let late = || Refusal::Unreachable { host: source.host.clone(), why: "it has not sent all its lines in time".into() };
             let broken = source.stream.broken.get().cloned();
             let broken = broken.or_else(|| (!is_follower && !source.has_ended).then(late));
-            if let Some((refusal, machine)) = broken.zip(asked.get(&source.host)) {
+            if let Some(refusal) = broken {
                 lines.push(told(app, machine, &refusal));
             }
-            lines
+            Some(lines.taken())
         });
-        let mut lines: Vec<LogLine> = join_all(read).await.into_iter().flatten().collect();
-        lines.sort_by_key(|line| line.at_ms);
-        let wanted = self.query.tail.unwrap_or(usize::MAX);
-        lines.drain(..lines.len().saturating_sub(wanted));
+        let mut all: Option<Taken> = None;
+        for of_host in join_all(read).await.into_iter().flatten() {
+            match &mut all {
+                Some(all) => all.merge(of_host, wanted, BACKLOG_BYTES),
+                None => all = Some(of_host),
+            }
+        }
+        let told = all.zip(self.asked.values().next()).map(|(all, machine)| all.told(wanted, &self.app, machine));
+        let (lines, held) = told.map_or_else(Default::default, |(lines, held)| (lines, Some(held)));
         self.sources.retain(|source| !source.has_ended);
-        lines
+        (lines, held)
     }
 
     /// Machines may have come to hosts that had none. What they printed since is told from its beginning.

@@ -149,7 +149,9 @@ struct Shared {
     journal_us: AtomicU64,
     /// That an operator has to look at.
     tombstones_waiting: AtomicUsize,
-    followers: Arc<tokio::sync::Semaphore>,
+    followers: Arc<Shares>,
+    /// Memory for lines that wait for those who asked for them.
+    tails: Arc<Shares>,
     sessions: Arc<Shares>,
     attached: clock::Attached,
     looks: Arc<tokio::sync::Semaphore>,
@@ -240,7 +242,8 @@ impl Shared {
             journal_writes: AtomicU64::new(0),
             journal_us: AtomicU64::new(0),
             tombstones_waiting: AtomicUsize::new(0),
-            followers: Arc::new(tokio::sync::Semaphore::new(logs::MAX_STREAMS)),
+            followers: Shares::halves(logs::MAX_STREAMS),
+            tails: Shares::halves(logs::TAILS_BYTES),
             sessions: Shares::halves(exec::MAX_SESSIONS),
             attached: clock::Attached::default(),
             looks: Arc::new(tokio::sync::Semaphore::new(ps::MAX_LOOKS)),

@@ -23,7 +23,7 @@ const STDIN_WINDOW: usize = 16;
 /// Signals and sizes of the terminal; more at once are too many.
 const CONTROL_QUEUE: usize = 16;
 const WRITE_QUEUE: usize = 8;
-const LINE_QUEUE: usize = 1024;
+const LINE_QUEUE: usize = 64;
 /// Of a line that does not fit into a frame, this much is told.
 const CUT_LINE_BYTES: usize = 16 * 1024;
 

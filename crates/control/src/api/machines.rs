@@ -1,7 +1,7 @@
 //! Machines: what they are, and commands to the hosts that own them.
 
 use super::given::{self, Body, optional};
-use super::{Caller, leases};
+use super::leases;
 use crate::destroyed;
 use crate::failure::Failure;
 use crate::fly::{self, rfc3339};
@@ -12,16 +12,16 @@ use crate::rows::{Outcome, Row};
 use crate::{Ctx, now_ms};
 use axum::Json;
 use axum::extract::{Extension, Path, Query, RawQuery, State};
-use dunlin_api::wire::{self, ExecAnswer, ExecBody, ImageRefWire, StopMachine};
-use dunlin_api::{Command, CommandAnswer, CommandKind, ErrorCode, ExecOutput, ExecRequest, ExecStdin, Refusal, Source, WaitFor};
-use dunlin_model::config::{units, words};
+use dunlin_api::wire::{self, ImageRefWire, StopMachine};
+use dunlin_api::{Command, CommandAnswer, CommandKind, ErrorCode, Refusal, Source, WaitFor};
+use dunlin_model::config::units;
 use dunlin_model::desired::{AppRow, MachineRow, TombstoneReason};
 use dunlin_model::{
     AppName, CommandId, ContainerState, ContainerStatus, HostId, MachineId, MachineSpec, MachineState, MachineVersion,
 };
 use dunlin_planner::is_replaceable;
 use dunlin_view::{CheckStatus, MachineFact, Snapshot};
-use http::{HeaderMap, StatusCode};
+use http::HeaderMap;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -31,11 +31,6 @@ use std::sync::Arc;
 const HOST_SILENT_MS: u64 = 15_000;
 const COMMAND_DEADLINE_MS: u64 = 15_000;
 const MAX_WAIT_S: u64 = 60;
-/// The default, as on Fly.
-const EXEC_TIMEOUT_S: u64 = 30;
-const MAX_EXEC_TIMEOUT_S: u64 = 3600;
-/// Of each stream; more ends the command.
-const MAX_EXEC_OUTPUT_BYTES: usize = 8 * 1024 * 1024;
 /// Supervisors, while machines are listed.
 const MAX_ASKED_AT_ONCE: usize = 16;
 const MAX_STOP_TIMEOUT_MS: u64 = 300_000;
@@ -579,57 +574,6 @@ pub async fn events(
     let mut events = owners.reach(&row.host)?.events(&id).await?;
     events.truncate(query.limit.unwrap_or(usize::MAX));
     Ok(Json(fly::events(&events)))
-}
-
-pub async fn exec(
-    Extension(owners): Extension<Owners>,
-    Path((app, id)): Path<(AppName, MachineId)>,
-    Extension(caller): Extension<Caller>,
-    Body(body): Body<ExecBody>,
-) -> Result<(StatusCode, Json<ExecAnswer>), Failure> {
-    owners.machine(&app, &id).await?;
-    let program = body.command.first().or(body.cmd.as_ref()).and_then(|text| text.split_whitespace().next());
-    let program = program.unwrap_or_default().to_owned();
-    // Twice: who began something that never ends is to be found as well.
-    tracing::info!(%app, machine = %id, program, by = caller.name(), "exec begins");
-    let ended = run(&owners, &id, body).await;
-    let outcome = match &ended {
-        Ok(answer) => format!("exit code {}", answer.exit_code),
-        Err(failure) => failure.message.clone(),
-    };
-    tracing::info!(%app, machine = %id, program, by = caller.name(), outcome, "exec ended");
-    ended.map(|answer| (StatusCode::OK, Json(answer)))
-}
-
-async fn run(owners: &Owners, id: &MachineId, body: ExecBody) -> Result<ExecAnswer, Failure> {
-    let command = match (body.command.is_empty(), body.cmd) {
-        (false, _) => body.command,
-        (true, Some(text)) => words::split(&text).map_err(|error| Failure::invalid(format!("the command cannot be split into words: {error}")))?,
-        (true, None) => return Err(Failure::invalid("the body has no command").hint("for example {\"command\": [\"ls\", \"-l\"]}")),
-    };
-    let timeout_s = body.timeout.unwrap_or(EXEC_TIMEOUT_S).clamp(1, MAX_EXEC_TIMEOUT_S);
-    let stdin = ExecStdin::Whole(body.stdin.unwrap_or_default().into());
-    let container = body.container.unwrap_or_default();
-    let request = ExecRequest { stdin, container, ..ExecRequest::new(id.clone(), command, timeout_s * 1000) };
-    let mut session = owners.of(id).await?.exec(request).await?;
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    while let Some(output) = session.output.recv().await {
-        let (stream, bytes) = match output {
-            ExecOutput::Stdout(bytes) => (&mut stdout, bytes),
-            ExecOutput::Stderr(bytes) => (&mut stderr, bytes),
-            ExecOutput::Exited(exit_code) => {
-                let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-                return Ok(ExecAnswer { exit_code, stdout: text(stdout), stderr: text(stderr) });
-            }
-            ExecOutput::Failed(why) => return Err(Failure::from(Refusal::Failed(why))),
-        };
-        if stream.len() + bytes.len() > MAX_EXEC_OUTPUT_BYTES {
-            return Err(Failure::new(ErrorCode::TooLarge, format!("the command said more than {} MiB", MAX_EXEC_OUTPUT_BYTES >> 20))
-                .hint("write the output to a file in the machine, or make it shorter"));
-        }
-        stream.extend_from_slice(&bytes);
-    }
-    Err(Failure::new(ErrorCode::Internal, "the session ended without an exit code").hint("the machine may have stopped: try again"))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod authorize;
 mod builds;
 mod built;
 mod by_hand;
+mod exec;
 mod exec_stream;
 mod given;
 mod hosts;
@@ -123,7 +124,7 @@ pub(crate) fn of_owners<S: Clone + Send + Sync + 'static>() -> Vec<(&'static str
         ("/v1/apps/{app}/machines/{id}/uncordon", post(machines::uncordon)),
         ("/v1/apps/{app}/machines/{id}/wait", get(machines::wait)),
         ("/v1/apps/{app}/machines/{id}/events", get(machines::events)),
-        ("/v1/apps/{app}/machines/{id}/exec", post(machines::exec)),
+        ("/v1/apps/{app}/machines/{id}/exec", post(exec::exec)),
         ("/v1/apps/{app}/machines/{id}/exec/stream", get(exec_stream::stream)),
         ("/v1/apps/{app}/machines/{id}/ps", get(by_hand::processes)),
         ("/v1/apps/{app}/machines/{id}/lease", get(leases::get).post(leases::acquire).delete(leases::release)),

@@ -26,6 +26,28 @@ pub fn the_newest_lines_are_the_last_of_all_machines() {
     assert_eq!(lines[49_996..], ["120000", "ended with exit code 0", "newest", "ended with exit code 0"]);
 }
 
+/// Their readers do not read. What they wait for stays bounded, is an app's own affair, and what is missing is said.
+pub fn tails_that_nobody_reads_take_up_so_much_memory_and_no_more() {
+    let mut world = World::new();
+    world.ended(1, "busybox seq 60000", |_| {});
+    world.ended(2, "busybox seq 60000", |spec| spec["app"] = "other".into());
+    let of = |app: &str| LogQuery { app: Some(app.parse().unwrap()), ..LogQuery::default() };
+    let mut held = Vec::new();
+    let left_out = world.within(crate::setup::PATIENCE * 4, "memory for one app's lines is taken", || {
+        let (first, stream) = world.block_on(async {
+            let mut stream = world.host().logs(of("web")).await.unwrap();
+            (stream.lines.recv().await.unwrap(), stream)
+        });
+        held.push(stream);
+        (first.stream == "system").then_some(first.line)
+    });
+    assert!(left_out.starts_with("older lines are left out here"), "{left_out}");
+    assert!((3..8).contains(&held.len()), "{}", held.len());
+    assert_eq!(tail(&world, of("other")).len(), 50_000);
+    held.clear();
+    world.until("it is given back", || (tail(&world, of("web")).len() == 50_000).then_some(()));
+}
+
 pub fn a_machine_that_prints_without_end_loses_lines_and_is_nobodys_trouble() {
     let mut world = World::new();
     let loud = world.started(1, "busybox yes 'as fast as it can'", |_| {});

@@ -52,7 +52,7 @@ const TESTS: &[Test] = tests![
     last_hop: a_request_that_gives_up_leaves_the_machine_to_be_woken_by_the_next,
         a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not,
         a_request_is_answered_before_its_machine_is_told_to_stop;
-    logs: the_newest_lines_are_the_last_of_all_machines,
+    logs: the_newest_lines_are_the_last_of_all_machines, tails_that_nobody_reads_take_up_so_much_memory_and_no_more,
         a_machine_that_prints_without_end_loses_lines_and_is_nobodys_trouble,
         a_follower_hears_machines_that_come_and_attempts_that_follow;
     neighbours: a_prefix_that_another_server_uses_is_refused, a_machine_whose_id_looks_like_a_builders_lives_on;
