@@ -130,7 +130,7 @@ pub(crate) fn create(
             none.insert(Namespaces::of(init)?)
         }
     };
-    let Assembled { root, devices } = rootfs::assemble(spec, begun, shared.of_users())?;
+    let Assembled { root, devices, files } = rootfs::assemble(spec, begun, shared.of_users())?;
     process::usual_oom_score(init);
     if let Some(net) = spec.net.as_ref().filter(|_| is_first) {
         net::attach(net, init).map_err(io::Error::other)?;
@@ -138,7 +138,8 @@ pub(crate) fn create(
     join(init)?;
     // Open, because the way to it leads through directories that are root's alone.
     let root = open(&root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    wire::send(go_sender.as_raw_fd(), &(), &[root.as_raw_fd()])?;
+    let given: Vec<_> = std::iter::once(&root).chain(&files).map(AsRawFd::as_raw_fd).collect();
+    wire::send(go_sender.as_raw_fd(), &(), &given)?;
     Ok(Container { init, init_fd, outputs, report, start, devices })
 }
 
@@ -182,7 +183,7 @@ fn clone_into(shared: &Namespaces) -> io::Result<libc::pid_t> {
 }
 
 struct InitPipes {
-    /// Brings the root.
+    /// Brings the root, and the place of files that are in memory only.
     go: OwnedFd,
     start: PipeReader,
     outputs: Vec<[PipeWriter; 2]>,
@@ -240,10 +241,11 @@ fn prepare<'a>(spec: &'a SupervisorSpec, filters: &Filters, go: &OwnedFd) -> io:
     // Dies with its supervisor; the control group is the guarantee, this is the quick way.
     sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?;
     nix::sys::prctl::set_name(c"init")?;
-    let root = match wire::receive::<()>(go.as_raw_fd())? {
-        Some(((), mut fds)) if fds.len() == 1 => fds.remove(0),
-        _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+    let mut given = match wire::receive::<()>(go.as_raw_fd())? {
+        Some(((), fds)) => fds.into_iter(),
+        None => return Err(io::ErrorKind::UnexpectedEof.into()),
     };
+    let root = given.next().ok_or(io::ErrorKind::UnexpectedEof)?;
     nix::unistd::setsid()?;
     nix::unistd::fchdir(&root)?;
     drop(root);
@@ -252,7 +254,7 @@ fn prepare<'a>(spec: &'a SupervisorSpec, filters: &Filters, go: &OwnedFd) -> io:
     sys::become_user(0, 0, &[])?;
     sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)?; // the change of user cleared it
     nix::unistd::sethostname(&spec.hostname)?;
-    rootfs::enter(spec)?;
+    rootfs::enter(spec, given.next())?;
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
     let program = |process: &'a ProcessSpec| {
         let identity = process::resolve_user(&process.user, Path::new("/"))?;

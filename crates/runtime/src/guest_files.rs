@@ -2,25 +2,26 @@
 //!
 //! Written by its first process, as root of the machine's ids, after it has left the host's root: a link of the image
 //! ends in the machine, wherever it leads. Those that may be secrets are on a tmpfs to which nothing but the binds of
-//! single files refers; on disk there are empty files in their places. The tmpfs counts as the machine's memory, and
-//! is not swapped unless the machine has swap.
+//! single files refers; on disk there are empty files in their places. The supervisor makes the tmpfs, because only root of the
+//! computer may have one that is never swapped; the machine's first process writes to it, so it counts as the machine's memory.
 
 use crate::rootfs::place;
 use crate::spec::{GuestFile, Profile, SupervisorSpec};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::Mode;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::Path;
 
 const ROOT: &str = "/";
 
-pub(crate) fn write(spec: &SupervisorSpec) -> io::Result<()> {
+/// `store` is for those that are in memory only, and is there if there are such.
+pub(crate) fn write(spec: &SupervisorSpec, store: Option<OwnedFd>) -> io::Result<()> {
     let explain = |file: &GuestFile, e: io::Error| {
         let why = match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
             Errno::EXDEV => "its path leads to a volume, or to a file system that the platform makes".to_owned(),
@@ -41,10 +42,11 @@ pub(crate) fn write(spec: &SupervisorSpec) -> io::Result<()> {
     if in_memory.is_empty() {
         return Ok(());
     }
+    let tree = store.ok_or_else(|| io::Error::other("there is no place in memory for the files of secrets"))?;
     let store = Path::new("/dev/.files");
     fs::create_dir(store)?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("tmpfs"), store, Some("tmpfs"), flags, Some("mode=700"))?;
+    sys::attach_mount(&tree, File::open(store)?.as_fd())?;
+    drop(tree);
     for (nth, file) in in_memory.into_iter().enumerate() {
         bind_one(file, &store.join(nth.to_string()), resolve).map_err(|e| explain(file, e))?;
     }

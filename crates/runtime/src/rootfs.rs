@@ -34,6 +34,8 @@ const ROOT: &str = "root";
 /// Where the writable layer is mounted, below `mnt` too, and temporary directories with a number behind it.
 const WRITABLE: &str = "w";
 const TEMPORARY: &str = "t";
+/// Where the files of secrets are made, below `mnt` too.
+const FILES: &str = "f";
 /// The overlay's upper directory and its work space, in the writable layer. Versions before had them in the machine's
 /// directory.
 const WRITTEN: [&str; 2] = ["upper", "work"];
@@ -64,6 +66,8 @@ pub(crate) struct Begun {
     /// `None`: the root needs none.
     writable: Option<Mounting>,
     temporary: Vec<Mounting>,
+    /// For files that are in memory only.
+    files: Option<PathBuf>,
 }
 
 /// In the supervisor, with mounts of its own: begins with what takes longest.
@@ -89,18 +93,35 @@ pub(crate) fn begin(spec: &SupervisorSpec) -> io::Result<Begun> {
             }
         }
     }
-    Ok(Begun { mnt, writable, temporary })
+    let in_memory = spec.files.iter().any(|file| !file.on_disk);
+    let files = in_memory.then(|| unswapped(&make_dir(&mnt, FILES, 0)?, spec.uid_base)).transpose()?;
+    Ok(Begun { mnt, writable, temporary, files })
+}
+
+/// A tmpfs that is never swapped, whatever the machine's memory is, for its root to write to. The kernel lets only who is root
+/// of the computer have that, from 6.4 on; elsewhere it is one that is swapped as the machine's memory is.
+fn unswapped(at: &Path, uid_base: u32) -> io::Result<PathBuf> {
+    let options = format!("mode=700,uid={uid_base},gid={uid_base}");
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let tmpfs = |options: &str| mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(options));
+    match tmpfs(&format!("{options},noswap")) {
+        Err(Errno::EINVAL) => tmpfs(&options)?,
+        mounted => mounted?,
+    }
+    Ok(at.to_owned())
 }
 
 /// The root, and the devices of what a machine's program writes to beside its volumes.
 pub(crate) struct Assembled {
     pub root: PathBuf,
     pub devices: Vec<File>,
+    /// Attached nowhere: see `guest_files`.
+    pub files: Option<OwnedFd>,
 }
 
 /// Then mounts the root under `<machine dir>/mnt/root`.
 pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: BorrowedFd<'_>) -> io::Result<Assembled> {
-    let Begun { mnt, writable, temporary } = begun;
+    let Begun { mnt, writable, temporary, files } = begun;
     // The machine's root passes through here before it pivots.
     let root = make_dir(&mnt, ROOT, spec.uid_base)?;
     let writable = writable.map(Mounting::finish).transpose()?;
@@ -122,7 +143,8 @@ pub(crate) fn assemble(spec: &SupervisorSpec, begun: Begun, user_namespace: Borr
         temporary_into(&root, dir, &mnt.join(format!("{TEMPORARY}{i}")), spec.uid_base)?;
     }
     let devices = writable.into_iter().chain(temporary).filter_map(|mounted| mounted.device).collect();
-    Ok(Assembled { root, devices })
+    let files = files.map(|at| sys::detached_mount(&at, sys::Attributes::default(), None)).transpose()?;
+    Ok(Assembled { root, devices, files })
 }
 
 /// The image's layers with a writable one above them, at `root`; all are below `mnt`.
@@ -334,7 +356,7 @@ pub(crate) fn reach() -> io::Result<()> {
 
 /// In the same process, root of the machine's ids now: mounts what belongs to its namespaces and
 /// pivots to the working directory.
-pub(crate) fn enter(spec: &SupervisorSpec) -> io::Result<()> {
+pub(crate) fn enter(spec: &SupervisorSpec, files: Option<OwnedFd>) -> io::Result<()> {
     let step = |what: &str, e: io::Error| io::Error::new(e.kind(), format!("{what}: {e}"));
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     for dir in ["proc", "sys", "dev"] {
@@ -354,7 +376,7 @@ pub(crate) fn enter(spec: &SupervisorSpec) -> io::Result<()> {
     umount2(".", MntFlags::MNT_DETACH).map_err(|e| step("leaving the host's root", e.into()))?;
     std::env::set_current_dir("/")?;
     network_files(spec).map_err(|e| step("/etc", e))?;
-    guest_files::write(spec)?;
+    guest_files::write(spec, files)?;
     sysctls();
     mask(spec.profile).map_err(|e| step("masking", e))
 }

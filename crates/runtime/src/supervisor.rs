@@ -102,6 +102,8 @@ fn run() -> io::Result<()> {
     }
     nix::unistd::setsid()?;
     sys::block_signals(true)?;
+    // What is in memory by now counts for the control group of the agent, whatever that of the supervisor says of swap.
+    let _ = sys::lock_memory(); // refused to ordinary users, whose servers may be swapped
     let _lock = files::take_lock(&spec.machine_dir)
         .map_err(|e| io::Error::other(format!("another supervisor has machine {}: {e}", spec.machine_id)))?;
     let _ = fs::write("/proc/self/oom_score_adj", "-900"); // refused without CAP_SYS_RESOURCE: the agent says so
@@ -119,7 +121,7 @@ fn run() -> io::Result<()> {
         cgroup.set_cpus(cpus).map_err(io::Error::other)?;
     }
     let made = begun.and_then(|begun| Machine::create(&spec, &own, &cgroup, begun)).and_then(|machine| {
-        own.set_limits(&Limits { cpu_millis: OWN_CPU_MILLIS, ..Limits::NONE }).map_err(io::Error::other)?;
+        own.set_cpu_limit(&Limits { cpu_millis: OWN_CPU_MILLIS, ..Limits::NONE }).map_err(io::Error::other)?;
         Ok(machine)
     });
     let record = match made {

@@ -111,6 +111,12 @@ pub(crate) fn attach_mount(tree: &OwnedFd, target: BorrowedFd<'_>) -> io::Result
     .map(drop)
 }
 
+/// What this process has in memory stays there, and what it reads into what it has mapped by now. Not its children's.
+pub(crate) fn lock_memory() -> io::Result<()> {
+    // SAFETY: takes flags only.
+    check(libc::c_long::from(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_ONFAULT) })).map(drop)
+}
+
 /// `prctl` with integer arguments.
 pub(crate) fn prctl(option: libc::c_int, argument: libc::c_ulong) -> io::Result<()> {
     // SAFETY: the options that we use take integers only.

@@ -295,6 +295,11 @@ pub(super) fn favour_server(hierarchies: &[Hierarchy]) -> Result<()> {
         for file in ["cpu.weight", "io.weight"].map(|file| leaf.join(file)).iter().filter(|file| file.exists()) {
             write(file, &(SERVER_WEIGHT * 100).to_string())?;
         }
+        // It opens secrets.
+        let swap = leaf.join("memory.swap.max");
+        if swap.exists() {
+            write(&swap, "0")?;
+        }
     }
     Ok(())
 }

@@ -178,6 +178,18 @@ impl MachineCgroup {
         write(&self.controller("pids")?.0.join("pids.max"), &pids)
     }
 
+    /// Of all limits that of processor time alone.
+    pub(crate) fn set_cpu_limit(&self, limits: &Limits) -> Result<()> {
+        if self.list.is_some() { Ok(()) } else { self.limit_cpu(limits) }
+    }
+
+    /// None of its memory goes to the host's swap. On v1 that is not for sure where the whole host lacks memory.
+    pub(super) fn keep_from_swap(&self) -> Result<()> {
+        let Ok((dir, unified)) = self.controller("memory") else { return Ok(()) };
+        let file = dir.join(if unified { "memory.swap.max" } else { "memory.swappiness" });
+        if file.exists() { write(&file, "0") } else { Ok(()) } // a kernel without swap has no such file
+    }
+
     fn limit_cpu(&self, limits: &Limits) -> Result<()> {
         let (dir, unified) = self.controller("cpu")?;
         let millis = limits.cpu_millis;
@@ -220,7 +232,11 @@ impl MachineCgroup {
         let memory = dir.join("memory.limit_in_bytes");
         let with_swap = dir.join("memory.memsw.limit_in_bytes");
         if !with_swap.exists() {
-            return if swap_bytes == 0 { write(&memory, &value) } else { Err(no_swap_accounting()) };
+            if swap_bytes > 0 {
+                return Err(no_swap_accounting());
+            }
+            self.keep_from_swap()?;
+            return write(&memory, &value);
         }
         let both = if bytes == 0 { value.clone() } else { bytes.saturating_add(swap_bytes).to_string() };
         // The limit with swap may never be the smaller one: growing needs it first, shrinking needs it last.
@@ -568,6 +584,21 @@ mod tests {
     use super::*;
 
     /// Plain files with the names of v2 stand in for the kernel: this shows what is written, not that it works.
+    #[test]
+    fn a_supervisor_on_v2_has_no_swap_and_keeps_none_when_it_is_limited() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        for name in ["cpu.max", "cpu.weight", "memory.max", "memory.swap.max", "pids.max"] {
+            std::fs::write(dir.path().join(name), "").expect("write");
+        }
+        let controllers = ["cpu", "memory", "pids"].map(str::to_owned).to_vec();
+        let dirs = vec![Dir { controllers, unified: true, path: dir.path().to_owned() }];
+        let cgroup = MachineCgroup { name: "s1".to_owned(), dirs, around: Vec::new(), list: None };
+        cgroup.keep_from_swap().expect("keep");
+        cgroup.set_cpu_limit(&Limits { cpu_millis: 250, ..Limits::NONE }).expect("limit");
+        let written = |name: &str| std::fs::read_to_string(dir.path().join(name)).expect("read");
+        assert_eq!((written("memory.swap.max"), written("cpu.max")), ("0".to_owned(), "25000 100000".to_owned()));
+    }
+
     #[test]
     fn v2_limits_and_usage_use_the_v2_files() {
         let dir = tempfile::tempdir().expect("temporary directory");

@@ -180,10 +180,15 @@ impl Cgroups {
         Ok(cgroup)
     }
 
-    /// A cgroup without limits, for the supervisors.
+    /// A cgroup without limits, for the supervisors. They hold secrets, so none of it is swapped.
     pub fn create_plain(&self, name: &str) -> Result<MachineCgroup> {
         check_name(name)?;
-        MachineCgroup::create(name, &self.hierarchies, self.list_of(name))
+        let cgroup = MachineCgroup::create(name, &self.hierarchies, self.list_of(name))?;
+        if let Err(error) = cgroup.keep_from_swap() {
+            cgroup.remove()?;
+            return Err(error);
+        }
+        Ok(cgroup)
     }
 
     /// The cgroup as it is, also when some of its directories are missing (a crash between two `mkdir`s).

@@ -4,6 +4,7 @@ use crate::setup::*;
 use dunlin_runtime::*;
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::Path;
 
 #[test]
 fn the_kernel_says_no_to_what_escapes_are_made_of() {
@@ -119,10 +120,36 @@ fn files_are_in_memory_and_links_of_the_image_lead_nowhere() {
     fs::create_dir_all(layer.join(outside.strip_prefix("/").unwrap())).unwrap();
     let machine = world.run(spec);
     assert_eq!(machine.exec("cat /run/secrets/one /absolute/two /etc/passwd.extra").0, "very-secret".repeat(3));
+    assert_nothing_is_swapped(&machine);
     assert_eq!(machine.exec("cat /relative/three /data/deep/four").0, "from the host".repeat(2));
     assert_ne!(machine.exec("echo x > /data/deep/four").1, 0);
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "the host's directory is untouched");
     assert_no_secret_below(world.dir.path());
+}
+
+/// Neither what the supervisor knows nor the files of secrets reach the host's swap.
+fn assert_nothing_is_swapped(machine: &Running<'_>) {
+    let mounts = machine.exec("cat /proc/mounts").0;
+    let file = mounts.lines().find(|line| line.contains(" /run/secrets/one ")).unwrap();
+    let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+    let version: Vec<u32> = release.split('.').take(2).filter_map(|part| part.parse().ok()).collect();
+    assert!(file.contains("noswap") || version < vec![6, 4], "{file}");
+    let supervisor = lock_holder(&machine.spec.machine_dir).unwrap().unwrap();
+    let status = fs::read_to_string(format!("/proc/{supervisor}/status")).unwrap();
+    let number = |key: &str| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    assert!(number("VmLck:") >= number("RssAnon:") && number("VmSwap:") == 0, "{status}");
+    let group = fs::read_to_string(format!("/proc/{supervisor}/cgroup")).unwrap();
+    let of = |controller: &str| group.lines().find_map(|line| line.split_once(controller)).map(|(_, path)| path.trim_start_matches(':').to_owned());
+    let swap = match of(":memory") {
+        Some(path) => format!("/sys/fs/cgroup/memory{path}/memory.swappiness"),
+        None => format!("/sys/fs/cgroup{}/memory.swap.max", of("0:").unwrap()),
+    };
+    if Path::new(&swap).exists() {
+        assert_eq!(fs::read_to_string(&swap).unwrap().trim(), "0", "{swap}");
+    }
 }
 
 /// What an image has at a place of a directory is not put aside: it may be what its program looks for.
