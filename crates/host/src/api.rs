@@ -199,8 +199,7 @@ impl HostApi for Host {
             return Err(Refusal::Invalid(lack.refusal("have volumes")));
         }
         let host = self.shared.config.id.clone();
-        let room = volumes::room(&self.shared.config.data_dir, u64::from(size_gb) << 30);
-        room.map_err(|why| Refusal::InsufficientCapacity { host, why })
+        volumes::offer(&self.shared, u64::from(size_gb) << 30).map_err(|why| Refusal::InsufficientCapacity { host, why })
     }
 
     async fn volume_encryption(&self) -> Result<VolumeEncryption, Refusal> {
@@ -216,9 +215,9 @@ impl HostApi for Host {
         let (row, snapshot) = (self.volume_row(id, 0).await?, snapshot.clone());
         self.of_volumes(move |shared| {
             volumes::ensure(shared, &row)?;
-            snapshots::make(shared, &row, &snapshot, snapshots::For::Somebody)
+            Ok(snapshots::make(shared, &row, &snapshot, snapshots::For::Somebody))
         })
-        .await
+        .await?
     }
 
     async fn run_builder(&self, request: BuilderRequest) -> Result<BuilderRun, Refusal> {

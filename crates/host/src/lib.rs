@@ -28,6 +28,7 @@ mod last_hop;
 mod layers;
 mod logs;
 mod metrics;
+mod promises;
 mod ps;
 mod ready;
 mod sleep;

@@ -5,16 +5,16 @@
 //! of the day that it finds missing.
 
 use crate::agent::chain;
-use crate::volumes::{self, Place, alone, copy, point, room};
+use crate::volumes::{self, Place, alone, copy, point, room_for};
 use crate::{Shared, digest, now_ms};
-use dunlin_api::VolumeSnapshot;
+use dunlin_api::{Refusal, VolumeSnapshot};
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{SnapshotId, VolumeId};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,7 +53,7 @@ fn make_if_due(shared: &Shared, row: &VolumeRow) -> Result<(), String> {
     }
     let made: Vec<u64> = list(shared, &row.id)?.iter().filter(|made| made.scheduled).map(|made| made.created_at_ms).collect();
     match due(row.created_at_ms, &made, now_ms()) {
-        Some(day) => make(shared, row, &id_of(&row.id, day), For::Schedule).map(drop),
+        Some(day) => make(shared, row, &id_of(&row.id, day), For::Schedule).map(drop).map_err(|refusal| refusal.to_string()),
         None => Ok(()),
     }
 }
@@ -102,40 +102,57 @@ pub enum For {
 }
 
 /// Makes the snapshot, once: a repeat gets the first one.
-pub fn make(shared: &Shared, row: &VolumeRow, id: &SnapshotId, whom: For) -> Result<VolumeSnapshot, String> {
+pub fn make(shared: &Shared, row: &VolumeRow, id: &SnapshotId, whom: For) -> Result<VolumeSnapshot, Refusal> {
     alone(shared, &row.id, |place| {
-        let there = of(place)?;
+        let there = of(place).map_err(Refusal::Failed)?;
         if let Some(snapshot) = there.iter().find(|snapshot| snapshot.id == *id) {
             return Ok(snapshot.clone());
         }
         if there.len() >= SNAPSHOTS_MAX {
-            return Err(format!("volume {} has {SNAPSHOTS_MAX} snapshots; wait until some expire", row.id));
+            return Err(Refusal::Failed(format!("volume {} has {SNAPSHOTS_MAX} snapshots; wait until some expire", row.id)));
         }
-        let volume = volumes::open(shared, row, place)?;
-        let usage = match place.mounted()? {
-            Some(mounted) => mounted.usage().map_err(|e| chain(&e))?,
-            None => volumes::usage_unmounted(shared, &row.id, &volume)?,
-        };
-        room(&shared.config.data_dir, (usage.blocks - usage.blocks_free) * usage.block_size)?;
         let file = place.snapshots().join(format!("{id}.ext4"));
-        point(shared, "volume.before-snapshot");
-        let created_at_ms = now_ms();
-        let size = copy(place, &file)?;
-        point(shared, "volume.after-snapshot-copy");
-        let snapshot = VolumeSnapshot {
-            id: id.clone(),
-            created_at_ms,
-            size,
-            volume_size: volume.size_bytes().map_err(|e| chain(&e))?,
-            digest: digest::of(&file).map_err(|e| format!("{}: {e}", file.display()))?,
-            scheduled: whom == For::Schedule,
-            retention_days: row.snapshot_retention,
-        };
-        describe(place, &snapshot).map_err(|e| format!("snapshot {id}: {e}"))?;
-        point(shared, "volume.after-snapshot");
-        tracing::info!(volume = %row.id, snapshot = %id, size, scheduled = snapshot.scheduled, "snapshot made");
-        Ok(snapshot)
+        let bytes = bytes_of(shared, row, place).map_err(Refusal::Failed)?;
+        let no_room = |why| Refusal::InsufficientCapacity { host: shared.config.id.clone(), why };
+        let _room = room_for(shared, &file, bytes).map_err(no_room)?;
+        make_file(shared, row, place, (id, &file, whom)).map_err(Refusal::Failed)
     })
+}
+
+/// About what a copy takes up.
+fn bytes_of(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<u64, String> {
+    let volume = volumes::open(shared, row, place)?;
+    let usage = match place.mounted()? {
+        Some(mounted) => mounted.usage().map_err(|e| chain(&e))?,
+        None => volumes::usage_unmounted(shared, &row.id, &volume)?,
+    };
+    Ok((usage.blocks - usage.blocks_free) * usage.block_size)
+}
+
+fn make_file(
+    shared: &Shared,
+    row: &VolumeRow,
+    place: &Place,
+    (id, file, whom): (&SnapshotId, &Path, For),
+) -> Result<VolumeSnapshot, String> {
+    let volume = volumes::open(shared, row, place)?;
+    point(shared, "volume.before-snapshot");
+    let created_at_ms = now_ms();
+    let size = copy(place, file)?;
+    point(shared, "volume.after-snapshot-copy");
+    let snapshot = VolumeSnapshot {
+        id: id.clone(),
+        created_at_ms,
+        size,
+        volume_size: volume.size_bytes().map_err(|e| chain(&e))?,
+        digest: digest::of(file).map_err(|e| format!("{}: {e}", file.display()))?,
+        scheduled: whom == For::Schedule,
+        retention_days: row.snapshot_retention,
+    };
+    describe(place, &snapshot).map_err(|e| format!("snapshot {id}: {e}"))?;
+    point(shared, "volume.after-snapshot");
+    tracing::info!(volume = %row.id, snapshot = %id, size, scheduled = snapshot.scheduled, "snapshot made");
+    Ok(snapshot)
 }
 
 /// Whether the copy is still what was copied.

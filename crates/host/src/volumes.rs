@@ -9,6 +9,7 @@
 
 use crate::agent::chain;
 use crate::kill::kill_point;
+use crate::promises::{DISK_KEPT_BYTES, Promise, Promises, Wanted};
 use crate::{Shared, snapshots, volume_keys};
 use dunlin_machine::Record;
 use dunlin_model::volume::VolumeRow;
@@ -24,9 +25,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// What a new volume leaves free on the disk: images, logs and the journal need room too, and no machine starts below what
-/// `layers` keeps, which is less.
-pub const DISK_KEPT_BYTES: u64 = 3 << 30;
 /// A machine that was just destroyed lets go of its volume within this.
 const HANDOVER: Duration = Duration::from_secs(30);
 /// The mounts of a machine that has ended, and copies of them in one that is being made, are gone within this.
@@ -44,6 +42,8 @@ pub struct Volumes {
     holders: Mutex<BTreeMap<VolumeId, MachineId>>,
     /// How full encrypted volumes are that nobody has: opening one to look takes some tenths of a second.
     looked: Mutex<BTreeMap<VolumeId, (Written, Usage)>>,
+    /// Of the disk.
+    pub(crate) promises: Arc<Promises>,
     /// It was tried, and works.
     pub(crate) encrypts: OnceLock<()>,
 }
@@ -59,7 +59,7 @@ pub struct State {
     pub needs_restart: bool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -155,7 +155,7 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
                 place.0.display()
             ));
         }
-        room(&shared.config.data_dir, size_bytes)?;
+        let _room = take_up(shared, row, place)?;
         for dir in [place.0.clone(), place.mnt(), place.snapshots()] {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
         }
@@ -170,7 +170,7 @@ fn ensure_alone(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<(), S
     let volume = open(shared, row, place)?;
     let has = volume.size_bytes().map_err(|e| chain(&e))?;
     if has < size_bytes {
-        room(&shared.config.data_dir, size_bytes - has)?;
+        let _room = take_up(shared, row, place)?;
         let mounted = place.mounted()?;
         point(shared, "volume.before-grow");
         let grown = volume.grow(mounted.as_ref(), size_bytes).map_err(|e| chain(&e))?;
@@ -214,12 +214,15 @@ fn make(shared: &Shared, row: &VolumeRow, place: &Place, size_bytes: u64) -> Res
                     copied?
                 }
                 None => {
-                    let now = place.0.join("source.ext4");
-                    alone(shared, &source.volume, |of| copy(of, &now))?;
-                    point(shared, "volume.after-source-copy");
-                    let copied = LoopVolume::create_copy(&place.data(), &now, file_bytes).map(drop);
-                    let _ = fs::remove_file(&now); // in nobody's way, and removed with the volume
-                    copied
+                    // Versions before copied to a file of its own first, and a kill may have left it.
+                    for name in ["source.ext4", "source.ext4.new"] {
+                        let _ = fs::remove_file(place.0.join(name));
+                    }
+                    alone(shared, &source.volume, |of| {
+                        let source = LoopVolume::open(&of.data()).map_err(|e| chain(&e))?;
+                        let copied = || point(shared, "volume.after-source-copy");
+                        Ok::<_, String>(source.fork(of.mounted()?.as_ref(), &place.data(), file_bytes, copied).map(drop))
+                    })?
                 }
             }
         }
@@ -252,14 +255,33 @@ pub fn disk(data_dir: &Path) -> Result<(u64, u64), String> {
     Ok((bytes(stat.blocks()), bytes(stat.blocks_available())))
 }
 
-/// Whether the disk has as much for a volume.
-pub fn room(data_dir: &Path, size_bytes: u64) -> Result<(), String> {
-    let (_, free) = disk(data_dir)?;
-    let for_volumes = free.saturating_sub(DISK_KEPT_BYTES);
-    if size_bytes <= for_volumes {
-        return Ok(());
-    }
-    Err(format!("{} GiB of disk are wanted, {} GiB are free for volumes", size_bytes.div_ceil(1 << 30), for_volumes >> 30))
+/// What the volume's file is to be.
+fn wanted(row: &VolumeRow, place: &Place) -> Wanted {
+    let header_bytes = if row.encrypted { HEADER_BYTES } else { 0 };
+    Wanted { file: place.data(), bytes: (u64::from(row.size_gb) << 30) + header_bytes }
+}
+
+fn take_up(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<Promise, String> {
+    shared.volumes.promises.take_up(&shared.config.data_dir, wanted(row, place))
+}
+
+/// All volumes that desired state has here.
+fn written(shared: &Shared) -> impl Iterator<Item = Wanted> {
+    let config = shared.view.current().config.clone();
+    let rows = config.volumes.values().filter(|row| row.host == shared.config.id && !config.volume_tombstones.contains_key(&row.id));
+    let all: Vec<Wanted> = rows.map(|row| wanted(row, &Place::of(&shared.config.data_dir, &row.id))).collect();
+    all.into_iter()
+}
+
+/// Whether the disk has as much for a volume that control is about to write down.
+pub fn offer(shared: &Shared, size_bytes: u64) -> Result<(), String> {
+    shared.volumes.promises.offer(&shared.config.data_dir, size_bytes, written(shared))
+}
+
+/// Room for a file that is no volume's, for as long as it is made.
+pub(crate) fn room_for(shared: &Shared, file: &Path, bytes: u64) -> Result<Promise, String> {
+    let wanted = Wanted { file: file.to_owned(), bytes };
+    shared.volumes.promises.begin(&shared.config.data_dir, wanted, written(shared))
 }
 
 /// How full it is.

@@ -291,6 +291,7 @@ pub async fn snapshot(
     Path((app, id)): Path<(AppName, VolumeId)>,
 ) -> Result<(StatusCode, Json<Snapshot>), Failure> {
     let row = load(&ctx, &app, &id).await?;
-    let made = hosts::reach(&ctx, &row.value.host)?.snapshot(&id, &SnapshotId::from_random(crate::keys::random())).await?;
+    let made = hosts::reach(&ctx, &row.value.host)?.snapshot(&id, &SnapshotId::from_random(crate::keys::random())).await;
+    let made = made.map_err(no_room)?;
     Ok((StatusCode::OK, Json(made.into())))
 }

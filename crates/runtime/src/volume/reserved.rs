@@ -94,6 +94,44 @@ impl LoopVolume {
         made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned(), encryption: None })
     }
 
+    /// A volume of its own, at least `file_bytes` long, that begins as what this one is in a moment. All its blocks are its own
+    /// before anything is copied, and the copy goes straight into them. A mounted volume is given as `mounted`, as for
+    /// [`snapshot`](Self::snapshot). `copied` is called while nobody writes to this one, and the other has no name yet.
+    pub fn fork(&self, mounted: Option<&MountedVolume>, path: &Path, file_bytes: u64, copied: impl FnOnce()) -> Result<Self> {
+        if path.exists() {
+            return Err(VolumeError::AlreadyExists(path.to_owned()));
+        }
+        let unfinished = unfinished(path);
+        let from = File::open(&self.path).map_err(failed("open", &self.path))?;
+        let length = from.metadata().map_err(failed("look at", &self.path))?.len();
+        let make = || {
+            let to = create_file(&unfinished)?;
+            reserve(&to, &unfinished, length.max(file_bytes))?;
+            self.copy_at_rest((&from, mounted), (&to, &unfinished), copied)?;
+            to.sync_all().map_err(failed("sync", &unfinished))?;
+            name_it(&unfinished, path)
+        };
+        made_or_removed(make(), &unfinished).map(|()| Self { path: path.to_owned(), encryption: None })
+    }
+
+    /// What is copied first is copied while writers go on; then they wait while what differs is copied again.
+    fn copy_at_rest(
+        &self,
+        (from, mounted): (&File, Option<&MountedVolume>),
+        (to, to_path): (&File, &Path),
+        copied: impl FnOnce(),
+    ) -> Result<()> {
+        copy(from, to, Compare::No).map_err(failed("copy", &self.path))?;
+        to.sync_data().map_err(failed("sync", to_path))?;
+        let frozen = mounted.map(MountedVolume::freeze).transpose()?;
+        if frozen.is_some() {
+            copy(from, to, Compare::Yes).map_err(failed("copy", &self.path))?;
+        }
+        copied();
+        drop(frozen);
+        Ok(())
+    }
+
     /// As [`create_copy`](Self::create_copy), with no more blocks than hold data.
     pub(crate) fn create_sparse_copy(path: &Path, source: &Path) -> Result<Self> {
         let unfinished = unfinished(path);
@@ -125,13 +163,7 @@ impl LoopVolume {
         let make = || {
             let to = create_file(&unfinished)?;
             to.set_len(length).map_err(failed("size", &unfinished))?;
-            copy(&from, &to, Compare::No).map_err(failed("copy", &self.path))?;
-            to.sync_data().map_err(failed("sync", &unfinished))?;
-            if let Some(mounted) = mounted {
-                let frozen = mounted.freeze()?;
-                copy(&from, &to, Compare::Yes).map_err(failed("copy", &self.path))?;
-                drop(frozen);
-            }
+            self.copy_at_rest((&from, mounted), (&to, &unfinished), || {})?;
             to.sync_all().map_err(failed("sync", &unfinished))?;
             name_it(&unfinished, path)
         };

@@ -160,6 +160,44 @@ fn a_reserved_volume_has_its_blocks_and_is_copied_with_what_is_in_it() {
     });
 }
 
+/// On a disk that has room for it, and not for a copy beside it.
+#[test]
+fn a_fork_takes_up_no_more_than_it_has() {
+    in_private_mounts(|file, at| {
+        let disk = LoopVolume::create(file, 5 * SIZE).expect("disk").mount(at).expect("mount");
+        let inside = file.with_file_name("inside");
+        std::fs::create_dir(&inside).expect("mount point");
+        let source = LoopVolume::create_reserved(&at.join("source.ext4"), 2 * SIZE).expect("source");
+        let mounted = source.mount(&inside).expect("mount");
+        let kept = vec![7_u8; 48 << 20];
+        std::fs::write(inside.join("kept"), &kept).expect("write");
+        let free = nix::sys::statvfs::statvfs(at).expect("ask").blocks_available() * nix::sys::statvfs::statvfs(at).expect("ask").fragment_size();
+        assert!((2 * SIZE..2 * SIZE + (48 << 20)).contains(&free), "{free}");
+        let names = || {
+            let mut names: Vec<_> = std::fs::read_dir(at).expect("list").map(|entry| entry.expect("entry").file_name()).collect();
+            names.sort();
+            names
+        };
+        // One that does not fit leaves nothing behind, and its source writable.
+        let too_large = source.fork(Some(&mounted), &at.join("large.ext4"), 4 * SIZE, || panic!("nothing is copied"));
+        assert!(matches!(too_large, Err(VolumeError::NoSpace { .. })), "{too_large:?}");
+        assert_eq!(names(), ["lost+found", "source.ext4"]);
+        let mut whole = None;
+        let fork = source.fork(Some(&mounted), &at.join("fork.ext4"), 2 * SIZE, || whole = Some(names())).expect("fork");
+        assert_eq!(whole.expect("it was told"), ["fork.ext4.new", "lost+found", "source.ext4"], "it has no name before it is whole");
+        assert_eq!(names(), ["fork.ext4", "lost+found", "source.ext4"]);
+        assert!(matches!(source.fork(Some(&mounted), fork.path(), SIZE, || {}), Err(VolumeError::AlreadyExists(_))));
+        std::fs::write(inside.join("kept"), b"changed later").expect("the freeze is over");
+        mounted.unmount().expect("unmount");
+        wait_until_unused(&source);
+        let mounted = fork.mount_ready(&inside).expect("mount the fork");
+        assert_eq!(std::fs::read(inside.join("kept")).expect("read"), kept);
+        mounted.unmount().expect("unmount");
+        wait_until_unused(&fork);
+        disk.unmount().expect("unmount the disk");
+    });
+}
+
 /// Ready refuses what something else holds, and what it cannot mend.
 #[test]
 fn a_volume_is_made_ready_only_when_nobody_has_it() {
