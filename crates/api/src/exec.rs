@@ -3,6 +3,9 @@
 //! Text messages are JSON: [`ExecAsk`] from the client, whose first is `start`, and [`ExecSay`] from the
 //! server, whose last is `exit` or `failed`. Binary messages are a channel's number and its bytes. Either
 //! side's going away ends the command.
+//!
+//! A command that does not read its input must still hear signals, which come behind it. So a client may ask to be told how
+//! much was taken (`tell_taken`), and then has no more under way than the window that `started` names.
 
 use crate::error::{ApiError, ErrorBody};
 use crate::host::WindowSize;
@@ -13,6 +16,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use std::io;
+use tokio::sync::watch;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Utf8Bytes};
@@ -34,6 +38,8 @@ pub enum ExecAsk {
     Signal { signal: String },
     /// The input is over.
     StdinEnd,
+    /// Say how much of the input was taken, from now on.
+    TellTaken,
 }
 
 /// What to run: a command, or a transfer.
@@ -64,7 +70,13 @@ pub struct ExecStart {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "type")]
 pub enum ExecSay {
-    Started,
+    /// So many bytes of input the server takes in while the command reads nothing. Zero: it does not say what was taken.
+    Started {
+        #[serde(default)]
+        stdin_window: u64,
+    },
+    /// So many bytes of input, from the beginning, were handed on.
+    Taken { bytes: u64 },
     /// Exit code, or 128 + signal.
     Exit { exit_code: i32 },
     Failed(ErrorBody),
@@ -88,11 +100,25 @@ pub enum ExecEvent {
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
+/// What the server has said of the input.
+#[derive(Debug, Clone, Copy, Default)]
+struct Flow {
+    window: u64,
+    taken: u64,
+}
+
 /// The client's sending half.
-pub struct ExecInput(stream::SplitSink<Socket, Message>);
+pub struct ExecInput {
+    to: stream::SplitSink<Socket, Message>,
+    sent: u64,
+    flow: watch::Receiver<Flow>,
+}
 
 /// The client's receiving half.
-pub struct ExecEvents(stream::SplitStream<Socket>);
+pub struct ExecEvents {
+    from: stream::SplitStream<Socket>,
+    flow: watch::Sender<Flow>,
+}
 
 pub(crate) async fn open(upgraded: Upgraded) -> (ExecInput, ExecEvents) {
     let config = WebSocketConfig::default()
@@ -100,7 +126,8 @@ pub(crate) async fn open(upgraded: Upgraded) -> (ExecInput, ExecEvents) {
         .max_frame_size(Some(MAX_MESSAGE_BYTES));
     let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Client, Some(config)).await;
     let (to, from) = socket.split();
-    (ExecInput(to), ExecEvents(from))
+    let (said, flow) = watch::channel(Flow::default());
+    (ExecInput { to, sent: 0, flow }, ExecEvents { from, flow: said })
 }
 
 fn broken(error: Error) -> ApiError {
@@ -111,21 +138,35 @@ fn broken(error: Error) -> ApiError {
 }
 
 impl ExecInput {
+    /// After `started`: from here on [`room`](Self::room) waits for a command that does not read, where the server says what
+    /// was taken.
+    pub async fn keep_to_window(&mut self) -> Result<(), ApiError> {
+        if self.flow.borrow().window > 0 { self.ask(&ExecAsk::TellTaken).await } else { Ok(()) }
+    }
+
+    /// Returns when a chunk of input may be sent without being in the way of signals that come behind it.
+    pub async fn room(&self) {
+        let sent = self.sent;
+        let has_room = |flow: &Flow| flow.window == 0 || sent.saturating_sub(flow.taken) < flow.window;
+        let _ = self.flow.clone().wait_for(has_room).await; // nobody hears the server any more: then sending says so
+    }
+
     pub async fn stdin(&mut self, bytes: &[u8]) -> Result<(), ApiError> {
         for chunk in bytes.chunks(CHUNK_BYTES) {
-            self.0.send(Message::Binary(channel(STDIN, chunk))).await.map_err(broken)?;
+            self.to.send(Message::Binary(channel(STDIN, chunk))).await.map_err(broken)?;
+            self.sent += chunk.len() as u64;
         }
         Ok(())
     }
 
     pub async fn ask(&mut self, ask: &ExecAsk) -> Result<(), ApiError> {
         let text = serde_json::to_string(ask).map_err(|e| ApiError::BadAnswer(e.to_string()))?;
-        self.0.send(Message::Text(Utf8Bytes::from(text))).await.map_err(broken)
+        self.to.send(Message::Text(Utf8Bytes::from(text))).await.map_err(broken)
     }
 
     /// Says that somebody is here, while the other half may wait for its reader.
     pub async fn ping(&mut self) -> Result<(), ApiError> {
-        self.0.send(Message::Ping(Bytes::new())).await.map_err(broken)
+        self.to.send(Message::Ping(Bytes::new())).await.map_err(broken)
     }
 }
 
@@ -133,11 +174,18 @@ impl ExecEvents {
     /// `None` when the server has gone.
     pub async fn next(&mut self) -> Result<Option<ExecEvent>, ApiError> {
         loop {
-            match self.0.next().await.transpose().map_err(broken)? {
+            match self.from.next().await.transpose().map_err(broken)? {
                 None | Some(Message::Close(_)) => return Ok(None),
                 Some(Message::Text(text)) => {
-                    let say = serde_json::from_str(&text).map_err(|e| ApiError::BadAnswer(e.to_string()))?;
-                    return Ok(Some(ExecEvent::Say(say)));
+                    match serde_json::from_str(&text).map_err(|e| ApiError::BadAnswer(e.to_string()))? {
+                        ExecSay::Taken { bytes } => self.flow.send_modify(|flow| flow.taken = bytes),
+                        say => {
+                            if let ExecSay::Started { stdin_window } = say {
+                                self.flow.send_modify(|flow| flow.window = stdin_window);
+                            }
+                            return Ok(Some(ExecEvent::Say(say)));
+                        }
+                    }
                 }
                 Some(Message::Binary(bytes)) => match bytes.first() {
                     Some(&STDOUT) => return Ok(Some(ExecEvent::Stdout(bytes.slice(1..)))),
@@ -147,5 +195,24 @@ impl ExecEvents {
                 Some(_) => {}
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Clients and servers of releases before know nothing of windows.
+    #[test]
+    fn what_is_new_is_none_of_the_others_concern() {
+        #[derive(Debug, PartialEq, Deserialize)]
+        #[serde(rename_all = "snake_case", tag = "type")]
+        enum Before {
+            Started,
+        }
+        let started = serde_json::to_string(&ExecSay::Started { stdin_window: 7 }).unwrap();
+        assert_eq!(serde_json::from_str::<Before>(&started).unwrap(), Before::Started);
+        let started: ExecSay = serde_json::from_str("{\"type\":\"started\"}").unwrap();
+        assert_eq!(started, ExecSay::Started { stdin_window: 0 });
     }
 }

@@ -88,7 +88,10 @@ pub async fn open(session: &Session, app: &AppName, id: &MachineId, start: ExecS
     let (mut input, mut events) = session.client.exec(&format!("/v1/apps/{app}/machines/{id}/exec/stream")).await?;
     input.ask(&ExecAsk::Start(start)).await?;
     match events.next().await? {
-        Some(ExecEvent::Say(ExecSay::Started)) => Ok((input, events)),
+        Some(ExecEvent::Say(ExecSay::Started { .. })) => {
+            input.keep_to_window().await?;
+            Ok((input, events))
+        }
         Some(ExecEvent::Say(ExecSay::Failed(body))) => {
             let error = failed(body);
             Err(if error.hint.is_none() { error.hint(hint) } else { error })
@@ -132,7 +135,7 @@ async fn listen(mut events: ExecEvents, sink: mpsc::Sender<(u8, Bytes)>) -> Resu
             Some(ExecEvent::Stderr(bytes)) => (STDERR, bytes),
             Some(ExecEvent::Say(ExecSay::Exit { exit_code })) => return Ok(Ended::Exited(exit_code)),
             Some(ExecEvent::Say(ExecSay::Failed(body))) => return Err(failed(body)),
-            Some(ExecEvent::Say(ExecSay::Started)) => continue,
+            Some(ExecEvent::Say(ExecSay::Started { .. } | ExecSay::Taken { .. })) => continue,
             None => return Err(gone()),
         };
         if sink.send(chunk).await.is_err() {
@@ -141,15 +144,20 @@ async fn listen(mut events: ExecEvents, sink: mpsc::Sender<(u8, Bytes)>) -> Resu
     }
 }
 
+/// Input waits here while the command reads none: sent, it would be in the way of signals.
 /// Returns only when nothing more can be sent; the other way then says how it ended, if it hears it.
 async fn speak(mut input: ExecInput, mut source: mpsc::Receiver<Vec<u8>>, mut signals: Signals) -> CliError {
     let mut pings = tokio::time::interval(PING_EVERY);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut open = true;
+    let (mut open, mut next) = (true, None::<Vec<u8>>);
     loop {
         let sent = tokio::select! {
-            bytes = source.recv(), if open => match bytes {
-                Some(bytes) => input.stdin(&bytes).await,
+            () = input.room(), if next.is_some() => input.stdin(&next.take().unwrap_or_default()).await,
+            bytes = source.recv(), if open && next.is_none() => match bytes {
+                Some(bytes) => {
+                    next = Some(bytes);
+                    continue;
+                }
                 None => {
                     open = false;
                     input.ask(&ExecAsk::StdinEnd).await

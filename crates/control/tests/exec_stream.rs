@@ -39,7 +39,7 @@ async fn both_ways_and_the_exit_code() {
     let tty = Some(WindowSize { rows: 5, columns: 6 });
     input.ask(&ExecAsk::Start(ExecStart { tty, ..start(&["echo", "a b"]) })).await.unwrap();
     let mut said = async |wanted: ExecEvent| assert_eq!(events.next().await.unwrap(), Some(wanted));
-    said(ExecEvent::Say(ExecSay::Started)).await;
+    said(ExecEvent::Say(ExecSay::Started { stdin_window: 512 * 1024 })).await;
     said(ExecEvent::Stdout("echo|a b".into())).await;
     said(ExecEvent::Stderr("WindowSize { rows: 5, columns: 6 }".into())).await;
     input.ask(&ExecAsk::Resize(WindowSize { rows: u16::MAX, columns: 9 })).await.unwrap();
@@ -54,6 +54,46 @@ async fn both_ways_and_the_exit_code() {
     world.control.shutdown().await;
 }
 
+/// A command that reads nothing hears signals and sizes all the same, whatever was typed at it before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_does_not_read_hears_what_it_is_told() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    let path = deployed(&world).await;
+    let client = client(world.control.root_router(), None).await;
+    let within = std::time::Duration::from_secs(20);
+    let (mut input, mut events) = client.exec(&path).await.unwrap();
+    input.ask(&ExecAsk::Start(start(&["deaf"]))).await.unwrap();
+    assert!(matches!(events.next().await.unwrap(), Some(ExecEvent::Say(ExecSay::Started { .. }))));
+    input.keep_to_window().await.unwrap();
+    let (heard, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let listener = tokio::spawn(async move {
+        while let Ok(Some(event)) = events.next().await {
+            heard.send(event).unwrap();
+        }
+    });
+    let mut sent = 0;
+    while tokio::time::timeout(std::time::Duration::from_millis(500), input.room()).await.is_ok() {
+        tokio::time::timeout(within, input.stdin(&[b'x'; 16 * 1024])).await.expect("the server takes in what it has a window for").unwrap();
+        sent += 16;
+    }
+    assert!((512..2048).contains(&sent), "{sent} KiB");
+    input.ask(&ExecAsk::Resize(WindowSize { rows: 8, columns: 9 })).await.unwrap();
+    input.ask(&ExecAsk::Signal { signal: "SIGINT".into() }).await.unwrap();
+    let mut said = String::new();
+    while !said.contains("SIGINT") {
+        let event = tokio::time::timeout(within, told.recv()).await.expect("it is told").expect("it has not ended");
+        if let ExecEvent::Stderr(bytes) = event {
+            said += &String::from_utf8_lossy(&bytes);
+        }
+    }
+    assert!(said.contains("Resize(WindowSize { rows: 8, columns: 9 })"), "{said}");
+    drop(input);
+    listener.abort();
+    world.eventually("it has ended", async || world.host.sessions_ended.load(Ordering::Relaxed) == 1).await;
+    world.control.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_goes_away_ends_its_command() {
     let data = tempfile::tempdir().unwrap();
@@ -62,7 +102,7 @@ async fn a_client_that_goes_away_ends_its_command() {
     let client = client(world.control.root_router(), None).await;
     let (mut input, mut events) = client.exec(&path).await.unwrap();
     input.ask(&ExecAsk::Start(start(&["sleep"]))).await.unwrap();
-    assert_eq!(events.next().await.unwrap(), Some(ExecEvent::Say(ExecSay::Started)));
+    assert!(matches!(events.next().await.unwrap(), Some(ExecEvent::Say(ExecSay::Started { .. }))));
     assert_eq!(world.host.sessions_ended.load(Ordering::Relaxed), 0);
     drop((input, events));
     world.eventually("it has ended", async || world.host.sessions_ended.load(Ordering::Relaxed) == 1).await;

@@ -6,8 +6,8 @@ use crate::owners::Owners;
 use axum::extract::ws::{Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
 use axum::extract::{Extension, Path};
 use axum::response::Response;
-use bytes::Bytes;
-use dunlin_api::exec::{ExecAsk, ExecSay, ExecStart, MAX_MESSAGE_BYTES, STDERR, STDIN, STDOUT, channel};
+use bytes::{Bytes, BytesMut};
+use dunlin_api::exec::{CHUNK_BYTES, ExecAsk, ExecSay, ExecStart, MAX_MESSAGE_BYTES, STDERR, STDIN, STDOUT, channel};
 use dunlin_api::{
     ErrorBody, ExecControl, ExecOutput, ExecProgram, ExecRequest, ExecSession, ExecStdin, Refusal, WindowSize,
 };
@@ -16,8 +16,8 @@ use dunlin_model::{AppName, MachineId};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, timeout};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, timeout, timeout_at};
 
 /// Once it is connected a client says at once what it wants.
 const START_WITHIN: Duration = Duration::from_secs(10);
@@ -30,6 +30,10 @@ const IDLE_MS: u64 = 4 * 3600 * 1000;
 const MAX_TIMEOUT_S: u64 = 24 * 3600;
 /// How long the last words wait for the client to hang up.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+/// Input that a command has not read and that we hold for it, so that signals behind it are heard.
+const STDIN_WINDOW_BYTES: u64 = 512 * 1024;
+/// A client that keeps to the window is always heard: it may be one message beyond.
+const HELD_BYTES: usize = STDIN_WINDOW_BYTES as usize + MAX_MESSAGE_BYTES;
 /// A terminal's sides: more is a mistake, and some programs reserve room for each cell.
 const MAX_SIDE: u16 = 4096;
 
@@ -138,20 +142,22 @@ type To = SplitSink<WebSocket, Message>;
 /// Returns how it ended, for the audit.
 async fn carry(session: ExecSession, to: &mut To, from: &mut SplitStream<WebSocket>) -> String {
     let ExecSession { mut output, stdin, control } = session;
-    if say(to, &ExecSay::Started).await.is_err() {
+    if say(to, &ExecSay::Started { stdin_window: STDIN_WINDOW_BYTES }).await.is_err() {
         return "the client went away".into();
     }
     // Each must go on while the other waits: a command that echoes stops reading when it is not read.
+    let (taken, tell_taken) = watch::channel(None);
+    let input = Input { to: stdin, waiting: BytesMut::new(), is_over: false, taken: 0, tell: taken };
     let ended = tokio::select! {
-        why = listen(from, stdin, &control) => Err(why),
-        ended = speak(&mut output, to) => ended,
+        why = listen(from, input, &control) => Err(why),
+        ended = speak(&mut output, tell_taken, to) => ended,
     };
     match ended {
         Ok(last) => {
             let outcome = match &last {
                 ExecSay::Exit { exit_code } => format!("exit code {exit_code}"),
                 ExecSay::Failed(body) => body.error.clone(),
-                ExecSay::Started => "started".into(),
+                ExecSay::Started { .. } | ExecSay::Taken { .. } => "started".into(),
             };
             finish(to, from, &last).await;
             outcome
@@ -160,7 +166,11 @@ async fn carry(session: ExecSession, to: &mut To, from: &mut SplitStream<WebSock
     }
 }
 
-async fn speak(output: &mut mpsc::Receiver<ExecOutput>, to: &mut To) -> Result<ExecSay, String> {
+async fn speak(
+    output: &mut mpsc::Receiver<ExecOutput>,
+    mut taken: watch::Receiver<Option<u64>>,
+    to: &mut To,
+) -> Result<ExecSay, String> {
     let mut pings = tokio::time::interval(PING_EVERY);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -172,6 +182,10 @@ async fn speak(output: &mut mpsc::Receiver<ExecOutput>, to: &mut To) -> Result<E
                 Some(ExecOutput::Failed(why)) => return Ok(failed(why)),
                 None => return Ok(failed("what the command said was not read in time".into())),
             },
+            Ok(()) = taken.changed() => {
+                let Some(bytes) = *taken.borrow_and_update() else { continue };
+                text(&ExecSay::Taken { bytes }).map_err(|error| error.to_string())?
+            }
             _ = pings.tick() => Message::Ping(Bytes::new()),
         };
         to.send(message).await.map_err(|_| "the client went away".to_owned())?;
@@ -183,31 +197,84 @@ fn failed(why: String) -> ExecSay {
     ExecSay::Failed(ErrorBody { error: message, status: code, hint, request_id: None })
 }
 
-/// Until the client is gone; returns why.
-async fn listen(
-    from: &mut SplitStream<WebSocket>,
-    mut stdin: Option<mpsc::Sender<Bytes>>,
-    control: &mpsc::Sender<ExecControl>,
-) -> String {
-    loop {
-        let message = match timeout(SILENT_FOR, from.next()).await {
-            Ok(Some(Ok(message))) => message,
-            Ok(_) => return "the client went away".into(),
-            Err(_) => return format!("the client was silent for {} s", SILENT_FOR.as_secs()),
+/// The command's input on its way to it.
+struct Input {
+    /// `None`: it is over, or the command takes no more.
+    to: Option<mpsc::Sender<Bytes>>,
+    waiting: BytesMut,
+    is_over: bool,
+    taken: u64,
+    /// Something, if the client wants to know.
+    tell: watch::Sender<Option<u64>>,
+}
+
+impl Input {
+    fn push(&mut self, bytes: &[u8]) {
+        match self.to {
+            Some(_) => self.waiting.extend_from_slice(bytes),
+            None => self.took(bytes.len()),
+        }
+    }
+
+    /// Hands on a part of what waits, once the command has room for it. Whoever stops waiting loses nothing.
+    async fn feed(&mut self) {
+        let Some(to) = &self.to else { return };
+        let length = self.waiting.len().min(CHUNK_BYTES);
+        let Ok(place) = to.reserve().await else {
+            self.to = None; // it takes no more
+            let length = self.waiting.len();
+            self.waiting.clear();
+            return self.took(length);
         };
+        place.send(self.waiting.split_to(length).freeze());
+        self.took(length);
+        self.end_if_over();
+    }
+
+    fn end(&mut self) {
+        self.is_over = true;
+        self.end_if_over();
+    }
+
+    fn end_if_over(&mut self) {
+        if self.is_over && self.waiting.is_empty() {
+            self.to = None;
+        }
+    }
+
+    fn took(&mut self, length: usize) {
+        self.taken += length as u64;
+        if self.tell.borrow().is_some() {
+            self.tell_taken();
+        }
+    }
+
+    fn tell_taken(&mut self) {
+        self.tell.send_replace(Some(self.taken));
+    }
+}
+
+/// Until the client is gone; returns why. What the command does not read yet is held, so that what comes behind it is heard.
+async fn listen(from: &mut SplitStream<WebSocket>, mut input: Input, control: &mpsc::Sender<ExecControl>) -> String {
+    let mut silent_at = Instant::now() + SILENT_FOR;
+    loop {
+        let message = tokio::select! {
+            () = input.feed(), if !input.waiting.is_empty() => continue,
+            message = timeout_at(silent_at.into(), from.next()), if input.waiting.len() <= HELD_BYTES => match message {
+                Ok(Some(Ok(message))) => message,
+                Ok(_) => return "the client went away".into(),
+                Err(_) => return format!("the client was silent for {} s", SILENT_FOR.as_secs()),
+            },
+        };
+        silent_at = Instant::now() + SILENT_FOR;
         match message {
-            Message::Binary(bytes) if bytes.first() == Some(&STDIN) => {
-                if let Some(open) = &stdin
-                    && open.send(bytes.slice(1..)).await.is_err()
-                {
-                    stdin = None; // it takes no more
-                }
-            }
+            Message::Binary(bytes) if bytes.first() == Some(&STDIN) => input.push(&bytes[1..]),
             Message::Text(text) => match serde_json::from_str(&text) {
                 // Refused only by a command that has ended, whose end the client hears next.
                 Ok(ExecAsk::Resize(size)) => drop(control.send(ExecControl::Resize(bounded(size))).await),
                 Ok(ExecAsk::Signal { signal }) => drop(control.send(ExecControl::Signal(signal)).await),
-                Ok(ExecAsk::StdinEnd) => stdin = None,
+                Ok(ExecAsk::StdinEnd) => input.end(),
+                Ok(ExecAsk::TellTaken) => input.tell_taken(),
                 Ok(ExecAsk::Start(_)) | Err(_) => return "the client sent what no session understands".into(),
             },
             Message::Close(_) => return "the client hung up".into(),
@@ -218,8 +285,11 @@ async fn listen(
 }
 
 async fn say(to: &mut To, say: &ExecSay) -> Result<(), axum::Error> {
-    let text = serde_json::to_string(say).map_err(axum::Error::new)?;
-    to.send(Message::Text(Utf8Bytes::from(text))).await
+    to.send(text(say)?).await
+}
+
+fn text(say: &ExecSay) -> Result<Message, axum::Error> {
+    Ok(Message::Text(Utf8Bytes::from(serde_json::to_string(say).map_err(axum::Error::new)?)))
 }
 
 /// The last word. What the client still sends is read, or the kernel could take the word back with a reset.

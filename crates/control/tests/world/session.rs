@@ -20,13 +20,14 @@ pub async fn begin(request: &ExecRequest, ended: Arc<AtomicUsize>) -> Result<Exe
     sender.send(ExecOutput::Stdout(said.into())).await.unwrap();
     sender.send(ExecOutput::Stderr(request.tty.map_or("warned".into(), |size| format!("{size:?}").into()))).await.unwrap();
     let stdin = (request.stdin == ExecStdin::Open).then_some(stdin);
+    let reads = !matches!(&request.program, ExecProgram::Command(command) if command[0] == "deaf");
     tokio::spawn(async move {
         loop {
             tokio::select! {
                 Some(control) = controls.recv() => {
                     sender.send(ExecOutput::Stderr(format!("{control:?}").into())).await.unwrap();
                 }
-                bytes = typed.recv() => match bytes {
+                bytes = typed.recv(), if reads => match bytes {
                     Some(bytes) => sender.send(ExecOutput::Stdout(bytes)).await.unwrap(),
                     None => break,
                 },
