@@ -19,7 +19,7 @@ use crate::live::{News, View};
 use crate::member::now_ms;
 use crate::status::{ComparedStatus, GossipCounts, LogScope, LogStatus, Silenced};
 use crate::tls::Tls;
-use dunlin_gossip::{Addr, Certificate, Event, Input, Key, Name, Node, Now, OriginId, Output, Peer, Realm, Row};
+use dunlin_gossip::{Addr, Certificate, Event, Input, Name, Node, Now, OriginId, Output, Peer, Realm, Row};
 use dunlin_model::{AppName, Generation, HostId, Region};
 use dunlin_view::{ConfigState, Freshness};
 use ed25519_dalek::SigningKey;

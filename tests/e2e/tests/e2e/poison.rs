@@ -27,8 +27,8 @@ pub fn spread_from(host: &Path, carrier: &Path, reserved_mb: u64) -> u64 {
     let rows = node.catalogue().log(origin).unwrap().rows().filter(|row| !row.is_dead());
     let mut changes: Vec<Change> = rows.filter_map(|row| {
         let body = row.body()?;
-        let value = if row.key().as_bytes() == b"host" { with_reserved(body.value, reserved_mb) } else { body.value.to_vec() };
-        Some(change(row.key().as_bytes(), Topic::new(body.topic).unwrap(), value))
+        let value = if row.key() == b"host" { with_reserved(body.value, reserved_mb) } else { body.value.to_vec() };
+        Some(change(row.key(), Topic::new(body.topic).unwrap(), value))
     }).collect();
     let bad = bad_rows(member.host.as_str());
     let count = bad.len() as u64;
@@ -52,7 +52,7 @@ pub fn spread_desired_of(control: &Path, carrier: &Path, app: &str) -> u64 {
 
     let rows = node.catalogue().log(origin).unwrap().rows().filter(|row| !row.is_dead());
     let mut rows: BTreeMap<String, Vec<u8>> = rows.filter_map(|row| {
-        let key = String::from_utf8(row.key().as_bytes().to_vec()).ok()?;
+        let key = String::from_utf8(row.key().to_vec()).ok()?;
         Some((key, row.body()?.value.to_vec()))
     }).collect();
     let mut at: Value = serde_json::from_slice(&rows.remove("at").expect("it is whole")).unwrap();

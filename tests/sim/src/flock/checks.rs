@@ -43,7 +43,7 @@ impl Checks {
         }
         for row in rows {
             match row.is_dead() {
-                true => drop(seen.rows.remove(row.key())),
+                true => drop(seen.rows.remove(&row.key_of_its_own())),
                 false => drop(seen.rows.insert(row.key_of_its_own(), row)),
             }
         }

@@ -112,9 +112,9 @@ impl World {
             let Some(truth) = node.catalogue().log(id) else {
                 return self.checks.fail(|| format!("process {writer} speaks and has published nothing"));
             };
-            let live: Vec<(&Key, Vec<u8>)> =
+            let live: Vec<(&[u8], Vec<u8>)> =
                 truth.rows().filter(|row| !row.is_dead()).map(|row| (row.key(), row.body().map(|body| body.value.to_vec()).unwrap_or_default())).collect();
-            let wanted: Vec<(&Key, Vec<u8>)> = self.processes[writer].facts.iter().map(|(key, value)| (key, value.clone())).collect();
+            let wanted: Vec<(&[u8], Vec<u8>)> = self.processes[writer].facts.iter().map(|(key, value)| (key.as_bytes(), value.clone())).collect();
             if live != wanted {
                 return self.checks.fail(|| format!("host {host} has {} facts and publishes {} rows", wanted.len(), live.len()));
             }
