@@ -4,7 +4,7 @@ mod common;
 
 use common::{assignment, exit, order, sized, version, waking};
 use dunlin_machine::{Alive, Deny, Effect, Event, Machine, Order, UNCONFIRMED, Verb, backoff_ms};
-use dunlin_model::{Generation, MachineState as S};
+use dunlin_model::{EventKind as E, Generation, MachineState as S};
 
 const STOP: Verb = Verb::Stop { signal: None, timeout_ms: None };
 const GONE: Alive = Alive { attempt: None, stopping: false, frozen: false, exit: None, rebooted: false };
@@ -169,6 +169,37 @@ fn an_update_of_a_running_machine_exchanges_it() {
         [Effect::Journal, Effect::CleanUp { attempt: 1 }, Effect::Spawn { attempt: 2 }, Effect::Publish]
     ));
     assert_eq!(machine.record().version(), &version(2));
+}
+
+/// How long a machine has run clients count from the last start that came after its last exit.
+#[test]
+fn what_starts_again_is_told_after_the_exit() {
+    let told = |machine: &Machine| machine.record().events.iter().map(|event| event.kind).collect::<Vec<_>>();
+    let mut restarted = started("no", 0);
+    restarted.handle(Event::Ordered(order(2, RESTART)), 1);
+    restarted.handle(Event::Exited(exit(1, 0, 2)), 2);
+    assert_eq!(told(&restarted), [E::Launch, E::Start, E::Restart, E::Exit, E::Start]);
+    let mut updated = started("no", 0);
+    updated.handle(Event::Assigned(Box::new(assignment(2, "no", 0))), 1);
+    updated.handle(prepared(2), 2);
+    updated.handle(Event::Exited(exit(1, 0, 3)), 3);
+    assert_eq!(told(&updated), [E::Launch, E::Start, E::Update, E::Exit, E::Start]);
+    // Another version comes between two tries.
+    let mut failed = started("always", 0);
+    failed.handle(Event::Exited(exit(1, 1, 1)), 1);
+    failed.handle(Event::Assigned(Box::new(assignment(2, "always", 0))), 2);
+    failed.handle(prepared(2), 3);
+    assert_eq!(failed.record().state, S::Starting);
+    assert_eq!(told(&failed), [E::Launch, E::Start, E::Exit, E::Update, E::Start]);
+    // One that only waits has not been started.
+    let mut waits = Machine::from_record(started("always", 0).record().clone());
+    waits.handle(Event::Recovered(BOOTED), 1);
+    waits.handle(Event::Assigned(Box::new(assignment(2, "always", 0))), 2);
+    waits.handle(prepared(2), 3);
+    assert_eq!(waits.record().state, S::Restarting);
+    assert_eq!(told(&waits), [E::Launch, E::Start, E::Update]);
+    waits.handle(Event::PlacementConfirmed, 4);
+    assert_eq!(told(&waits), [E::Launch, E::Start, E::Update, E::Start]);
 }
 
 #[test]

@@ -1,9 +1,15 @@
 //! From what a host is asked to run to Fly's JSON, and what happened on it.
 
 use super::rfc3339;
-use dunlin_model::{Check, CheckKind, MachineEvent, MachineSpec, RestartWhen, Service};
+use dunlin_model::{Check, CheckKind, ExitInfo, MachineEvent, MachineSpec, MachineState, RestartWhen, Service};
 use dunlin_model::config::units::format_duration_ms;
 use serde_json::{Map, Value, json};
+
+/// As a shell has it of what a signal ended.
+const BY_SIGNAL: i32 = 128;
+const KILLED: i32 = BY_SIGNAL + 9;
+/// As a shell has it of what it could not run.
+const NOT_RUN: i32 = 126;
 
 /// The configuration of a machine that a release made: nobody wrote it in this form.
 pub(crate) fn show(spec: &MachineSpec, domain: &str) -> Value {
@@ -132,14 +138,16 @@ fn event(event: &MachineEvent) -> Value {
         shown["request_id"] = json!(id);
     }
     if let Some(exit) = &event.exit {
+        let code = exit_code(exit);
         shown["request"] = json!({
             "exit_event": {
-                "exit_code": exit.exit_code,
-                "guest_exit_code": exit.exit_code,
+                "exit_code": code,
+                "guest_exit_code": code,
                 "guest_signal": exit.signal,
                 "signal": exit.signal,
                 "oom_killed": exit.oom_killed,
                 "requested_stop": exit.requested_stop,
+                "restarting": matches!(event.status, MachineState::Starting | MachineState::Restarting),
                 "exited_at": rfc3339(exit.at_ms),
                 "error": exit.error,
             },
@@ -147,4 +155,14 @@ fn event(event: &MachineEvent) -> Value {
         });
     }
     shown
+}
+
+/// Always a number: Fly's clients read 0 where there is none, and take the machine for one that succeeded.
+fn exit_code(exit: &ExitInfo) -> i32 {
+    match (exit.exit_code, exit.signal) {
+        (Some(code), _) => code,
+        (None, Some(signal)) => BY_SIGNAL + signal,
+        (None, None) if exit.oom_killed => KILLED,
+        (None, None) => NOT_RUN,
+    }
 }

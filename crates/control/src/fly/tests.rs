@@ -1,6 +1,9 @@
 use super::read::Named;
-use super::{read, show};
-use dunlin_model::{AutoStop, CheckKind, Condition, CpuKind, ImageRef, MachineField, MachineSpec, MachineVersion, Probe, RestartWhen};
+use super::{events, read, show};
+use dunlin_model::{
+    AutoStop, CheckKind, Condition, CpuKind, EventKind, ExitInfo, ImageRef, MachineEvent, MachineField, MachineSpec, MachineState, MachineVersion, Probe,
+    RestartWhen, Source,
+};
 use serde_json::{Value, json};
 
 fn spec(config: Value) -> MachineSpec {
@@ -284,4 +287,32 @@ fn a_temporary_directory_is_that_of_one_container() {
     refused(with(work("/work"), work("/work")), "mounted twice");
     let twice = json!([{ "name": "work", "path": "/a" }, { "name": "work", "path": "/a/b" }]);
     refused(with(twice, json!([])), "config.containers[0].mounts[1].path");
+}
+
+/// Fly's Go client has no null: what is not said is 0, and 0 is success.
+#[test]
+fn an_exit_is_told_in_numbers() {
+    let quiet = ExitInfo { attempt: 1, exit_code: None, signal: None, oom_killed: false, requested_stop: false, at_ms: 0, error: None };
+    let told = |exit: ExitInfo, status| {
+        let event = MachineEvent { id: 1, kind: EventKind::Exit, status, source: Source::Host, at_ms: 0, exit: Some(exit), restarts: 2, request_id: None };
+        events(&[event])[0]["request"].clone()
+    };
+    let code = |exit: ExitInfo, code: i32| {
+        let told = told(exit.clone(), MachineState::Failed);
+        let exit_event = &told["exit_event"];
+        assert_eq!((&exit_event["exit_code"], &exit_event["guest_exit_code"]), (&json!(code), &json!(code)), "{exit:?}");
+        assert_eq!((&exit_event["signal"], &exit_event["oom_killed"]), (&json!(exit.signal), &json!(exit.oom_killed)));
+    };
+    code(ExitInfo { exit_code: Some(0), ..quiet.clone() }, 0);
+    code(ExitInfo { exit_code: Some(3), ..quiet.clone() }, 3);
+    code(ExitInfo { signal: Some(15), ..quiet.clone() }, 143);
+    code(ExitInfo { signal: Some(9), oom_killed: true, ..quiet.clone() }, 137);
+    code(ExitInfo { oom_killed: true, ..quiet.clone() }, 137);
+    code(ExitInfo { error: Some("no such file".into()), ..quiet.clone() }, 126);
+    for (status, restarting) in [
+        (MachineState::Restarting, true), (MachineState::Starting, true), (MachineState::Stopped, false), (MachineState::Failed, false),
+    ] {
+        let told = told(quiet.clone(), status);
+        assert_eq!((&told["exit_event"]["restarting"], &told["restart_count"]), (&json!(restarting), &json!(2)), "{status:?}");
+    }
 }

@@ -106,8 +106,7 @@ func machines(ctx context.Context, client *flaps.Client) {
 	if machine.ImageRef.Digest == "" || net.ParseIP(machine.PrivateIP) == nil || machine.GetLatestEventOfType("launch") == nil {
 		log.Fatalf("%+v", machine)
 	}
-	_, err = machine.MostRecentStartTimeAfterLaunch()
-	must(err)
+	runs(ctx, client, id)
 
 	all, err := client.List(ctx, "gofly", "")
 	must(err)
@@ -142,6 +141,7 @@ func machines(ctx context.Context, client *flaps.Client) {
 	is(updated.ID, id)
 	is(updated.InstanceID != made.InstanceID, true)
 	must(client.Wait(ctx, "gofly", updated, "started", time.Minute))
+	runs(ctx, client, id)
 	is(get(ctx, client, id).Config.Env["A"], "c")
 	// What a client read it may send back.
 	same := get(ctx, client, id)
@@ -160,12 +160,19 @@ func machines(ctx context.Context, client *flaps.Client) {
 	exit := get(ctx, client, id).GetLatestEventOfType("exit")
 	is(exit.Request.ExitEvent.RequestedStop, true)
 	is(exit.Request.ExitEvent.Signal, 9)
+	is(exit.Request.ExitEvent.Restarting, false)
+	code, err := exit.Request.GetExitCode()
+	must(err)
+	is(code, 137)
 	_, err = client.Start(ctx, "gofly", id, "")
 	must(err)
 	must(client.Wait(ctx, "gofly", again, "started", time.Minute))
 	must(client.Restart(ctx, "gofly", fly.RestartMachineInput{ID: id, ForceStop: true, Timeout: 5 * time.Second, Signal: "SIGUSR1"}, ""))
 	must(client.Wait(ctx, "gofly", again, "started", time.Minute))
+	runs(ctx, client, id)
+	is(get(ctx, client, id).GetLatestEventOfType("exit").Request.ExitEvent.RequestedStop, true)
 	must(client.Kill(ctx, "gofly", id))
+	crashes(ctx, client)
 
 	bad := config("d")
 	bad.Guest.CPUKind = "borrowed"
@@ -187,6 +194,38 @@ func machines(ctx context.Context, client *flaps.Client) {
 	refused(client.Destroy(ctx, "gofly", fly.RemoveMachineInput{ID: asleep.ID, Kill: true}, ""), 409)
 	must(client.Destroy(ctx, "gofly", fly.RemoveMachineInput{ID: asleep.ID, Kill: true}, asleep.LeaseNonce))
 	must(client.Wait(ctx, "gofly", asleep, "destroyed", time.Minute))
+}
+
+// By its events it was started after its last exit, which flyctl waits for.
+func runs(ctx context.Context, client *flaps.Client, id string) {
+	if _, err := get(ctx, client, id).MostRecentStartTimeAfterLaunch(); err != nil {
+		log.Output(2, err.Error())
+		failed = true
+	}
+}
+
+// What flyctl asks of a machine that it has deployed: whether it does nothing but crash.
+func crashes(ctx context.Context, client *flaps.Client) {
+	bad := config("x")
+	bad.Services, bad.Checks = nil, nil
+	bad.Init.Exec = []string{"/bin/sh", "-c", "exit 3"}
+	bad.Restart = &fly.MachineRestart{Policy: fly.MachineRestartPolicyAlways}
+	made, err := client.Launch(ctx, "gofly", fly.LaunchMachineInput{Config: bad})
+	must(err)
+	for {
+		exit := get(ctx, client, made.ID).GetLatestEventOfType("exit")
+		if exit != nil && exit.Request.RestartCount > 1 {
+			is(exit.Request.ExitEvent.Restarting, true)
+			is(exit.Request.ExitEvent.RequestedStop, false)
+			code, err := exit.Request.GetExitCode()
+			must(err)
+			is(code, 3)
+			break
+		}
+		must(ctx.Err())
+		time.Sleep(100 * time.Millisecond)
+	}
+	must(client.Destroy(ctx, "gofly", fly.RemoveMachineInput{ID: made.ID, Kill: true}, ""))
 }
 
 func leases(ctx context.Context, client *flaps.Client) {
