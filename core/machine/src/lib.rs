@@ -12,6 +12,8 @@
 //!
 //! an exclusive one after a boot of its host: restarting, if it is to run, until its placement is confirmed or a start comes
 //!
+//! a version that rests, prepared while another runs: stopping -> stopped, without a start
+//!
 //! any state, tombstone: destroying -> destroyed
 //! stopped or failed, with auto_destroy: over, until a tombstone or a new version comes
 //! created, stopped, failed or suspended, with a schedule: started when its time has come

@@ -344,7 +344,8 @@ impl Machine {
         }
         // Its next start would ask for room; one that goes on running never starts in between. What stops for
         // good holds nothing then.
-        let goes_on = record.holds_resources() && record.goal != Goal::Rest;
+        let rests = record.assignment.spec.rests;
+        let goes_on = record.holds_resources() && record.goal != Goal::Rest && !rests;
         if let Err(why) = room
             && goes_on
             && record.grows()
@@ -357,14 +358,24 @@ impl Machine {
         use MachineState as S;
         match record.state {
             S::Starting | S::Started => {
-                record.state = S::Updating;
-                record.goal = Goal::Again;
+                (record.state, record.goal) = if rests { (S::Stopping, Goal::Rest) } else { (S::Updating, Goal::Again) };
                 let stop = self.stop(None, None, now_ms);
                 self.changed(now_ms, vec![stop])
             }
             // Its end brings the new version.
-            S::Stopping | S::Updating => self.changed(now_ms, vec![]),
+            S::Stopping | S::Updating => {
+                if rests {
+                    (record.state, record.goal) = (S::Stopping, Goal::Rest);
+                }
+                self.changed(now_ms, vec![])
+            }
             S::Destroying | S::Destroyed => unreachable!("returned above"),
+            S::Restarting if rests => {
+                self.swap(now_ms);
+                let record = &mut self.record;
+                (record.state, record.goal, record.restart_at_ms) = (S::Stopped, Goal::Rest, None);
+                self.changed(now_ms, vec![])
+            }
             S::Restarting => {
                 self.swap(now_ms);
                 let start = self.start_or_wait(now_ms);

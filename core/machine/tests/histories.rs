@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, HashMap};
 
 #[derive(Debug, Clone)]
 enum Op {
-    /// A new version of this size, in quarters of a GiB, and whether requests may wake it.
-    Assign { quarters: u32, wakes: bool },
+    /// A new version of this size, in quarters of a GiB, whether requests may wake it, and whether it rests.
+    Assign { quarters: u32, wakes: bool, rests: bool },
     /// From now on new versions destroy themselves when their run has ended, or are started by the clock.
     Kind { auto_destroy: bool, by_clock: bool },
     /// The agent looks at the clock.
@@ -54,7 +54,8 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        3 => (1u32..=4, any::<bool>()).prop_map(|(quarters, wakes)| Op::Assign { quarters, wakes }),
+        3 => (1u32..=4, any::<bool>(), prop::bool::weighted(0.3))
+            .prop_map(|(quarters, wakes, rests)| Op::Assign { quarters, wakes, rests }),
         2 => (0u32..=4).prop_map(|quarters| Op::Others { quarters }),
         2 => any::<(bool, bool)>().prop_map(|(auto_destroy, by_clock)| Op::Kind { auto_destroy, by_clock }),
         4 => Just(Op::Clock),
@@ -142,6 +143,8 @@ struct Host {
     /// The boot is not written down: until all is recovered each start of the agent finds that the host was booted.
     booted: bool,
     intent: Intent,
+    /// The input under way takes up a version that rests.
+    comes_to_rest: bool,
     spawned: Vec<u64>,
 }
 
@@ -175,6 +178,7 @@ impl Host {
             unconfirmed: false,
             booted: false,
             intent: Intent::Nothing,
+            comes_to_rest: false,
             spawned: vec![],
         }
     }
@@ -185,11 +189,12 @@ impl Host {
             Op::Kind { auto_destroy, by_clock } => (self.auto_destroy, self.by_clock) = (auto_destroy, by_clock),
             Op::Clock => self.look_at_clock(),
             Op::Others { quarters } => self.others_mb = quarters * 256,
-            Op::Assign { quarters, wakes } => {
+            Op::Assign { quarters, wakes, rests } => {
                 self.versions += 1;
                 let mut assigned = sized(self.versions, "always", quarters * 256);
                 assigned.spec.services = if wakes { waking(1).spec.services } else { vec![] };
                 assigned.spec.auto_destroy = self.auto_destroy;
+                assigned.spec.rests = rests;
                 assigned.spec.schedule = self.by_clock.then(|| "* * * * *".parse().unwrap());
                 self.assigned = Some(assigned.clone());
                 match self.machine {
@@ -355,6 +360,13 @@ impl Host {
         };
         let woken = matches!(&event, Event::Ordered(order) if order.verb == Verb::Wake);
         let before = machine.record();
+        self.comes_to_rest = match &event {
+            Event::Prepared { version, result: Ok(()), .. } => {
+                let next = &before.assignment.spec;
+                next.rests && next.version == *version && !before.is_current() && before.state != S::Destroying
+            }
+            _ => false,
+        };
         let may_wake = !before.cordoned && before.state.is_asleep() && before.spec().services.iter().any(|s| s.autostart);
         let stranger = match &event {
             Event::Ordered(order) => before.lease(self.now).filter(|lease| order.nonce.as_ref() != Some(&lease.nonce)).is_some(),
@@ -407,6 +419,9 @@ impl Host {
             Effect::Journal => {
                 if self.intent == Intent::Sleep && record.state == S::Started {
                     self.intent = Intent::Run; // it could not be suspended, and goes on
+                }
+                if self.comes_to_rest && self.intent == Intent::Run {
+                    self.intent = Intent::Rest;
                 }
                 self.journal = Some(record);
                 let answered = all.iter().any(|effect| matches!(effect, Effect::Answer { answer: Ok(_), .. }));
@@ -606,7 +621,7 @@ proptest! {
     #[test]
     fn no_history_breaks_a_promise(ops in prop::collection::vec(op(), 1..60)) {
         let mut host = Host::new();
-        host.apply(Op::Assign { quarters: 1, wakes: true });
+        host.apply(Op::Assign { quarters: 1, wakes: true, rests: false });
         for op in ops {
             host.apply(op);
         }

@@ -202,6 +202,77 @@ fn what_starts_again_is_told_after_the_exit() {
     assert_eq!(told(&waits), [E::Launch, E::Start, E::Update, E::Start]);
 }
 
+/// A version that rests.
+fn resting(n: u8, restart: &str, memory_mb: u32) -> Event {
+    let mut assignment = sized(n, restart, memory_mb);
+    assignment.spec.rests = true;
+    Event::Assigned(Box::new(assignment))
+}
+
+#[test]
+fn an_update_that_rests_stops_what_runs() {
+    // Also if there is no room to run it, and over a restart of the agent.
+    let mut machine = started("always", 0);
+    machine.handle(resting(2, "always", 512), 1);
+    assert_eq!(machine.record().state, S::Started, "the old version serves while the new is prepared");
+    let full = Event::Prepared { version: version(2), result: Ok(()), room: Err("full".into()) };
+    let effects = machine.handle(full, 2);
+    assert!(matches!(&effects[..], [Effect::Journal, Effect::Stop { .. }, Effect::Publish]), "{effects:?}");
+    assert_eq!(machine.record().state, S::Stopping, "nobody is told that it runs already");
+    let mut again = Machine::from_record(machine.record().clone());
+    again.handle(Event::Recovered(Alive { attempt: Some(1), stopping: true, ..GONE }), 3);
+    for machine in [&mut machine, &mut again] {
+        let effects = machine.handle(Event::Exited(exit(1, 0, 4)), 4);
+        assert!(!effects.iter().any(|effect| matches!(effect, Effect::Spawn { .. })), "{effects:?}");
+        assert_eq!((machine.record().state, machine.record().version()), (S::Stopped, &version(2)));
+        // Once: a start is a start, and the policy holds.
+        assert!(machine.handle(Event::Ordered(order(2, Verb::Start)), 5).contains(&Effect::Spawn { attempt: 2 }));
+        machine.handle(Event::Spawned { attempt: 2, result: Ok(()) }, 6);
+        machine.handle(Event::Exited(exit(2, 0, 7)), 7);
+        assert_eq!(machine.record().state, S::Restarting);
+    }
+    // The agent was killed before the version was prepared.
+    let mut machine = started("always", 0);
+    machine.handle(resting(2, "always", 256), 1);
+    let mut again = Machine::from_record(machine.record().clone());
+    let effects = again.handle(Event::Recovered(Alive { attempt: Some(1), ..GONE }), 2);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Prepare(_))), "{effects:?}");
+    again.handle(prepared(2), 3);
+    again.handle(Event::Exited(exit(1, 0, 4)), 4);
+    assert_eq!((again.record().state, again.record().version()), (S::Stopped, &version(2)));
+}
+
+#[test]
+fn an_update_that_rests_ends_restarts_and_updates_that_are_under_way() {
+    let mut restarted = started("always", 0);
+    restarted.handle(resting(2, "always", 256), 1);
+    restarted.handle(Event::Ordered(order(2, RESTART)), 2);
+    restarted.handle(prepared(2), 3);
+    let mut updated = started("always", 0);
+    updated.handle(Event::Assigned(Box::new(assignment(3, "always", 0))), 1);
+    updated.handle(prepared(3), 2);
+    updated.handle(resting(2, "always", 256), 3);
+    updated.handle(prepared(2), 4);
+    for mut machine in [restarted, updated] {
+        assert_eq!(machine.record().state, S::Stopping);
+        machine.handle(Event::Exited(exit(1, 0, 5)), 5);
+        assert_eq!((machine.record().state, machine.record().version()), (S::Stopped, &version(2)));
+    }
+    let mut failed = started("always", 0);
+    failed.handle(Event::Exited(exit(1, 1, 1)), 1);
+    failed.handle(resting(2, "always", 256), 2);
+    assert_eq!(failed.handle(prepared(2), 3), [Effect::Journal, Effect::Publish]);
+    assert_eq!((failed.record().state, failed.record().version()), (S::Stopped, &version(2)));
+    assert_eq!(failed.handle(Event::Tick, 1_000_000), []);
+    // The next version does not inherit it.
+    let mut next = started("always", 0);
+    next.handle(resting(2, "always", 256), 1);
+    next.handle(Event::Assigned(Box::new(assignment(3, "always", 0))), 2);
+    assert_eq!(next.handle(prepared(2), 3), []);
+    next.handle(prepared(3), 4);
+    assert_eq!(next.record().state, S::Updating);
+}
+
 #[test]
 fn an_update_of_a_stopped_machine_leaves_it_stopped() {
     let mut machine = started("no", 0);

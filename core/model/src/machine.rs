@@ -70,6 +70,10 @@ pub struct MachineSpec {
     pub rootfs: MachineRootfs,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub temp_dirs: Vec<TempDir>,
+    /// It rests in this version until somebody starts it, also if it ran in the one before. Its host looks at that once, when it
+    /// takes the version up.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub rests: bool,
 }
 
 impl MachineSpec {
@@ -102,6 +106,7 @@ impl MachineSpec {
             containers: vec![],
             rootfs: MachineRootfs::default(),
             temp_dirs: vec![],
+            rests: false,
         }
     }
 }

@@ -429,11 +429,11 @@ pub(crate) fn removal(desired: &Desired, observed: &Observed, row: &MachineRow, 
     steps
 }
 
-/// Equal but for the labels that every release changes.
+/// Equal but for the labels that every release changes, and for what was said of how a version is taken up.
 fn same_content(have: &MachineSpec, group: &GroupTarget) -> bool {
     let mounts = kept_mounts(group.mount.as_ref(), &have.mounts);
     let (version, release) = (have.version.clone(), have.release);
-    let mut want = MachineSpec { version, release, mounts, ..group.spec.clone() };
+    let mut want = MachineSpec { version, release, mounts, rests: have.rests, ..group.spec.clone() };
     want.image.tag.clone_from(&have.image.tag); // the digest says what it is; the tag is for people
     *have == want
 }

@@ -269,7 +269,7 @@ pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, mut wish: Wish) -> R
     let (secrets, secrets_version) = secrets(ctx, &name, &wish).await?;
     let version = MachineVersion::new(now_ms(), crate::keys::random());
     let named = Named { org: &row.value.spec.org, app: &name, release: row.value.spec.release, secrets_version };
-    let spec = MachineSpec { mounts, ..asked.spec(version.clone(), images, &named) };
+    let spec = MachineSpec { mounts, rests: wish.skip_launch, ..asked.spec(version.clone(), images, &named) };
     standbys::check_apart(&spec, &machines, &row.value)?;
     let configs = ctx.state.get::<ConfigsRow>(&key::configs(&id)).await?;
     let before = configs.as_ref().map(|row| row.value.clone()).unwrap_or_default();

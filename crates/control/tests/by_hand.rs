@@ -219,6 +219,15 @@ async fn an_update_is_a_new_version_of_the_same_machine() {
         &third["instance_id"], &updated["instance_id"], &made["instance_id"],
     ]);
     assert_eq!(versions[1]["user_config"]["env"]["A"], "2");
+    // Running and not launched, it is stopped, and the next update does not say so.
+    assert_eq!(world.post(&format!("{path}/start"), json!({})).await.status, 200);
+    state(&world, id, MachineState::Started).await;
+    let fourth = world.post(&path, json!({ "config": config(), "skip_launch": true })).await.json();
+    let stopped = format!("{path}/wait?state=stopped&instance_id={}", fourth["instance_id"].as_str().unwrap());
+    assert_eq!(world.get(&stopped).await.json()["version"], fourth["instance_id"]);
+    assert_eq!(fourth["config"], config(), "how it is taken up is no part of it");
+    assert_eq!(world.post(&path, json!({ "config": config() })).await.status, 200);
+    state(&world, id, MachineState::Started).await;
     for _ in 0..10 {
         assert_eq!(world.post(&path, json!({ "config": config(), "skip_launch": true })).await.status, 200);
     }

@@ -113,6 +113,7 @@ impl Asked {
             containers,
             rootfs: self.rootfs,
             temp_dirs: self.temp_dirs,
+            rests: false,
         }
     }
 }

@@ -45,6 +45,10 @@ pub fn live(fact: &mut MachineFact, assignment: &MachineAssignment) {
         fact.version = spec.version.clone();
         fact.release = spec.release;
         (fact.restarts, fact.exit, fact.checks, fact.problem) = (0, None, vec![], None);
+        if ran && spec.rests {
+            fact.state = MachineState::Stopping;
+            return;
+        }
         fact.state = if ran { MachineState::Starting } else { fact.state };
         fact.attempt += u64::from(ran);
         return;

@@ -149,6 +149,14 @@ func machines(ctx context.Context, client *flaps.Client) {
 	must(err)
 	must(client.Wait(ctx, "gofly", again, "started", time.Minute))
 
+	// One that runs and is not to be launched rests.
+	resting, err := client.Update(ctx, "gofly", fly.LaunchMachineInput{ID: id, Region: same.Region, Config: same.Config, SkipLaunch: true}, "")
+	must(err)
+	must(client.Wait(ctx, "gofly", resting, "stopped", time.Minute))
+	again, err = client.Update(ctx, "gofly", fly.LaunchMachineInput{ID: id, Region: same.Region, Config: same.Config}, "")
+	must(err)
+	must(client.Wait(ctx, "gofly", again, "started", time.Minute))
+
 	must(client.Suspend(ctx, "gofly", id, ""))
 	must(client.Wait(ctx, "gofly", again, "suspended", time.Minute))
 	started, err := client.Start(ctx, "gofly", id, "")
