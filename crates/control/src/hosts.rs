@@ -5,7 +5,7 @@ use crate::rows::{Row, key};
 use crate::{Ctx, reconcile};
 use dunlin_api::{ErrorCode, HostApi, Refusal, Reserve};
 use dunlin_model::desired::{HostRow, MachineRow, TombstoneRow};
-use dunlin_model::{AppName, HostId, MachineId, MachineSpec, RegionExpr};
+use dunlin_model::{AppName, HostId, Lease, MachineId, MachineSpec, RegionExpr};
 use dunlin_planner::{Ask, Capacity, Demand, For, Observed};
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -47,6 +47,23 @@ pub(crate) async fn of_machine(ctx: &Ctx, id: &MachineId) -> Result<Arc<dyn Host
     let tombstone = ctx.state.get::<TombstoneRow>(&key::tombstone(id)).await.map_err(unread)?;
     let tombstone = tombstone.ok_or_else(|| Refusal::NoSuchMachine(id.clone()))?;
     reach(ctx, &tombstone.value.host)
+}
+
+/// What is written to the store its host cannot refuse: it is asked who has the lease, as late as can be before the write.
+/// A nonce whose lease has ended opens nothing.
+pub(crate) async fn check_lease(ctx: &Ctx, machine: &MachineRow, nonce: Option<&str>) -> Result<(), Refusal> {
+    let id = &machine.id;
+    let lease = match reach(ctx, &machine.host)?.lease(id).await {
+        Ok(lease) => lease,
+        Err(Refusal::NoSuchMachine(_)) => None, // its host has not taken it up yet
+        Err(refusal) => return Err(refusal),
+    };
+    match (lease, nonce) {
+        (Some(lease), Some(nonce)) if lease.nonce == nonce => Ok(()),
+        (Some(Lease { owner, expires_at_ms, .. }), _) => Err(Refusal::Leased { machine: id.clone(), owner, expires_at_ms }),
+        (None, Some(_)) => Err(Refusal::NotLeased { machine: id.clone() }),
+        (None, None) => Ok(()),
+    }
 }
 
 /// For people who look: an answer of a host elsewhere is not waited for long.

@@ -292,6 +292,8 @@ pub(crate) async fn update(ctx: &Ctx, row: Row<MachineRow>, mut wish: Wish) -> R
     if !wish.skip_launch || wish.cordoned {
         change = change.put(key::launch(&id), &launch(&wish, &version));
     }
+    // Images may have been on their way for long, and others were written first.
+    hosts::check_lease(ctx, &next, wish.nonce.as_deref()).await?;
     if ctx.state.commit(change).await? != Outcome::Committed {
         return Err(Failure::new(ErrorCode::Conflict, format!("machine {id} or its app was changed meanwhile"))
             .hint("look at it again, then try again"));

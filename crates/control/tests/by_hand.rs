@@ -300,6 +300,37 @@ async fn a_lease_keeps_others_out() {
     world.control.shutdown().await;
 }
 
+/// Between the first look at the lease and the write lies whatever the images and other writers take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_is_taken_while_an_update_is_made_holds() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    world.create_app("web").await;
+    let made = make(&world, json!({ "config": config() })).await;
+    let path = format!("{MACHINES}/{}", made["id"].as_str().unwrap());
+    state(&world, made["id"].as_str().unwrap(), MachineState::Started).await;
+    let quick = [("fly-machine-lease-nonce", "quick")];
+    world.host.leased_after_look.store(true, Ordering::SeqCst);
+    refused(&world.post(&path, json!({ "config": config() })).await, 409, "conflict", "is leased by the quick one");
+    assert_eq!(world.get(&path).await.json()["instance_id"], made["instance_id"], "nothing was written");
+    let update = world.call(Method::POST, &path, &quick, Some(json!({ "config": config() }))).await;
+    assert_eq!(update.status, 200, "{}", update.text);
+    // A release waits for it.
+    assert!(world.deploy("web", 'a', "good").await.ended.is_some());
+    let of_release = world.view.current().config.machines.values().find(|row| row.spec.release == 1).unwrap().id.clone();
+    let release = || world.view.current().config.machines[&of_release].spec.release;
+    world.host.leased_after_look.store(true, Ordering::SeqCst);
+    let second = world.release("web", 'b', "good").await;
+    let lease = format!("{MACHINES}/{of_release}/lease");
+    world.eventually("somebody was quicker", async || world.get(&lease).await.status == 200).await;
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    assert_eq!(release(), 1);
+    assert_eq!(world.call(Method::DELETE, &lease, &quick, None).await.status, 200);
+    assert!(world.follow("web", second).await.pop().unwrap().message.contains("is live"));
+    assert_eq!(release(), 2);
+    world.control.shutdown().await;
+}
+
 /// A machine whose program ends, as soon as the host lets anything happen.
 async fn ends(world: &World, auto_destroy: bool) -> Value {
     let mut ends = config();

@@ -8,7 +8,7 @@ use crate::{Ctx, hosts};
 use axum::Json;
 use axum::extract::{Extension, Path, Query};
 use axum::response::{IntoResponse, Response};
-use dunlin_api::{CommandKind, ErrorCode, Refusal};
+use dunlin_api::{CommandKind, ErrorCode};
 use dunlin_model::desired::MachineRow;
 use dunlin_model::{AppName, Lease, MachineId};
 use http::{HeaderMap, StatusCode};
@@ -33,20 +33,8 @@ pub(super) fn nonce(headers: &HeaderMap) -> Result<Option<String>, Failure> {
 
 /// Refuses what changes the machine in the store while somebody else has the lease.
 pub(super) async fn check(ctx: &Ctx, row: &Row<MachineRow>, headers: &HeaderMap) -> Result<(), Failure> {
-    let id = &row.value.id;
-    let lease = match hosts::reach(ctx, &row.value.host)?.lease(id).await {
-        Ok(lease) => lease,
-        Err(Refusal::NoSuchMachine(_)) => None, // its host has not taken it up yet
-        Err(refusal) => return Err(refusal.into()),
-    };
-    match (lease, nonce(headers)?) {
-        (Some(lease), Some(nonce)) if lease.nonce == nonce => Ok(()),
-        (Some(Lease { owner, expires_at_ms, .. }), _) => {
-            Err(Refusal::Leased { machine: id.clone(), owner, expires_at_ms }.into())
-        }
-        (None, Some(_)) => Err(Refusal::NotLeased { machine: id.clone() }.into()),
-        (None, None) => Ok(()),
-    }
+    let nonce = nonce(headers)?;
+    Ok(hosts::check_lease(ctx, &row.value, nonce.as_deref()).await?)
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -195,13 +195,16 @@ async fn update(
     };
     spec.mounts = plan.mounts(group, &row.value.spec.mounts);
     tell(ctx, plan, Some(&step.machine), format!("updating machine {} to v{}", step.machine, plan.release)).await?;
+    if let Some(refusal) = leased(ctx, step).await {
+        return Ok(not_yet(plan, step, &refusal, deadline_ms, "updated"));
+    }
     let next = MachineRow { spec, ..row.value };
     let change =
         Change::default().unchanged(key::machine(&next.id), row.modified).put(key::machine(&next.id), &next);
     Ok(Done::Passed { floor: None, change })
 }
 
-/// What is written to the store is not refused by the host: it is asked before.
+/// What is written to the store is not refused by the host: it is asked before, and once more right before the write.
 async fn leased(ctx: &Ctx, step: &Step) -> Option<Refusal> {
     // One that its host does not know yet, or cannot speak of, nobody has leased.
     let lease = hosts::of_machine(ctx, &step.machine).await.ok()?.lease(&step.machine).await.ok().flatten()?;
@@ -222,6 +225,9 @@ async fn remove(ctx: &Ctx, plan: &Plan, step: &Step, deadline_ms: u64) -> Result
         (TombstoneReason::Plan, format!("destroying machine {}", step.machine))
     };
     tell(ctx, plan, Some(&step.machine), said).await?;
+    if let Some(refusal) = leased(ctx, step).await {
+        return Ok(not_yet(plan, step, &refusal, deadline_ms, "destroyed"));
+    }
     Ok(Done::Passed { floor: None, change: destroy_machine(&row, reason).also(destroyed::note(&row.value)) })
 }
 
