@@ -18,11 +18,11 @@ pub async fn apps(session: &Session, command: AppsCommand) -> Result<Exit, CliEr
             }
             Ok(Exit::Ok)
         }
-        AppsCommand::Destroy { name, yes } => {
+        AppsCommand::Destroy { name, yes, force } => {
             if !yes && !ui::confirm(&format!("Destroy {name}, its machines, secrets and releases?"))? {
                 return Err(CliError::failed("nothing was destroyed"));
             }
-            session.client.delete::<serde_json::Value>(&format!("/v1/apps/{name}?force=true")).await?;
+            session.client.delete::<serde_json::Value>(&format!("/v1/apps/{name}?force={force}")).await?;
             if session.json {
                 ui::print_json(&serde_json::json!({ "app": name, "destroyed": true }));
             } else {

@@ -200,6 +200,9 @@ pub enum AppsCommand {
         name: AppName,
         #[arg(short, long)]
         yes: bool,
+        /// Also when somebody has leased one of its machines, or a host cannot say whether
+        #[arg(long)]
+        force: bool,
     },
 }
 

@@ -331,6 +331,29 @@ async fn a_lease_that_is_taken_while_an_update_is_made_holds() {
     world.control.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_app_with_a_leased_machine_is_destroyed_by_its_holder_or_by_force() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    let destroy = async |query: &str, nonce: &str| world.call(Method::DELETE, &format!("/v1/apps/web{query}"), &[("fly-machine-lease-nonce", nonce)], None).await;
+    for by_force in [false, true] {
+        world.create_app("web").await;
+        make(&world, json!({ "config": config(), "skip_launch": true })).await;
+        let made = make(&world, json!({ "config": config(), "skip_launch": true, "lease_ttl": 60 })).await;
+        let (id, nonce) = (made["id"].as_str().unwrap(), made["nonce"].as_str().unwrap());
+        for (query, nonce) in [("", ""), ("?force=false", "another")] {
+            let answer = destroy(query, nonce).await;
+            refused(&answer, 409, "conflict", &format!("app web cannot be destroyed: machine {id} is leased by root"));
+            assert!(!answer.text.contains("of its other machines"), "{}", answer.text);
+        }
+        assert_eq!(world.get(MACHINES).await.json().as_array().unwrap().len(), 2, "nothing was destroyed");
+        let gone = if by_force { destroy("?force=true", "").await } else { destroy("", nonce).await };
+        assert_eq!(gone.status, 202, "{}", gone.text);
+        world.eventually("it is gone", async || world.get("/v1/apps/web").await.status == 404).await;
+    }
+    world.control.shutdown().await;
+}
+
 /// A machine whose program ends, as soon as the host lets anything happen.
 async fn ends(world: &World, auto_destroy: bool) -> Value {
     let mut ends = config();

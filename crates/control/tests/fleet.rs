@@ -168,6 +168,8 @@ async fn what_a_dead_host_ran_comes_back_elsewhere_and_nothing_runs_twice_when_i
     assert_eq!(world.get(&format!("{path}/wait?state=stopped")).await.status, 503);
     let kept = world.call(Method::DELETE, &path, &[], None).await;
     assert!(kept.status == 503 && kept.text.contains("--force"), "{}", kept.text);
+    let kept = world.call(Method::DELETE, "/v1/apps/web", &[], None).await;
+    assert!(kept.status == 503 && kept.text.contains("?force=true") && kept.text.contains("app web cannot be destroyed"), "{}", kept.text);
 
     world.others.set_dead(2, false);
     world.eventually("the old one is destroyed", async || {

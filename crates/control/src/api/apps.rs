@@ -1,7 +1,7 @@
 //! Apps, their status, scale, secrets and logs.
 
 use super::given::Body;
-use super::{Caller, machines, ndjson, releases as release_api};
+use super::{Caller, leases, machines, ndjson, releases as release_api};
 use crate::failure::Failure;
 use crate::releases::{self, load_app};
 use crate::rows::{Change, Outcome, key};
@@ -16,7 +16,7 @@ use dunlin_api::{ErrorCode, LogQuery};
 use dunlin_model::desired::{AppRow, ReleaseRow};
 use dunlin_model::{AppName, MachineId};
 use futures_util::stream;
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -118,17 +118,22 @@ pub async fn get(Extension(owners): Extension<Owners>, Path(app): Path<AppName>)
 
 #[derive(Debug, Deserialize)]
 pub struct Destroy {
-    /// Fly's clients send it. Machines that run are destroyed in any case.
-    #[serde(default, rename = "force")]
-    _force: bool,
+    /// Whoever has leased a machine. Machines that run are destroyed in any case.
+    #[serde(default)]
+    force: bool,
 }
 
 /// Marks the app; the reconciler destroys its machines and then the app.
 pub async fn destroy(
     State(ctx): State<Arc<Ctx>>,
     Path(app): Path<AppName>,
-    Query(_): Query<Destroy>,
+    Query(query): Query<Destroy>,
+    headers: HeaderMap,
 ) -> Result<StatusCode, Failure> {
+    load_app(&ctx, &app).await?;
+    if !query.force {
+        leases::check_all(&ctx, &app, &headers).await?;
+    }
     for _ in 0..releases::MAX_TRIES {
         let row = load_app(&ctx, &app).await?;
         let marked = AppRow { destroying: true, ..row.value };

@@ -8,15 +8,19 @@ use crate::{Ctx, hosts};
 use axum::Json;
 use axum::extract::{Extension, Path, Query};
 use axum::response::{IntoResponse, Response};
-use dunlin_api::{CommandKind, ErrorCode};
+use dunlin_api::{CommandKind, ErrorCode, Refusal};
 use dunlin_model::desired::MachineRow;
 use dunlin_model::{AppName, Lease, MachineId};
+use futures_util::future::join_all;
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// As on Fly, where none is asked for.
 const DEFAULT_TTL_S: u64 = 3600;
+
+/// Hosts that are asked side by side, once for each machine.
+const MOST_AT_ONCE: usize = 16;
 
 /// Hosts make nonces of 32 characters.
 const MAX_NONCE_BYTES: usize = 128;
@@ -35,6 +39,35 @@ pub(super) fn nonce(headers: &HeaderMap) -> Result<Option<String>, Failure> {
 pub(super) async fn check(ctx: &Ctx, row: &Row<MachineRow>, headers: &HeaderMap) -> Result<(), Failure> {
     let nonce = nonce(headers)?;
     Ok(hosts::check_lease(ctx, &row.value, nonce.as_deref()).await?)
+}
+
+/// Refuses the end of an app while somebody else has the lease of one of its machines, or while a host cannot say it. Of those
+/// without a lease a nonce is not asked for.
+pub(super) async fn check_all(ctx: &Ctx, app: &AppName, headers: &HeaderMap) -> Result<(), Failure> {
+    let nonce = nonce(headers)?;
+    let machines = ctx.state.machines_of(app).await?;
+    let mut refused = vec![];
+    for some in machines.chunks(MOST_AT_ONCE) {
+        let checked = some.iter().map(async |row| match hosts::check_lease(ctx, &row.value, nonce.as_deref()).await {
+            Err(Refusal::NotLeased { .. }) => Ok(()),
+            checked => checked,
+        });
+        refused.extend(join_all(checked).await.into_iter().filter_map(Result::err));
+    }
+    // What is known for sure first.
+    refused.sort_by_key(|refusal| !matches!(refusal, Refusal::Leased { .. }));
+    let Some(first) = refused.first().cloned() else { return Ok(()) };
+    let more = match refused.len() - 1 {
+        0 => String::new(),
+        more => format!(", and {more} of its other machines cannot be destroyed either"),
+    };
+    let why = format!("app {app} cannot be destroyed: {first}{more}");
+    let hint = "wait until the leases end, or send the nonce of the lease; `--force` (`?force=true`) destroys the app all the same";
+    let hint = match &first {
+        Refusal::Leased { .. } => hint,
+        _ => "try again when its host answers; `--force` (`?force=true`) gives up its machines, which the host destroys when it returns",
+    };
+    Err(Failure { message: why, ..Failure::from(first) }.hint(hint))
 }
 
 #[derive(Debug, Default, Deserialize)]

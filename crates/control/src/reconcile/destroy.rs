@@ -5,11 +5,11 @@ use super::Turn;
 use super::act::destroy_machine;
 use crate::failure::Failure;
 use crate::rows::{Change, Row, SecretsVersionRow, key};
-use crate::{Ctx, api, registry, volumes};
-use dunlin_model::desired::{AppRow, TombstoneReason};
+use crate::{Ctx, api, destroyed, registry, volumes};
+use dunlin_model::desired::{AppRow, MachineRow, TombstoneReason};
 
-/// Each machine takes five operations of the store's hundred.
-const MACHINES_A_TURN: usize = 16;
+/// Each machine takes six operations of the store's hundred.
+const MACHINES_A_TURN: usize = 12;
 /// Each takes two.
 const VOLUMES_A_TURN: usize = 40;
 const ROWS_A_TURN: usize = 80;
@@ -20,8 +20,8 @@ pub(crate) async fn turn(ctx: &Ctx, app: &Row<AppRow>) -> Result<Turn, Failure> 
     let machines: Vec<_> = rows.into_iter().filter(|row| row.value.spec.app == *name).take(MACHINES_A_TURN).collect();
     if !machines.is_empty() {
         ctx.kill.pass("app-destroy", "before");
-        let change = machines.iter().fold(Change::default(), |change, row| change.also(destroy_machine(row, TombstoneReason::Person)));
-        ctx.state.commit(change).await?;
+        let destroy = |row: &Row<MachineRow>| destroy_machine(row, TombstoneReason::Person).also(destroyed::note(&row.value));
+        ctx.state.commit(machines.iter().fold(Change::default(), |change, row| change.also(destroy(row)))).await?;
         ctx.kill.pass("app-destroy", "after");
         return Ok(Turn::Again);
     }
