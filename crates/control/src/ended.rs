@@ -1,7 +1,7 @@
 //! Machines that destroy themselves. Their host says that such a run is over, and they get their tombstone here. Nothing
 //! is kept in between: the host goes on saying it until the machine is gone, whoever was away meanwhile.
 
-use crate::Ctx;
+use crate::{Ctx, destroyed};
 use crate::failure::{Failure, chain};
 use crate::reconcile::destroy_machine;
 use crate::rows::Outcome;
@@ -36,7 +36,10 @@ async fn look(ctx: &Ctx) -> Result<(), Failure> {
         if machine.spec.version != fact.version || machine.placement != fact.placement || machine.host != fact.host {
             continue;
         }
-        if ctx.state.commit(destroy_machine(&row, TombstoneReason::Person)).await? == Outcome::Committed {
+        // What it was made for is known by its end.
+        let last = destroyed::last(ctx, machine).await;
+        let change = destroy_machine(&row, TombstoneReason::Person).also(destroyed::note(machine, last));
+        if ctx.state.commit(change).await? == Outcome::Committed {
             tracing::info!(app = %machine.spec.app, machine = %machine.id, "its run has ended, and it is destroyed");
             ctx.work.notify_one();
         }

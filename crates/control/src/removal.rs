@@ -116,7 +116,7 @@ async fn give_up(ctx: &Ctx, id: &HostId) -> Result<HostRemoved, Failure> {
     let mut removed = HostRemoved { id: id.clone(), machines: 0, volumes: 0 };
     let (machines, volumes) = on(ctx, id).await?;
     for some in machines.chunks(MACHINES_AT_ONCE) {
-        let destroy = |row: &Row<MachineRow>| destroy_machine(row, TombstoneReason::Person).also(destroyed::note(&row.value));
+        let destroy = |row: &Row<MachineRow>| destroy_machine(row, TombstoneReason::Person).also(destroyed::note(&row.value, destroyed::heard(ctx, &row.value)));
         commit(ctx, id, some.iter().fold(Change::default(), |change, row| change.also(destroy(row)))).await?;
         removed.machines += some.len() as u32;
     }

@@ -371,7 +371,18 @@ async fn a_machine_destroys_itself_when_its_run_has_ended() {
     assert_eq!(goes["config"]["auto_destroy"], true);
     let path = format!("{MACHINES}/{}", goes["id"].as_str().unwrap());
     assert_eq!(world.get(&format!("{path}/wait?state=destroyed&timeout=60")).await.json()["state"], "destroyed");
-    assert_eq!(world.get(&path).await.status, 404);
+    // What it did is known for a while, and nothing more is done to it.
+    let gone = world.get(&path).await.json();
+    assert_eq!((&gone["state"], &gone["exit"]["exit_code"]), (&json!("destroyed"), &json!(0)), "{gone}");
+    assert_eq!((&gone["instance_id"], &gone["config"]["auto_destroy"]), (&goes["instance_id"], &json!(true)));
+    assert_eq!((&gone["events"][0]["type"], &gone["events"][0]["request"]["exit_event"]["exit_code"]), (&json!("exit"), &json!(0)));
+    assert_eq!(world.get(&format!("{path}/events")).await.json(), gone["events"]);
+    assert_eq!(world.get(&format!("{path}/events?limit=0")).await.json(), json!([]));
+    let listed = world.get(&format!("{MACHINES}?include_deleted=true&state=destroyed")).await.json();
+    assert_eq!((&listed[0]["id"], &listed[0]["exit"]), (&goes["id"], &gone["exit"]));
+    for (method, path) in [(Method::POST, format!("{path}/start")), (Method::DELETE, path.clone()), (Method::GET, format!("{path}/lease"))] {
+        assert_eq!(world.call(method, &path, &[], None).await.status, 404, "{path}");
+    }
     state(&world, stays["id"].as_str().unwrap(), MachineState::Stopped).await;
     assert_eq!(world.get(MACHINES).await.json().as_array().unwrap().len(), 1, "only who asked for it");
     // Its address rests, as those of all destroyed machines do.

@@ -1,6 +1,7 @@
 //! Machines: what they are, and commands to the hosts that own them.
 
 use super::given::{self, Body, optional};
+use super::gone::{self, Found};
 use super::leases;
 use crate::destroyed;
 use crate::failure::Failure;
@@ -161,11 +162,7 @@ async fn destroyed_of(owners: &Owners, app: &AppRow, filter: &Filter, view: &Sna
     };
     let gone = destroyed::of_app(ctx, app).await?.into_iter().map(|gone| {
         let config = if filter.is_summary { Value::Null } else { fly::show(&gone.machine.spec, &ctx.domain) };
-        let shown = wire(owners, view, &gone.machine, config);
-        // Its host may still be at it.
-        let is_over = view.is_rid_of(&gone.machine.host, &gone.machine.id);
-        let state = if is_over { MachineState::Destroyed } else { MachineState::Destroying };
-        let shown = wire::Machine { state, host_status: "ok".into(), problem: None, updated_at: rfc3339(gone.at_ms), ..shown };
+        let shown = gone::wire(owners, view, &gone, config);
         (gone, shown)
     });
     Ok(gone.filter(|(gone, shown)| filter.takes(&gone.machine, shown)).map(|(_, shown)| shown).collect())
@@ -241,8 +238,14 @@ pub async fn get(
     Extension(owners): Extension<Owners>,
     Path((app, id)): Path<(AppName, MachineId)>,
 ) -> Result<Json<wire::Machine>, Failure> {
-    let row = owners.machine(&app, &id).await?;
-    Ok(Json(asked(&owners, &row).await?))
+    match gone::found(&owners, &app, &id).await? {
+        Found::There(row) => Ok(Json(asked(&owners, &row).await?)),
+        Found::Destroyed(gone) => {
+            let config = fly::show(&gone.machine.spec, owners.domain());
+            let shown = gone::wire(&owners, &owners.view().current(), &gone, config);
+            Ok(Json(wire::Machine { events: fly::events(&gone.last.events), ..shown }))
+        }
+    }
 }
 
 /// Asks the owner, and falls back to what was last heard.
@@ -287,6 +290,7 @@ pub async fn destroy(
     headers: HeaderMap,
 ) -> Result<Json<Value>, Failure> {
     let row = load(&ctx, &app, &id).await?;
+    let last = destroyed::last(&ctx, &row.value).await;
     match leases::check(&ctx, &row, &headers).await {
         // Whoever forces it gives up what a host that is lost knows of a lease; it destroys the machine when it returns.
         Err(failure) if failure.code == ErrorCode::Unavailable && query.force => {
@@ -305,7 +309,7 @@ pub async fn destroy(
         return Err(Failure::new(ErrorCode::FailedPrecondition, format!("machine {id} is {}", state.as_str()))
             .hint("stop it first, or force its end with `--force`"));
     }
-    let change = destroy_machine(&row, TombstoneReason::Person).also(destroyed::note(&row.value));
+    let change = destroy_machine(&row, TombstoneReason::Person).also(destroyed::note(&row.value, last));
     match ctx.state.commit(change).await? {
         Outcome::Committed => {
             ctx.work.notify_one();
@@ -570,8 +574,10 @@ pub async fn events(
     Path((app, id)): Path<(AppName, MachineId)>,
     Query(query): Query<Events>,
 ) -> Result<Json<Value>, Failure> {
-    let row = owners.machine(&app, &id).await?;
-    let mut events = owners.reach(&row.host)?.events(&id).await?;
+    let mut events = match gone::found(&owners, &app, &id).await? {
+        Found::There(row) => owners.reach(&row.host)?.events(&id).await?,
+        Found::Destroyed(gone) => gone.last.events,
+    };
     events.truncate(query.limit.unwrap_or(usize::MAX));
     Ok(Json(fly::events(&events)))
 }

@@ -8,6 +8,7 @@ mod by_hand;
 mod exec;
 mod exec_stream;
 mod given;
+mod gone;
 mod hosts;
 mod leases;
 mod machines;

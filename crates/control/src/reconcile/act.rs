@@ -225,10 +225,11 @@ async fn remove(ctx: &Ctx, plan: &Plan, step: &Step, deadline_ms: u64) -> Result
         (TombstoneReason::Plan, format!("destroying machine {}", step.machine))
     };
     tell(ctx, plan, Some(&step.machine), said).await?;
+    let last = destroyed::last(ctx, &row.value).await;
     if let Some(refusal) = leased(ctx, step).await {
         return Ok(not_yet(plan, step, &refusal, deadline_ms, "destroyed"));
     }
-    Ok(Done::Passed { floor: None, change: destroy_machine(&row, reason).also(destroyed::note(&row.value)) })
+    Ok(Done::Passed { floor: None, change: destroy_machine(&row, reason).also(destroyed::note(&row.value, last)) })
 }
 
 /// The change that destroys a machine: a tombstone for its host, and rest for its address.

@@ -20,7 +20,9 @@ pub(crate) async fn turn(ctx: &Ctx, app: &Row<AppRow>) -> Result<Turn, Failure> 
     let machines: Vec<_> = rows.into_iter().filter(|row| row.value.spec.app == *name).take(MACHINES_A_TURN).collect();
     if !machines.is_empty() {
         ctx.kill.pass("app-destroy", "before");
-        let destroy = |row: &Row<MachineRow>| destroy_machine(row, TombstoneReason::Person).also(destroyed::note(&row.value));
+        let destroy = |row: &Row<MachineRow>| {
+            destroy_machine(row, TombstoneReason::Person).also(destroyed::note(&row.value, destroyed::heard(ctx, &row.value)))
+        };
         ctx.state.commit(machines.iter().fold(Change::default(), |change, row| change.also(destroy(row)))).await?;
         ctx.kill.pass("app-destroy", "after");
         return Ok(Turn::Again);

@@ -26,8 +26,8 @@ use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{
-    CommandId, ContainerState, ContainerStatus, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, Region,
-    SnapshotId, VolumeId,
+    CommandId, ContainerState, ContainerStatus, EventKind, ExitInfo, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, Region,
+    SnapshotId, Source, VolumeId,
 };
 use dunlin_registry::ContentStore;
 use dunlin_view::{ConfigState, HostFact, MachineFact};
@@ -298,7 +298,18 @@ impl HostApi for SmallHost {
     }
 
     async fn events(&self, id: &MachineId) -> Result<Vec<MachineEvent>, Refusal> {
-        self.machine(id).await.map(|_| vec![])
+        let exit = self.machine(id).await?.exit;
+        let ended = |exit: ExitInfo| MachineEvent {
+            id: exit.attempt,
+            kind: EventKind::Exit,
+            status: MachineState::Stopped,
+            source: Source::Host,
+            at_ms: exit.at_ms,
+            exit: Some(exit),
+            restarts: 0,
+            request_id: None,
+        };
+        Ok(exit.map(ended).into_iter().collect())
     }
 
     async fn lease(&self, id: &MachineId) -> Result<Option<Lease>, Refusal> {
