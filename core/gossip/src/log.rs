@@ -95,12 +95,20 @@ impl Ord for ByKey {
 }
 
 /// A row in its place: by sequence, then key.
-#[derive(Clone)]
-struct BySeq(Row);
+struct BySeq {
+    seq: u64,
+    row: Row,
+}
+
+impl BySeq {
+    fn of(row: &Row) -> Self {
+        Self { seq: row.seq(), row: row.clone() }
+    }
+}
 
 impl Ord for BySeq {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.0.seq().cmp(&other.0.seq()).then_with(|| self.0.key().cmp(other.0.key()))
+        self.seq.cmp(&other.seq).then_with(|| self.row.key().cmp(other.row.key()))
     }
 }
 
@@ -268,7 +276,7 @@ impl Log {
         let key = cursor.key.clone().unwrap_or_else(|| Key::new([]).expect("an empty key is short"));
         let seq = if cursor.key.is_some() { cursor.seq } else { cursor.seq.saturating_add(1) };
         let (mut rows, mut bytes) = (Vec::new(), 0);
-        for BySeq(row) in self.by_seq.range(BySeq(Row::tombstone(key, seq))..) {
+        for BySeq { row, .. } in self.by_seq.range(BySeq { seq, row: Row::tombstone(key, seq) }..) {
             if !cursor.is_before(row) {
                 continue;
             }
@@ -292,7 +300,7 @@ impl Log {
 
     /// The sequence up to which tombstones go when all but the newest `keep` are dropped.
     pub(crate) fn floor_that_keeps(&self, keep: usize) -> Option<u64> {
-        self.tombstones.iter().rev().nth(keep).map(|row| row.0.seq())
+        self.tombstones.iter().rev().nth(keep).map(|row| row.seq)
     }
 
     pub fn len(&self) -> usize {
@@ -336,16 +344,16 @@ impl Log {
 
     /// Tombstones that the floor has passed.
     fn over(&self, floor: u64) -> impl Iterator<Item = &Row> {
-        let first = self.tombstones.iter().map(|row| &row.0).take_while(move |row| row.seq() <= floor);
-        first.filter(move |row| is_over(row, floor))
+        let first = self.tombstones.iter().take_while(move |row| row.seq <= floor);
+        first.map(|row| &row.row).filter(move |row| is_over(row, floor))
     }
 
     fn put(&mut self, row: Row) {
         self.take(row.key());
         self.bytes += row.length();
-        self.by_seq.insert(BySeq(row.clone()));
+        self.by_seq.insert(BySeq::of(&row));
         if row.is_dead() {
-            self.tombstones.insert(BySeq(row.clone()));
+            self.tombstones.insert(BySeq::of(&row));
         }
         self.rows.insert(ByKey(row));
     }
@@ -353,7 +361,7 @@ impl Log {
     fn take(&mut self, key: &[u8]) {
         if let Some(ByKey(old)) = self.rows.take(key) {
             self.bytes -= old.length();
-            let place = BySeq(old);
+            let place = BySeq::of(&old);
             self.by_seq.remove(&place);
             self.tombstones.remove(&place);
         }

@@ -15,20 +15,10 @@ pub const MAX_ROW_BYTES: usize = MAX_VALUE_BYTES + 1024;
 /// The row says that its key is gone.
 const DEAD: u64 = 1;
 
-/// There may be a hundred thousand: the key is where it is in the raw bytes, and a clone is the same row.
+/// There may be a hundred thousand, so it is its bytes alone; a clone is the same row.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Row {
     raw: Arc<[u8]>,
-    seq: u64,
-    key: Place,
-    dead: bool,
-}
-
-/// Of the key in the raw bytes: at their beginning, so a byte can tell where.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Place {
-    begin: u8,
-    length: u8,
 }
 
 /// What readers are shown of it.
@@ -43,20 +33,18 @@ impl Row {
         if value.len() > MAX_VALUE_BYTES {
             return Err(Malformed { what: "the value of a row" });
         }
-        let (mut raw, key) = envelope(&key, seq, 0);
+        let mut raw = envelope(&key, seq, 0);
         topic.write(&mut raw);
         raw.bytes(value);
-        Ok(Self { raw: raw.into(), key, seq, dead: false })
+        Ok(Self { raw: raw.into() })
     }
 
     pub fn tombstone(key: Key, seq: u64) -> Self {
-        let (raw, key) = envelope(&key, seq, DEAD);
-        Self { raw: raw.into(), key, seq, dead: true }
+        Self { raw: envelope(&key, seq, DEAD).into() }
     }
 
     pub fn key(&self) -> &[u8] {
-        let begin = usize::from(self.key.begin);
-        &self.raw[begin..begin + usize::from(self.key.length)]
+        self.envelope().0
     }
 
     /// On its own.
@@ -65,11 +53,15 @@ impl Row {
     }
 
     pub fn seq(&self) -> u64 {
-        self.seq
+        self.envelope().1
     }
 
     pub fn is_dead(&self) -> bool {
-        self.dead
+        self.envelope().2 & DEAD != 0
+    }
+
+    fn envelope(&self) -> (&[u8], u64, u64) {
+        read_envelope(&mut Reader::new(&self.raw)).expect("it was read when the row was made")
     }
 
     pub fn raw(&self) -> &[u8] {
@@ -79,7 +71,7 @@ impl Row {
     /// None where the body is of a kind that this version does not read: such a row is kept, relayed and counted.
     pub fn body(&self) -> Option<Body<'_>> {
         let mut reader = Reader::new(&self.raw);
-        let _ = (Key::read(&mut reader).ok()?, reader.number("").ok()?, reader.number("").ok()?);
+        read_envelope(&mut reader).ok()?;
         let topic = reader.bytes(crate::id::MAX_TOPIC_BYTES, "a topic").ok()?;
         let value = reader.bytes(MAX_VALUE_BYTES, "the value of a row").ok()?;
         Some(Body { topic, value })
@@ -95,11 +87,8 @@ impl Row {
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Decoded<Self> {
         let raw = reader.bytes(MAX_ROW_BYTES, "a row")?;
-        let mut inner = Reader::new(raw);
-        let key = Place::behind(inner.bytes(MAX_KEY_BYTES, "a key")?.len());
-        let seq = inner.number("a row's sequence")?;
-        let flags = inner.number("a row's flags")?;
-        Ok(Self { raw: raw.into(), key, seq, dead: flags & DEAD != 0 })
+        read_envelope(&mut Reader::new(raw))?;
+        Ok(Self { raw: raw.into() })
     }
 
     /// Bytes on the wire.
@@ -110,22 +99,19 @@ impl Row {
 
 impl fmt::Debug for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@{}{}", String::from_utf8_lossy(self.key()).escape_debug(), self.seq, if self.dead { " gone" } else { "" })
+        write!(f, "{}@{}{}", String::from_utf8_lossy(self.key()).escape_debug(), self.seq(), if self.is_dead() { " gone" } else { "" })
     }
 }
 
-impl Place {
-    /// Of a key, which is the first thing in a row, behind its length.
-    fn behind(length: usize) -> Self {
-        let bytes = |number: usize| u8::try_from(number).expect("a key is short");
-        Self { begin: bytes(number_length(length as u64)), length: bytes(length) }
-    }
-}
-
-fn envelope(key: &Key, seq: u64, flags: u64) -> (Vec<u8>, Place) {
+fn envelope(key: &Key, seq: u64, flags: u64) -> Vec<u8> {
     let mut raw = Vec::new();
     key.write(&mut raw);
     raw.number(seq);
     raw.number(flags);
-    (raw, Place::behind(key.as_bytes().len()))
+    raw
+}
+
+/// Key, sequence, flags.
+fn read_envelope<'a>(reader: &mut Reader<'a>) -> Decoded<(&'a [u8], u64, u64)> {
+    Ok((reader.bytes(MAX_KEY_BYTES, "a key")?, reader.number("a row's sequence")?, reader.number("a row's flags")?))
 }

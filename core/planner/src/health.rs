@@ -80,7 +80,7 @@ pub(crate) fn look_back<'plan>(
             return Some(wait_or_fail(machine, what, deadline_ms, now_ms, vec![]));
         };
         let is_its_own = |exit: &&ExitInfo| exit.attempt >= *attempt && !exit.requested_stop && exit.error.is_none();
-        let fell = fact.exit.as_ref().filter(is_its_own);
+        let fell = fact.exit.as_deref().filter(is_its_own);
         if let Some(exit) = fell.filter(|exit| !is_done(exit, &spec)) {
             let reason = format!("machine {machine} {} after it had been healthy", describe_exit(exit));
             return Some(failed(machine, reason, details(fact)));
@@ -120,7 +120,7 @@ fn failed<'plan>(machine: &MachineId, reason: String, details: Vec<String>) -> N
 }
 
 pub(crate) fn why_it_failed(machine: &MachineId, fact: &MachineFact) -> String {
-    let exit = fact.exit.as_ref().map(describe_exit);
+    let exit = fact.exit.as_deref().map(describe_exit);
     match (exit, &fact.problem) {
         (Some(exit), _) if fact.restarts >= MAX_EXITS_BEFORE_HEALTHY => {
             format!("machine {machine} {exit}, {} times before it was healthy", fact.restarts)

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use imbl::{OrdMap, OrdSet, Vector};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 /// All config facts of one store revision. A copy shares what it does not change.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -119,16 +120,19 @@ pub struct MachineFact {
     /// The machine version that runs, or would run when started.
     pub version: MachineVersion,
     pub release: u32,
-    pub process_group: String,
+    pub process_group: Arc<str>,
     pub attempt: u64,
     pub address: Ipv4Addr,
     pub cordoned: bool,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checks: Vec<CheckStatus>,
     /// The last exit of this version, if any.
-    pub exit: Option<ExitInfo>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<Box<ExitInfo>>,
     /// Tries since it last ran well.
     pub restarts: u32,
     /// Why it cannot run, for people (`image not found`, `insufficient memory`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
     /// Its run has ended and it is to be destroyed then: nothing starts it, and control destroys it.
     #[serde(default)]
@@ -137,7 +141,7 @@ pub struct MachineFact {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unconfirmed: bool,
     /// When the clock starts it next.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub due_ms: Option<u64>,
     /// Of a machine with several, while it runs; only in the answer of its own host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -231,7 +231,7 @@ pub(crate) fn read_host(host: &HostId, region: Option<Region>, whole: bool, rows
 /// What a host says of its machines.
 pub(crate) fn read_machines(host: &HostId, whole: bool, rows: &[Row], skipped: &mut Skipped) -> HostFacts {
     let mut facts = HostFacts { host: host.clone(), said: None, machines: vec![], gone: vec![], whole };
-    let mut apps: BTreeSet<AppName> = BTreeSet::new();
+    let (mut apps, mut groups): (BTreeSet<AppName>, BTreeSet<Arc<str>>) = Default::default();
     for row in rows {
         let key = std::str::from_utf8(row.key()).unwrap_or_default();
         let machine = key.strip_prefix(MACHINE_PREFIX).map(str::parse::<MachineId>);
@@ -240,9 +240,8 @@ pub(crate) fn read_machines(host: &HostId, whole: bool, rows: &[Row], skipped: &
             (Some(Ok(id)), false, Some(body)) => match serde_json::from_slice::<MachineFact>(body.value) {
                 Ok(fact) if fact.id == id && fact.host == *host => {
                     // The same names in all facts are one text in memory.
-                    let app = apps.get(&fact.app).unwrap_or(&fact.app).clone();
-                    apps.insert(app.clone());
-                    facts.machines.push(MachineFact { host: host.clone(), app, ..fact });
+                    let (app, process_group) = (shared(&mut apps, fact.app), shared(&mut groups, fact.process_group));
+                    facts.machines.push(MachineFact { host: host.clone(), app, process_group, ..fact });
                 }
                 Ok(_) => skipped.foreign += 1,
                 Err(_) => skipped.unreadable += 1,
@@ -364,5 +363,15 @@ pub(crate) mod tests {
         assert_eq!(tell(0, 1, start), (1, None), "and one can be woken");
         assert_eq!(tell(0, 2, start + PAUSE), (1, None));
         assert_eq!(reported.difference(BTreeMap::new(), start).0.len(), 1, "gone");
+    }
+}
+
+fn shared<T: Clone + Ord>(texts: &mut BTreeSet<T>, text: T) -> T {
+    match texts.get(&text) {
+        Some(known) => known.clone(),
+        None => {
+            texts.insert(text.clone());
+            text
+        }
     }
 }

@@ -40,7 +40,7 @@ pub(crate) struct Last {
 pub(crate) fn heard(ctx: &Ctx, machine: &MachineRow) -> Last {
     let view = ctx.view.current();
     let fact = view.machines.get(&machine.id);
-    Last { exit: fact.and_then(|fact| fact.exit.clone()), restarts: fact.map_or(0, |fact| fact.restarts), events: vec![] }
+    Last { exit: fact.and_then(|fact| fact.exit.as_deref().cloned()), restarts: fact.map_or(0, |fact| fact.restarts), events: vec![] }
 }
 
 /// With its events, if its host answers soon. No machine is kept because it does not.

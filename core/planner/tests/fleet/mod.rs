@@ -264,7 +264,7 @@ fn running(row: &MachineRow) -> MachineFact {
         state: MachineState::Started,
         version: row.spec.version.clone(),
         release: 1,
-        process_group: row.spec.process_group.clone(),
+        process_group: row.spec.process_group.as_str().into(),
         attempt: 1,
         address: row.address,
         cordoned: false,

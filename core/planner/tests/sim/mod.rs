@@ -398,7 +398,7 @@ impl World {
 
     fn stopped(&mut self, id: &MachineId, exit: ExitInfo) {
         let fact = self.machines.get_mut(id).unwrap();
-        (fact.state, fact.exit) = (MachineState::Stopped, Some(exit));
+        (fact.state, fact.exit) = (MachineState::Stopped, Some(Box::new(exit)));
         fact.checks.clear();
         fact.sequence += 1;
     }
@@ -470,7 +470,7 @@ pub fn live(fact: &mut MachineFact, spec: &MachineSpec, now_ms: u64) {
         }
         MachineState::Started if lives_ms(image_of(spec)).is_some_and(|ms| now_ms >= fact.updated_at_ms + ms) => {
             fact.restarts += 1;
-            fact.exit = Some(exit(fact.attempt, now_ms));
+            fact.exit = Some(Box::new(exit(fact.attempt, now_ms)));
             (fact.state, fact.checks) = (MachineState::Restarting, vec![]);
         }
         MachineState::Started if fact.checks.is_empty() => {

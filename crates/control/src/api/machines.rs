@@ -69,7 +69,7 @@ pub(crate) fn wire(owners: &Owners, view: &Snapshot, machine: &MachineRow, confi
         process_group: spec.process_group.clone(),
         release: spec.release,
         restarts: fact.map_or(0, |fact| fact.restarts),
-        exit: fact.and_then(|fact| fact.exit.clone()),
+        exit: fact.and_then(|fact| fact.exit.as_deref().cloned()),
         problem: on_a_dead_host(owners, machine).or_else(|| fact.and_then(|fact| fact.problem.clone())),
         next_run_at: fact.and_then(|fact| fact.due_ms).map(rfc3339),
         created_at: rfc3339(machine.created_at_ms),

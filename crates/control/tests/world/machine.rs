@@ -17,7 +17,7 @@ pub fn created(assignment: &MachineAssignment) -> MachineFact {
         state: MachineState::Creating,
         version: assignment.spec.version.clone(),
         release: assignment.spec.release,
-        process_group: assignment.spec.process_group.clone(),
+        process_group: assignment.spec.process_group.as_str().into(),
         attempt: 0,
         address: assignment.address,
         cordoned: false,
@@ -73,13 +73,13 @@ pub fn live(fact: &mut MachineFact, assignment: &MachineAssignment) {
         }
         MachineState::Started if behave == "ends" => {
             fact.state = MachineState::Stopped;
-            fact.exit = Some(exit(fact.attempt, 0));
+            fact.exit = Some(Box::new(exit(fact.attempt, 0)));
             fact.over = spec.auto_destroy;
         }
         MachineState::Started if lives_ms.is_some_and(|ms| now_ms() >= fact.updated_at_ms + ms) => {
             fact.restarts += 1;
             (fact.state, fact.checks) = (MachineState::Restarting, vec![]);
-            fact.exit = Some(exit(fact.attempt, 3));
+            fact.exit = Some(Box::new(exit(fact.attempt, 3)));
         }
         MachineState::Started if fact.checks.is_empty() => {
             let good = ["good", "fades", "withers"].contains(&behave);

@@ -153,7 +153,7 @@ impl SmallHost {
     pub fn end(&self, id: &MachineId) {
         let mut journal = self.journal.lock().unwrap();
         let fact = journal.machines.get_mut(id).unwrap();
-        (fact.state, fact.exit, fact.over) = (MachineState::Stopped, Some(exit(fact.attempt, 0)), true);
+        (fact.state, fact.exit, fact.over) = (MachineState::Stopped, Some(Box::new(exit(fact.attempt, 0))), true);
         fact.sequence += 1;
         self.save(&journal);
     }
@@ -299,13 +299,13 @@ impl HostApi for SmallHost {
 
     async fn events(&self, id: &MachineId) -> Result<Vec<MachineEvent>, Refusal> {
         let exit = self.machine(id).await?.exit;
-        let ended = |exit: ExitInfo| MachineEvent {
+        let ended = |exit: Box<ExitInfo>| MachineEvent {
             id: exit.attempt,
             kind: EventKind::Exit,
             status: MachineState::Stopped,
             source: Source::Host,
             at_ms: exit.at_ms,
-            exit: Some(exit),
+            exit: Some(*exit),
             restarts: 0,
             request_id: None,
         };
@@ -364,7 +364,7 @@ impl HostApi for SmallHost {
             pid: 1,
             stime: 10,
             rtime: 2000,
-            command: fact.process_group,
+            command: fact.process_group.to_string(),
             directory: "/".into(),
             cpu: 1,
             rss: 4096,
