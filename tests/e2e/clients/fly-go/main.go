@@ -202,6 +202,7 @@ func machines(ctx context.Context, client *flaps.Client) {
 	refused(client.Destroy(ctx, "gofly", fly.RemoveMachineInput{ID: asleep.ID, Kill: true}, ""), 409)
 	must(client.Destroy(ctx, "gofly", fly.RemoveMachineInput{ID: asleep.ID, Kill: true}, asleep.LeaseNonce))
 	must(client.Wait(ctx, "gofly", asleep, "destroyed", time.Minute))
+	is(get(ctx, client, asleep.ID).IsActive(), false)
 }
 
 // By its events it was started after its last exit, which flyctl waits for.
