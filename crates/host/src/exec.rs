@@ -34,7 +34,7 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 /// What a hung-up terminal's programs have to tidy up.
 const HANGUP_GRACE: Duration = Duration::from_secs(2);
 /// What the key for the end of the input sends.
-const END_OF_INPUT: &[u8] = &[4];
+const END_KEY: u8 = 4;
 
 pub async fn start(shared: &Shared, app: &AppName, request: ExecRequest) -> Result<ExecSession, Refusal> {
     let turn = shared.sessions.take(Some(app), 1).map_err(|full| {
@@ -290,13 +290,23 @@ async fn carry(from: Arc<Stream>, to: mpsc::Sender<ExecOutput>, wrap: fn(Bytes) 
 
 /// Until the end of the input, or until the command takes no more.
 async fn feed(mut from: mpsc::Receiver<Bytes>, to: Arc<Stream>, is_terminal: bool, activity: Arc<Activity>) {
+    let mut last = None;
     while let Some(bytes) = from.recv().await {
         if write(&to, &bytes, &activity).await.is_err() {
             return;
         }
+        last = bytes.last().copied().or(last);
     }
     if is_terminal {
-        let _ = write(&to, END_OF_INPUT, &activity).await; // nobody reads it any more
+        let _ = write(&to, end_of_input(last), &activity).await; // nobody reads it any more
+    }
+}
+
+/// By the last byte before it. After half a line the key only hands that on; at the beginning of one it ends the input.
+fn end_of_input(last: Option<u8>) -> &'static [u8] {
+    match last {
+        None | Some(b'\n' | b'\r' | END_KEY) => &[END_KEY],
+        Some(_) => &[END_KEY, END_KEY],
     }
 }
 

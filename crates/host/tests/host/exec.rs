@@ -118,16 +118,18 @@ pub fn a_terminal_is_typed_at_resized_and_hung_up() {
         let left = said(&world, &id, "busybox ps");
         (!left.contains("sh -i") && !left.contains("echo trapped")).then_some(())
     });
-    // The end of the input is the key for it.
-    let mut session = open(&world, &id, "cat; echo over", Some(WindowSize { rows: 30, columns: 90 }));
-    type_in(&world, &session, "line\n");
-    session.stdin = None;
-    read_until(&world, &mut session, "over");
-    let mut last = None;
-    while let Some(output) = world.block_on(session.output.recv()) {
-        last = Some(output);
+    // The end of the input is the key for it, also where the last line has no end.
+    for typed in ["line\n", "half a line"] {
+        let mut session = open(&world, &id, "cat; echo over", Some(WindowSize { rows: 30, columns: 90 }));
+        type_in(&world, &session, typed);
+        session.stdin = None;
+        read_until(&world, &mut session, "over");
+        let mut last = None;
+        while let Some(output) = world.block_on(session.output.recv()) {
+            last = Some(output);
+        }
+        assert_eq!(last, Some(ExecOutput::Exited(0)));
     }
-    assert_eq!(last, Some(ExecOutput::Exited(0)));
 }
 
 pub fn input_flows_as_fast_as_it_is_read() {
