@@ -1,6 +1,7 @@
 //! The handle: what the rest of a process does with the cluster.
 
-use crate::authority::{Issued, log_name};
+use crate::authority::{Issued, PublicKeys, log_name};
+use crate::dial_back::{self, DialedBack};
 use crate::flock::{self, Command, Driver, HOLD_MS, Inlets, Keep, Seen};
 use crate::link::{Expect, Handler, Inbox, Links, Runs, Target};
 use crate::live::View;
@@ -152,6 +153,11 @@ impl Cluster {
         };
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("host {host} does not answer within {deadline:?}"));
         tokio::time::timeout(deadline, ping).await.map_err(late)?
+    }
+
+    /// Whether a host that joins is reached at the address that it says it has, and is the one with these keys. A few seconds at most.
+    pub async fn dial_back(&self, addr: SocketAddr, keys: &PublicKeys) -> DialedBack {
+        dial_back::dial_back(&self.inner.links, addr, keys).await
     }
 
     /// Where a host is, by membership, or as it was when this one joined. The port is that of TCP, too.

@@ -73,6 +73,9 @@ pub struct JoinRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_prefix: Option<Ipv4Prefix>,
     pub report: HostReport,
+    /// It answers at its address while it joins, see [`Answering`](crate::Answering). Hosts of before did not.
+    #[serde(default)]
+    pub answers: bool,
 }
 
 /// What makes a host a member.
@@ -85,6 +88,9 @@ pub struct JoinAnswer {
     pub machine_prefix: Ipv4Prefix,
     pub control: HostId,
     pub peers: Vec<(HostId, SocketAddr)>,
+    /// Who has just dialed the new host back, over UDP and over TCP. `None`: it was let in before, or by a control that did not dial.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reached_by: Option<HostId>,
 }
 
 impl JoinToken {
@@ -148,7 +154,7 @@ impl JoinAnswer {
 
     /// The member that the answer makes of a host with these keys.
     pub fn member(self, host: HostId, keys: MemberKeys) -> Member {
-        let Self { issued, region, epoch, domain, machine_prefix, control, peers } = self;
+        let Self { issued, region, epoch, domain, machine_prefix, control, peers, .. } = self;
         Member { host, region, epoch, domain, machine_prefix, control, peers, said: Said::default(), keys, issued }
     }
 }

@@ -14,6 +14,7 @@
 mod authority;
 mod cluster;
 mod config_rows;
+mod dial_back;
 mod disk;
 mod facts;
 mod flock;
@@ -31,6 +32,7 @@ mod tls;
 
 pub use authority::{Authority, CONFIG_LOG, Issued, PublicKeys, log_name, machines_log_name};
 pub use cluster::{Cluster, ClusterConfig, ClusterError, SeeDetail};
+pub use dial_back::{Answering, DialedBack, NotReached};
 pub use disk::{Loaded, ViewError};
 pub use join::{JoinError, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, join};
 pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, NotAJoinToken, Standing, TokenProof};

@@ -505,7 +505,7 @@ fn transport(side: Side) -> TransportConfig {
     config
 }
 
-/// Of a host that joins: the other side opens nothing.
+/// Of a host that joins, and with one: the other side opens nothing.
 pub(crate) fn transport_to_join() -> TransportConfig {
     transport(Side::Dials)
 }

@@ -9,15 +9,15 @@ use arc_swap::ArcSwap;
 use dunlin_model::HostId;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature, verify_tls13_signature_with_raw_key};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
-use rustls::sign::CertifiedKey;
+use rustls::server::{AlwaysResolvesServerRawPublicKeys, ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme,
 };
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -25,6 +25,8 @@ use std::sync::Arc;
 
 /// What both sides speak over QUIC.
 pub(crate) const ALPN: &[u8] = b"dunlin/1";
+/// What both sides speak when a joining host is dialed back: no member answers to it.
+const JOINING_ALPN: &[u8] = b"dunlin-joining/1";
 
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
@@ -128,11 +130,14 @@ fn shown(host: &HostId, keys: &MemberKeys, issued: &Issued, ca: &CertificateDer<
         let found = name.map_or("no host".into(), |name| name.to_string());
         return Err(TlsError::WrongName { expected: host.clone(), found });
     }
-    let key = PrivateKeyDer::from_pem_slice(keys.tls_pem().as_bytes()).map_err(|_| TlsError::Unreadable("private key for TLS"))?;
-    let key = provider().key_provider.load_private_key(key)?;
-    let shown = CertifiedKey::new(vec![leaf, ca.clone()], key);
+    let shown = CertifiedKey::new(vec![leaf, ca.clone()], private_key(keys)?);
     shown.keys_match().map_err(|_| TlsError::WrongKey)?;
     Ok(shown)
+}
+
+fn private_key(keys: &MemberKeys) -> Result<Arc<dyn SigningKey>, TlsError> {
+    let key = PrivateKeyDer::from_pem_slice(keys.tls_pem().as_bytes()).map_err(|_| TlsError::Unreadable("private key for TLS"))?;
+    Ok(provider().key_provider.load_private_key(key)?)
 }
 
 fn provider() -> Arc<CryptoProvider> {
@@ -321,5 +326,61 @@ impl ServerCertVerifier for ByFingerprint {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Of a host that is dialed back while it joins: it shows its key, for which there is no certificate yet.
+pub(crate) fn of_joining(keys: &MemberKeys) -> Result<ServerConfig, TlsError> {
+    let key = private_key(keys)?;
+    let public = key.public_key().ok_or(TlsError::Unreadable("private key for TLS"))?;
+    let public = CertificateDer::from(public.to_vec());
+    let shown = AlwaysResolvesServerRawPublicKeys::new(Arc::new(CertifiedKey::new(vec![public], key)));
+    let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13])?;
+    let mut config = builder.with_no_client_auth().with_cert_resolver(Arc::new(shown));
+    config.alpn_protocols = vec![JOINING_ALPN.to_vec()];
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    Ok(config)
+}
+
+/// Its counterpart: believes whoever has the private half of this key (SubjectPublicKeyInfo, DER), and nobody else.
+pub(crate) fn to_joining(key: Vec<u8>) -> Result<ClientConfig, Error> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13])?;
+    let verifier = Arc::new(ByKey { key, provider: provider() });
+    let mut config = builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
+    config.alpn_protocols = vec![JOINING_ALPN.to_vec()];
+    config.resumption = rustls::client::Resumption::disabled();
+    Ok(config)
+}
+
+#[derive(Debug)]
+struct ByKey {
+    key: Vec<u8>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for ByKey {
+    fn verify_server_cert(&self, end: &CertificateDer<'_>, _: &[CertificateDer<'_>], _: &ServerName<'_>, _: &[u8], _: UnixTime) -> Result<ServerCertVerified, Error> {
+        match end.as_ref() == self.key {
+            true => Ok(ServerCertVerified::assertion()),
+            false => Err(CertificateError::ApplicationVerificationFailure.into()),
+        }
+    }
+
+    fn verify_tls12_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("hosts speak TLS 1.3".into()))
+    }
+
+    fn verify_tls13_signature(&self, message: &[u8], key: &CertificateDer<'_>, signed: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, Error> {
+        let key = SubjectPublicKeyInfoDer::from(key.as_ref());
+        verify_tls13_signature_with_raw_key(message, &key, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
     }
 }

@@ -14,6 +14,7 @@ mod adopt;
 mod api;
 mod backup;
 mod certificates;
+mod dial_back;
 mod ended;
 mod destroyed;
 mod events;
@@ -57,6 +58,7 @@ pub use failure::Failure;
 pub use images::{BaseImages, ResolveImage, Wanted};
 pub use keys::KeyError;
 pub use kill::kill_points;
+pub use dial_back::DialBack;
 pub use registry::resolver;
 pub use start::{
     BuilderSettings, Control, ControlConfig, Enrolment, Fleet, FleetQuestion, Metrics, Parts, Probe, Reach, Ready, StartError,
@@ -125,6 +127,8 @@ pub(crate) struct Ctx {
     pub machines_writer: Mutex<()>,
     /// Hosts join and are removed one at a time: blocks of addresses are looked for before they are taken.
     pub hosts_writer: Mutex<()>,
+    /// Hosts that join are dialed back, some at a time.
+    pub dial_backs: dial_back::DialBacks,
     /// Secrets are read, changed and written by one request at a time.
     pub secrets_writer: Mutex<()>,
     /// One build at a time.

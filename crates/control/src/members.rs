@@ -3,7 +3,7 @@
 use crate::failure::Failure;
 use crate::rows::{Change, HostTokenRow, MemberRow, Outcome, RemovedHostRow, Row, key};
 use crate::start::Fleet;
-use crate::{Ctx, now_ms};
+use crate::{Ctx, dial_back, now_ms};
 use dunlin_api::ErrorCode;
 use dunlin_cluster::{HostReport, JoinAnswer, JoinRequest, JoinToken, Standing, TokenProof};
 use dunlin_model::desired::{HOST_LABELS_MAX, HostRow, Ipv4Prefix, is_host_label};
@@ -50,33 +50,18 @@ pub(crate) async fn create_token(ctx: &Ctx, lifetime_s: u64) -> Result<(JoinToke
 /// Everything is checked, then written in one transaction.
 pub(crate) async fn join(ctx: &Ctx, request: JoinRequest) -> Result<JoinAnswer, Failure> {
     fleet(ctx)?;
-    let _one_at_a_time = ctx.hosts_writer.lock().await;
     let now_ms = now_ms();
-    let token = valid_token(ctx, &request.token, now_ms).await?;
-    if let Some(by) = &token.value.used_by {
-        return answered_again(ctx, by, &request, now_ms).await;
+    if let Admission::Before(answer) = admission(ctx, &request, now_ms).await? {
+        return Ok(*answer);
     }
-    can_be_honoured(&request.report, now_ms)?;
-    is_new(ctx, &request.host).await?;
-    let prefix = block(ctx, request.machine_prefix, now_ms).await?;
-    let JoinRequest { host, region, report, .. } = request;
-    let row = HostRow {
-        id: host.clone(),
-        region,
-        prefix,
-        public_key: String::new(),
-        cpus: 0,
-        memory_mb: 0,
-        zone: None,
-        labels: Default::default(),
-        cordoned: false,
-        draining: false,
-        joined_at_ms: now_ms,
+    // It takes seconds, in which others may join: then all is looked at again.
+    dial_back::reached(ctx, &request).await?;
+    let _one_at_a_time = ctx.hosts_writer.lock().await;
+    let Newcomer { token, row, member, answer } = match admission(ctx, &request, now_ms).await? {
+        Admission::Before(answer) => return Ok(*answer),
+        Admission::Now(newcomer) => *newcomer,
     };
-    let row = with_report(row, &report);
-    let member = MemberRow { epoch: FIRST_EPOCH, keys: report.keys, addr: report.addr, version: report.version };
-    // Before anything is written: keys that cannot be certified must not use the token up.
-    let answer = answer(ctx, &row, &member, now_ms).await?;
+    let host = request.host;
     let used = HostTokenRow { used_by: Some(host.clone()), ..token.value };
     let change = Change::default()
         .unchanged(key::host_token(&request.token.id), token.modified)
@@ -86,8 +71,49 @@ pub(crate) async fn join(ctx: &Ctx, request: JoinRequest) -> Result<JoinAnswer, 
         .put(key::host(&host), &row)
         .put(key::member(&host), &member);
     committed(ctx, change).await?;
-    tracing::info!(%host, region = %row.region, %prefix, addr = %member.addr, token = %request.token.id, "host joined");
-    Ok(answer)
+    tracing::info!(%host, region = %row.region, prefix = %row.prefix, addr = %member.addr, token = %request.token.id, "host joined");
+    Ok(JoinAnswer { reached_by: Some(ctx.host_row.id.clone()), ..answer })
+}
+
+enum Admission {
+    /// With this token; its answer may have been lost.
+    Before(Box<JoinAnswer>),
+    /// Nothing but its address speaks against it.
+    Now(Box<Newcomer>),
+}
+
+struct Newcomer {
+    token: Row<HostTokenRow>,
+    row: HostRow,
+    member: MemberRow,
+    answer: JoinAnswer,
+}
+
+async fn admission(ctx: &Ctx, request: &JoinRequest, now_ms: u64) -> Result<Admission, Failure> {
+    let token = valid_token(ctx, &request.token, now_ms).await?;
+    if let Some(by) = &token.value.used_by {
+        return Ok(Admission::Before(Box::new(answered_again(ctx, by, request, now_ms).await?)));
+    }
+    can_be_honoured(&request.report, now_ms)?;
+    is_new(ctx, &request.host).await?;
+    let row = HostRow {
+        id: request.host.clone(),
+        region: request.region.clone(),
+        prefix: block(ctx, request.machine_prefix, now_ms).await?,
+        public_key: String::new(),
+        cpus: 0,
+        memory_mb: 0,
+        zone: None,
+        labels: Default::default(),
+        cordoned: false,
+        draining: false,
+        joined_at_ms: now_ms,
+    };
+    let (row, report) = (with_report(row, &request.report), &request.report);
+    let member = MemberRow { epoch: FIRST_EPOCH, keys: report.keys.clone(), addr: report.addr, version: report.version.clone() };
+    // Before anything is written: keys that cannot be certified must not use the token up.
+    let answer = answer(ctx, &row, &member, now_ms).await?;
+    Ok(Admission::Now(Box::new(Newcomer { token, row, member, answer })))
 }
 
 /// What a member says of itself at a start, and when its certificate is to be renewed. Whoever calls knows that the host
@@ -309,6 +335,7 @@ async fn answer(ctx: &Ctx, row: &HostRow, member: &MemberRow, now_ms: u64) -> Re
         machine_prefix: row.prefix,
         control: ctx.host_row.id.clone(),
         peers: peers(ctx, &row.id, &row.region).await?,
+        reached_by: None,
     })
 }
 

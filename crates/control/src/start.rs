@@ -1,6 +1,7 @@
 //! Wiring: everything is put together once, in this order.
 
 use crate::certificates::{self, Authority, CertificateError};
+use crate::dial_back::DialBack;
 use crate::failure::Failure;
 use crate::images::{BaseImages, Images, ResolveImage};
 use crate::keys::{KeyError, Keys, private_dir};
@@ -75,6 +76,8 @@ pub struct Fleet {
     pub is_up: Arc<dyn Fn(&HostId) -> bool + Send + Sync>,
     /// What this host knows of the cluster, for people.
     pub ask: Arc<dyn Fn(FleetQuestion) -> BoxFuture<'static, serde_json::Value> + Send + Sync>,
+    /// Whether a host that joins is reached.
+    pub dial_back: DialBack,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,6 +184,7 @@ impl Control {
             operate: parts.operate,
             machines_writer: Mutex::new(()),
             hosts_writer: Mutex::new(()),
+            dial_backs: Default::default(),
             secrets_writer: Mutex::new(()),
             build_slot: Arc::new(Semaphore::new(1)),
             published: AtomicBool::new(false),

@@ -3,7 +3,7 @@
 mod world;
 
 use axum::http::Method;
-use dunlin_cluster::{Authority, HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_REQUEST_BYTES, MemberKeys};
+use dunlin_cluster::{Authority, DialedBack, HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_REQUEST_BYTES, MemberKeys, NotReached};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::HostId;
@@ -44,7 +44,7 @@ fn report(id: &str, keys: &MemberKeys) -> HostReport {
 
 fn request(token: &JoinToken, id: &str, keys: &MemberKeys) -> JoinRequest {
     let (host, region) = (id.parse().unwrap(), "local".parse().unwrap());
-    JoinRequest { token: token.proof(), host, region, machine_prefix: None, report: report(id, keys) }
+    JoinRequest { token: token.proof(), host, region, machine_prefix: None, report: report(id, keys), answers: true }
 }
 
 async fn join(world: &World, request: &JoinRequest) -> Result<JoinAnswer, Value> {
@@ -146,6 +146,75 @@ async fn what_is_wrong_with_a_join_is_said_and_uses_no_token_up() {
     let long = vec![b' '; MAX_JOIN_REQUEST_BYTES + 1];
     assert_eq!(answered(enrolment.join(&long).await).err().unwrap()["status"], "too_large");
     join(&world, &request(&token, "h3", &keys)).await.unwrap_or_else(|error| panic!("the token is as good as before: {error}"));
+    world.control.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_nobody_reaches_is_not_let_in_and_its_token_stays_good() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    let dials = world.others.dials.clone();
+    let dialed = || std::mem::take(&mut *dials.dialed.lock().unwrap());
+    let (good, keys) = (token(&world).await, MemberKeys::generate().unwrap());
+    let asked = request(&good, "h2", &keys);
+    let late = || Err(NotReached::Unanswered("no answer within 4 s".into()));
+    for (shows, says) in [
+        (DialedBack { udp: late(), tcp: Ok(()) }, "is not reached at 10.0.0.50:7373 over UDP (no answer within 4 s); host h1"),
+        (DialedBack { udp: Ok(()), tcp: Err(NotReached::ByAnother) }, "is not reached at 10.0.0.50:7373 over TCP (something else"),
+    ] {
+        *dials.shows.lock().unwrap() = shows;
+        refused(join(&world, &asked).await, "failed_precondition", says);
+        assert_eq!(dialed(), [asked.report.addr], "that address, once");
+        assert_eq!(world.get("/v1/hosts").await.json().as_array().unwrap().len(), 1, "it has no row");
+    }
+    *dials.shows.lock().unwrap() = DialedBack { udp: Ok(()), tcp: Ok(()) };
+    // Nobody is dialed for whoever has no token, or asks for what cannot be.
+    let mut wrong = request(&good, "h2", &keys);
+    wrong.token = JoinToken::generate([0; 32]).proof();
+    refused(join(&world, &wrong).await, "unauthorized", "nobody knows this token");
+    refused(join(&world, &request(&good, "h1", &keys)).await, "name_taken", "duplicate identity");
+    let old = JoinRequest { answers: false, ..asked.clone() };
+    refused(join(&world, &old).await, "failed_precondition", "version 0.1.0) does not answer when it is dialed back");
+    assert_eq!(dialed(), []);
+    let answer = join(&world, &asked).await.unwrap();
+    assert_eq!((answer.reached_by, dialed()), (Some("h1".parse().unwrap()), vec![asked.report.addr]));
+    // The answer was lost: it is in, wherever its packets go by now.
+    *dials.shows.lock().unwrap() = DialedBack { udp: late(), tcp: late() };
+    let again = join(&world, &asked).await.unwrap();
+    assert_eq!((again.machine_prefix, again.reached_by, dialed()), (answer.machine_prefix, None, vec![]));
+    // A few times by one token, and another has its own.
+    let second = token(&world).await;
+    for _ in 0..8 {
+        refused(join(&world, &request(&second, "h3", &keys)).await, "failed_precondition", "over UDP (no answer within 4 s) and over TCP");
+    }
+    refused(join(&world, &request(&second, "h3", &keys)).await, "rate_limited", "8 times within 10 minutes");
+    assert_eq!(dialed().len(), 8);
+    *dials.shows.lock().unwrap() = DialedBack { udp: Ok(()), tcp: Ok(()) };
+    joined(&world, "h3").await;
+    world.control.shutdown().await;
+}
+
+/// Somebody whose packets are dropped holds nobody up, and what others took meanwhile is not given twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_one_is_dialed_back_others_join() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    let dials = world.others.dials.clone();
+    let (slow_token, keys) = (token(&world).await, MemberKeys::generate().unwrap());
+    let slow = request(&slow_token, "h2", &keys);
+    dials.holds.send_replace(Some(slow.report.addr));
+    let meanwhile = async {
+        world.eventually("it is dialed", async || dials.dialed.lock().unwrap().contains(&slow.report.addr)).await;
+        let answer = joined(&world, "h3").await;
+        dials.holds.send_replace(None);
+        answer
+    };
+    // The second is the same host, impatient.
+    let (first, second, other) = tokio::join!(join(&world, &slow), join(&world, &slow), meanwhile);
+    let (first, second) = (first.unwrap(), second.unwrap());
+    assert_eq!(first.machine_prefix, second.machine_prefix, "one host");
+    assert_eq!((other.machine_prefix, first.machine_prefix), (block("10.208.0.0/20"), block("10.208.16.0/20")));
+    assert_eq!(world.get("/v1/hosts").await.json().as_array().unwrap().len(), 3);
     world.control.shutdown().await;
 }
 

@@ -6,7 +6,7 @@ use crate::{doctor, keeper};
 use anyhow::{Context, bail};
 use dunlin_api::ErrorBody;
 use dunlin_cli::{Exit, Globals};
-use dunlin_cluster::{JoinAnswer, JoinRequest, JoinToken, Member, MemberKeys, Said};
+use dunlin_cluster::{Answering, JoinAnswer, JoinRequest, JoinToken, Member, MemberKeys, Said};
 use dunlin_model::HostId;
 use serde_json::{Value, json};
 use std::io::Read as _;
@@ -58,7 +58,7 @@ pub struct JoinArgs {
     /// Where its server will listen for others, UDP and TCP [default: 0.0.0.0:7373]
     #[arg(long, env = "DUNLIN_CLUSTER", value_name = "ADDR:PORT")]
     cluster: Option<String>,
-    /// Where others reach that [default: the address with which this computer reaches ADDR]
+    /// Where others reach that; it is dialed back there while it joins [default: the address with which this computer reaches ADDR]
     #[arg(long, env = "DUNLIN_ADVERTISE", value_name = "ADDR:PORT")]
     advertise: Option<String>,
     /// Block of private addresses for its machines [default: one that control chooses]
@@ -94,7 +94,7 @@ async fn join(args: &JoinArgs, data_dir: Option<&Path>, json: bool) -> anyhow::R
     let token = token(&args.token)?;
     let cluster = settings.cluster.context("a host of a cluster listens for others: leave `--cluster off` out")?;
     let say = |text: &str| if !json { eprintln!("{text}") };
-    test_itself(&settings.data_dir, cluster, say)?;
+    let tested = test_itself(&settings.data_dir, cluster, say)?;
     let advertise = settings.advertise.map_or_else(|| address_towards(addr, cluster), Ok)?;
     let dir = member_dir(&settings.data_dir);
     let host_key = keys::host_key(&settings.data_dir.join("host/host.key"))?;
@@ -105,14 +105,18 @@ async fn join(args: &JoinArgs, data_dir: Option<&Path>, json: bool) -> anyhow::R
         region: settings.region.clone(),
         machine_prefix: args.machine_prefix.as_ref().map(|_| settings.machine_prefix),
         report: fleet::report(&settings, host_key.sealing_key().to_base64(), &keys, advertise)?,
+        answers: true,
     };
-    say(&format!("asking the cluster at {addr} to take host {} in", settings.host_id));
-    let answer = dunlin_cluster::join(addr, token.ca_sha256, &serde_json::to_vec(&request)?).await?;
+    let answering = Answering::start(&keys, (tested.udp, tested.tcp)).context("this computer cannot answer while it joins")?;
+    say(&format!("asking the cluster at {addr} to take host {} in; it is dialed back at {advertise}, UDP and TCP", settings.host_id));
+    let request = serde_json::to_vec(&request)?;
+    let answer = answering.during(dunlin_cluster::join(addr, token.ca_sha256, &request)).await?;
     let answer = read(&answer)?;
     if !answer.is_of(&token) {
         bail!("the server at {addr} answered with another authority than the token names; nothing was kept\n  \
                hint: make a new token where control runs, and see who answers at {addr}");
     }
+    let found = Found { free_gb: tested.free_gb, listens: cluster, advertise, reached_by: answer.reached_by.clone() };
     let said = Said {
         listen: Some(cluster),
         // What was found is found again at each start: a computer's address changes, and so does that of a copied disk.
@@ -123,11 +127,35 @@ async fn join(args: &JoinArgs, data_dir: Option<&Path>, json: bool) -> anyhow::R
     };
     let member = Member { said, ..answer.member(settings.host_id.clone(), keys) };
     member.save(&dir)?;
-    joined(&member, &settings.data_dir, advertise, json);
+    joined(&member, &settings.data_dir, &found, json);
     Ok(())
 }
 
-fn joined(member: &Member, data_dir: &Path, advertise: SocketAddr, json: bool) {
+/// What the tests have found, here and from the other side.
+struct Found {
+    free_gb: u64,
+    listens: SocketAddr,
+    advertise: SocketAddr,
+    /// `None`: it was not dialed back this time.
+    reached_by: Option<HostId>,
+}
+
+impl Found {
+    fn checks(&self) -> Vec<Value> {
+        let check = |name: &str, found: String| json!({ "name": name, "ok": true, "found": found });
+        let mut checks = vec![
+            check("disk", format!("{} GB are free", self.free_gb)),
+            check("cluster port", format!("{} is free, UDP and TCP", self.listens)),
+        ];
+        if let Some(by) = &self.reached_by {
+            checks.extend(["UDP", "TCP"].map(|over| check(&format!("reached over {over}"), format!("at {}, by host {by}", self.advertise))));
+        }
+        checks
+    }
+}
+
+fn joined(member: &Member, data_dir: &Path, found: &Found, json: bool) {
+    let advertise = found.advertise;
     let server = match data_dir == dunlin_cli::default_data_dir() {
         true => "dunlin server".to_owned(),
         false => format!("dunlin server --data-dir {}", data_dir.display()),
@@ -135,13 +163,16 @@ fn joined(member: &Member, data_dir: &Path, advertise: SocketAddr, json: bool) {
     if json {
         let said = json!({
             "host": member.host, "region": member.region, "domain": member.domain, "control": member.control,
-            "machine_prefix": member.machine_prefix.to_string(), "advertise": advertise, "next": server,
+            "machine_prefix": member.machine_prefix.to_string(), "advertise": advertise, "reached_by": found.reached_by, "checks": found.checks(), "next": server,
         });
         println!("{said}");
         return;
     }
     println!("joined as {} in {}; machines get addresses of {}", member.host, member.region, member.machine_prefix);
-    eprintln!("others will reach it at {advertise}, UDP and TCP: let them through. Next, start its server:\n  {server}");
+    match &found.reached_by {
+        Some(by) => eprintln!("host {by} has reached it at {advertise}, UDP and TCP. Next, start its server:\n  {server}"),
+        None => eprintln!("others will reach it at {advertise}, UDP and TCP: let them through. Next, start its server:\n  {server}"),
+    }
 }
 
 /// The settings of the server that is to come: what is wrong with them is said now.
@@ -169,8 +200,15 @@ fn settings(args: &JoinArgs, data_dir: Option<&Path>) -> anyhow::Result<Settings
     Settings::resolve(&args, data_dir)
 }
 
+/// This computer has what a host needs, and these are the sockets at which it will listen.
+struct Tested {
+    free_gb: u64,
+    udp: UdpSocket,
+    tcp: TcpListener,
+}
+
 /// What would keep its server from working is found before the cluster counts on it.
-fn test_itself(data_dir: &Path, cluster: SocketAddr, say: impl Fn(&str)) -> anyhow::Result<()> {
+fn test_itself(data_dir: &Path, cluster: SocketAddr, say: impl Fn(&str)) -> anyhow::Result<Tested> {
     if let Some(pid) = keeper::holder(data_dir)? {
         bail!("a server (process {pid}) uses {}\n  hint: stop it first; it starts anew as a host of the cluster", data_dir.display());
     }
@@ -200,9 +238,9 @@ fn test_itself(data_dir: &Path, cluster: SocketAddr, say: impl Fn(&str)) -> anyh
     }
     let busy = || format!("its server could not listen at {cluster}; choose another address with --cluster");
     let tcp = TcpListener::bind(cluster).with_context(busy)?;
-    UdpSocket::bind(tcp.local_addr()?).with_context(busy)?;
+    let udp = UdpSocket::bind(tcp.local_addr()?).with_context(busy)?;
     say(&format!("this computer has what a host needs; {free_gb} GB of disk are free"));
-    Ok(())
+    Ok(Tested { free_gb, udp, tcp })
 }
 
 fn make(data_dir: &Path) -> anyhow::Result<()> {
@@ -415,6 +453,7 @@ mod tests {
             machine_prefix: dunlin_model::desired::Ipv4Prefix { network: "10.208.0.0".parse().unwrap(), length: 20 },
             control: "h1".parse().unwrap(),
             peers: vec![],
+            reached_by: None,
         };
         let token = JoinToken::generate(authority.ca_sha256().unwrap());
         assert!(answer.is_of(&token) && !answer.is_of(&JoinToken::generate([0; 32])));

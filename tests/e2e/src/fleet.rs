@@ -12,7 +12,7 @@ use crate::{Api, Namespace, Pulse, Server, kill, processes, text, until};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -122,17 +122,31 @@ impl Fleet {
     }
 
     fn join_in(&mut self, id: &str, region: &'static str) {
+        self.add_newcomer(id, region);
+        let token = self.control().ok(&["host", "token"]);
+        let joined = self.try_join(id, &self.hosts[0].id, token.trim());
+        assert!(joined.status.success(), "{}\n--- log of control\n{}", text(&joined), self.control().log());
+        self.start_again(id);
+        self.until_up(&[id]);
+    }
+
+    /// A computer on the line that is in no cluster.
+    pub fn newcomer(&mut self, id: &str) {
+        self.add_newcomer(id, REGIONS[self.hosts.len() % REGIONS.len()]);
+    }
+
+    fn add_newcomer(&mut self, id: &str, region: &'static str) {
         let dir = tempfile::Builder::new().prefix("dunlin-e2e-").tempdir().unwrap();
         let data = dir.path().join("data");
-        let mut host = self.prepare(id, region, Server::without_images(dir, data));
-        let token = self.control().ok(&["host", "token"]);
-        let at = format!("{}:{CLUSTER_PORT}", self.hosts[0].address());
-        let args = ["host", "join", &at, "--host-id", id, "--region", region];
-        let joined = host.server.cli(host.server.dir(), &args).env("DUNLIN_JOIN_TOKEN", token.trim()).output().unwrap();
-        assert!(joined.status.success(), "{}\n--- log of control\n{}", text(&joined), self.control().log());
-        host.server.spawn();
+        let host = self.prepare(id, region, Server::without_images(dir, data));
         self.hosts.push(host);
-        self.until_up(&[id]);
+    }
+
+    /// Its `dunlin host join --json`, which asks the member `at`.
+    pub fn try_join(&self, id: &str, at: &str, token: &str) -> Output {
+        let (host, at) = (self.find(id), self.member(at).to_string());
+        let args = ["--json", "host", "join", &at, "--host-id", id, "--region", host.region];
+        host.server.cli(host.server.dir(), &args).env("DUNLIN_JOIN_TOKEN", token).output().unwrap()
     }
 
     fn prepare(&self, id: &str, region: &'static str, mut server: Server) -> Host {
@@ -323,6 +337,11 @@ impl Fleet {
         self.drop_at(id, "input", &["udp", "dport", &port]);
         self.drop_at(id, "output", &["udp", "sport", &port]);
         self.drop_at(id, "output", &["udp", "dport", &port]);
+    }
+
+    /// As a firewall there that lets nothing in at the cluster's port over `protocol`.
+    pub fn close_port(&self, id: &str, protocol: &str) {
+        self.drop_at(id, "input", &[protocol, "dport", &CLUSTER_PORT.to_string()]);
     }
 
     fn drop_at(&self, id: &str, hook: &str, what: &[&str]) {

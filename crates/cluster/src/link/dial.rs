@@ -1,13 +1,16 @@
 //! Reaching a host that there is no connection with: once for all who want it, and not again at once after a failure.
 
-use super::{Expect, Link, Links, Packet, Table, Target, count};
+use super::{Expect, LEAVING, Link, Links, Packet, Table, Target, count, transport_to_join};
 use crate::authority::{HOSTS_DOMAIN, log_name, tls_name};
+use crate::dial_back::NotReached;
 use crate::tls::peer_host;
 use dunlin_gossip::OriginId;
 use dunlin_model::HostId;
-use quinn::Connection;
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Connection, ConnectionError};
 use rustls_pki_types::CertificateDer;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -145,6 +148,31 @@ impl Links {
             return Err(io::Error::other("it is this process itself"));
         }
         Ok(self.add(connection, host, theirs, Some(target.addr)))
+    }
+
+    /// Dials a host that is no member yet, from the address from which members are dialed. Nothing is said: a handshake with which
+    /// `tls` is content is all, and no link comes of it. The caller has a deadline.
+    pub async fn reach_joining(&self, addr: SocketAddr, tls: rustls::ClientConfig) -> Result<(), NotReached> {
+        let fails = |error: &dyn std::error::Error| NotReached::Unanswered(error.to_string());
+        let crypto = QuicClientConfig::try_from(tls).map_err(|error| fails(&error))?;
+        let mut config = ClientConfig::new(Arc::new(crypto));
+        config.transport_config(Arc::new(transport_to_join()));
+        let endpoint = self.endpoint().map_err(|error| fails(&error))?;
+        let connecting = {
+            let _here = self.inner.at.own.enter(); // QUIC's own task of the connection is where this is called
+            endpoint.connect_with(config, addr, HOSTS_DOMAIN).map_err(|error| fails(&error))?
+        };
+        match connecting.await {
+            Ok(connection) => {
+                connection.close(LEAVING, b"reached");
+                Ok(())
+            }
+            Err(error @ (ConnectionError::TimedOut | ConnectionError::LocallyClosed | ConnectionError::CidsExhausted)) => Err(fails(&error)),
+            Err(error) => {
+                tracing::debug!(%addr, %error, "what answers over UDP is not the host that joins");
+                Err(NotReached::ByAnother)
+            }
+        }
     }
 }
 

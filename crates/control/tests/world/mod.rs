@@ -21,7 +21,7 @@ use dunlin_api::{
 use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
 use dunlin_control::operate::Operate;
-use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Fleet, Parts, StartError, Wanted};
+use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Parts, StartError, Wanted};
 use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
@@ -34,7 +34,7 @@ use dunlin_view::{ConfigState, HostFact, MachineFact};
 pub use images::push_image;
 use machine::{created, exit, live};
 pub use others::Others;
-use others::{all_played_by, fleet};
+use others::all_played_by;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -508,7 +508,7 @@ impl World {
             kill_at,
             metrics: vec![Box::new(|text| text.push_str("dunlin_test_total 1\n"))],
             ready: vec![],
-            fleet: Some(Fleet { is_up: others.is_up(), ..fleet() }),
+            fleet: Some(others.fleet()),
         };
         let parts = Parts {
             store: open_store(data).await,

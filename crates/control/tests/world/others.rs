@@ -3,20 +3,34 @@
 use super::{SmallHost, host_row};
 use dunlin_api::HostApi;
 use dunlin_api::remote::{Asker, Dial, Duplex, RemoteHost, serve};
-use dunlin_cluster::View;
+use dunlin_cluster::{DialedBack, View};
 use dunlin_control::operate::{NoAnswer, Operate};
 use dunlin_control::{Fleet, Probe, Reach};
 use dunlin_model::HostId;
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_registry::ContentStore;
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 
-#[derive(Clone, Default)]
-pub struct Others(Arc<BTreeMap<HostId, Other>>);
+#[derive(Clone)]
+pub struct Others {
+    hosts: Arc<BTreeMap<HostId, Other>>,
+    pub dials: Arc<Dials>,
+}
+
+/// Hosts that join, as control dials them back.
+pub struct Dials {
+    /// What each dial shows.
+    pub shows: Mutex<DialedBack>,
+    /// Whom it was that was dialed.
+    pub dialed: Mutex<Vec<SocketAddr>>,
+    /// Dialing this one takes until it is another.
+    pub holds: watch::Sender<Option<SocketAddr>>,
+}
 
 struct Other {
     host: Arc<SmallHost>,
@@ -42,27 +56,29 @@ impl Others {
             let remote = Arc::new(RemoteHost::new(row.id.clone(), dial(host.clone(), watched)));
             (row.id.clone(), Other { host, is_cut, remote })
         };
-        Self(Arc::new(rows.iter().map(other).collect()))
+        let shows = Mutex::new(DialedBack { udp: Ok(()), tcp: Ok(()) });
+        let dials = Dials { shows, dialed: Mutex::default(), holds: watch::channel(None).0 };
+        Self { hosts: Arc::new(rows.iter().map(other).collect()), dials: Arc::new(dials) }
     }
 
     pub fn host(&self, n: u8) -> &SmallHost {
-        &self.0[&format!("h{n}").parse::<HostId>().unwrap()].host
+        &self.hosts[&format!("h{n}").parse::<HostId>().unwrap()].host
     }
 
     /// Its power is cut, or comes back.
     pub fn set_dead(&self, n: u8, is_dead: bool) {
-        let other = &self.0[&format!("h{n}").parse::<HostId>().unwrap()];
+        let other = &self.hosts[&format!("h{n}").parse::<HostId>().unwrap()];
         other.host.frozen.store(is_dead, Ordering::SeqCst);
         other.is_cut.send_replace(is_dead);
     }
 
     fn is_cut(&self, host: &HostId) -> bool {
-        self.0.get(host).is_some_and(|other| *other.is_cut.borrow())
+        self.hosts.get(host).is_some_and(|other| *other.is_cut.borrow())
     }
 
     pub fn reach(&self) -> Option<Reach> {
         let others = self.clone();
-        Some(Arc::new(move |host: &HostId| Some(others.0.get(host)?.remote.clone() as Arc<dyn HostApi>)))
+        Some(Arc::new(move |host: &HostId| Some(others.hosts.get(host)?.remote.clone() as Arc<dyn HostApi>)))
     }
 
     pub fn probe(&self) -> Option<Probe> {
@@ -76,6 +92,23 @@ impl Others {
     pub fn is_up(&self) -> Arc<dyn Fn(&HostId) -> bool + Send + Sync> {
         let others = self.clone();
         Arc::new(move |host| !others.is_cut(host))
+    }
+
+    pub fn fleet(&self) -> Fleet {
+        let dials = self.dials.clone();
+        Fleet {
+            addr: "10.0.0.1:7373".parse().unwrap(),
+            is_up: self.is_up(),
+            ask: Arc::new(|question| Box::pin(async move { serde_json::json!({ "asked": format!("{question:?}") }) })),
+            dial_back: Arc::new(move |addr, _| {
+                let dials = dials.clone();
+                Box::pin(async move {
+                    dials.dialed.lock().unwrap().push(addr);
+                    dials.holds.subscribe().wait_for(|held| *held != Some(addr)).await.unwrap();
+                    dials.shows.lock().unwrap().clone()
+                })
+            }),
+        }
     }
 }
 
@@ -96,15 +129,6 @@ fn dial(host: Arc<SmallHost>, is_cut: watch::Receiver<bool>) -> Dial {
             Ok(Box::new(here) as Box<dyn Duplex>)
         })
     })
-}
-
-/// All hosts are up.
-pub fn fleet() -> Fleet {
-    Fleet {
-        addr: "10.0.0.1:7373".parse().unwrap(),
-        is_up: Arc::new(|_| true),
-        ask: Arc::new(|question| Box::pin(async move { serde_json::json!({ "asked": format!("{question:?}") }) })),
-    }
 }
 
 pub fn all_played_by(small: &Arc<SmallHost>) -> Reach {

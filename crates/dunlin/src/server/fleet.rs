@@ -403,7 +403,17 @@ impl Fleet {
                     }
                 })
             }),
+            dial_back: self.dial_back(),
         }
+    }
+
+    /// Whether a host that joins is reached by this one.
+    fn dial_back(&self) -> dunlin_control::DialBack {
+        let cluster = self.cluster.clone();
+        Arc::new(move |addr, keys| {
+            let cluster = cluster.clone();
+            Box::pin(async move { cluster.dial_back(addr, &keys).await })
+        })
     }
 
     /// Whether a host answers control itself.

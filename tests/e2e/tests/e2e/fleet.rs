@@ -12,6 +12,9 @@ const SHORT: Duration = Duration::from_secs(5);
 /// What the platform promises of machines of a lost host.
 const REPLACED_WITHIN: Duration = Duration::from_secs(30);
 
+/// A dial of some seconds, and what comes before it on a slow computer.
+const REFUSED_WITHIN: Duration = Duration::from_secs(20);
+
 /// The host is a computer of its own: it serves others, and a line that is cut, or power that is, takes all of it.
 #[test]
 fn a_host_in_a_namespace_serves_and_fails_as_a_whole() {
@@ -102,6 +105,39 @@ fn three_hosts_are_one_platform() {
         assert!(Heard::failed(&heard).is_empty(), "{:?}", Heard::failed(&heard));
         assert_eq!(Heard::bodies_after(&heard, deployed + SETTLED), ["release 2"]);
     }
+}
+
+/// It asks w2, and w1, where control runs, finds out whether it is reached.
+#[test]
+fn a_host_behind_a_firewall_is_not_let_in() {
+    let mut fleet = Fleet::start(&["w1", "w2"]);
+    fleet.newcomer("w3");
+    let token = fleet.control().ok(&["host", "token"]);
+    let token = token.trim();
+    fleet.control().expect_log("a host was refused");
+    for (closed, open) in [("udp", "tcp"), ("tcp", "udp")] {
+        fleet.close_port("w3", closed);
+        let began = Instant::now();
+        let refused = fleet.try_join("w3", "w2", token);
+        let said = text(&refused);
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        assert!(began.elapsed() < REFUSED_WITHIN, "{:?}", began.elapsed());
+        let over = format!("host w3 is not reached at 10.77.0.3:7373 over {} (no answer within 4 s)", closed.to_uppercase());
+        for part in [&over, "host w1, where control runs, tried it from 10.77.0.1", &format!("let 7373/{closed} in"), "--advertise", "token is as good"] {
+            assert!(said.contains(part), "no {part}: {said}");
+        }
+        assert!(!said.contains(&format!("over {}", open.to_uppercase())), "{said}");
+        assert_eq!(fleet.state_of("w3"), None, "control has written nothing");
+        fleet.heal("w3");
+    }
+    let joined = fleet.try_join("w3", "w2", token);
+    assert!(joined.status.success(), "{}\n{}", text(&joined), fleet.control().log());
+    let said: serde_json::Value = serde_json::from_slice(&joined.stdout).unwrap();
+    assert_eq!((&said["reached_by"], &said["advertise"]), (&"w1".into(), &"10.77.0.3:7373".into()));
+    let checks: Vec<&str> = said["checks"].as_array().unwrap().iter().filter_map(|check| check["name"].as_str()).collect();
+    assert_eq!(checks, ["disk", "cluster port", "reached over UDP", "reached over TCP"]);
+    fleet.start_again("w3");
+    fleet.until_up(&["w1", "w2", "w3"]);
 }
 
 #[test]
