@@ -44,7 +44,7 @@ const MAX_STAGED_BYTES_A_PEER: usize = MAX_STAGED_BYTES / 2;
 const MAX_STAGES_A_PEER: usize = 64;
 const MAX_STAGES: usize = 4_096;
 /// Parts that answer one want; the next is asked for when the last of these is here.
-const PARTS_A_WANT: usize = 8;
+const PARTS_A_WANT: usize = 4;
 /// What one input may make this host send: a small message must not cause a flood.
 const MAX_GIVEN_BYTES: usize = 4 << 20;
 /// Of a log that is this far behind more is to come than a message holds, perhaps.
