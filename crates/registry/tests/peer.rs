@@ -91,14 +91,14 @@ impl World {
 /// Reads the request itself, to remember it, and answers as the host does.
 async fn behave(does: Does, stream: tokio::io::DuplexStream, asked: Arc<Mutex<Vec<(String, String, u64)>>>, host: String) {
     let a_second = if let Does::Trickle { a_second, .. } = does { a_second } else { 0 };
-    if let Some((mut rest, mut stream)) = answer(does, stream, asked, host).await {
-        let mut bytes = vec![0; a_second];
-        while a_second > 0 {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            let read = rest.read(&mut bytes).await.unwrap_or(0);
-            if read == 0 || stream.write_all(&bytes[..read]).await.is_err() {
-                return; // all of it, or the other has had enough
-            }
+    let left = answer(does, stream, asked, host).await;
+    let Some((mut rest, mut stream)) = left.filter(|_| a_second > 0) else { return };
+    let mut bytes = vec![0; a_second];
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let read = rest.read(&mut bytes).await.unwrap_or(0);
+        if read == 0 || stream.write_all(&bytes[..read]).await.is_err() {
+            return; // all of it, or the other has had enough
         }
     }
 }
