@@ -265,12 +265,13 @@ fn take_up(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<Promise, S
     shared.volumes.promises.take_up(&shared.config.data_dir, wanted(row, place))
 }
 
-/// All volumes that desired state has here.
+/// All volumes that desired state has here, but for those whose files are lost: they are not made again.
 fn written(shared: &Shared) -> impl Iterator<Item = Wanted> {
     let config = shared.view.current().config.clone();
     let rows = config.volumes.values().filter(|row| row.host == shared.config.id && !config.volume_tombstones.contains_key(&row.id));
-    let all: Vec<Wanted> = rows.map(|row| wanted(row, &Place::of(&shared.config.data_dir, &row.id))).collect();
-    all.into_iter()
+    let places = rows.map(|row| (row, Place::of(&shared.config.data_dir, &row.id)));
+    let not_lost = places.filter(|(_, place)| place.data().exists() || !place.made().exists());
+    not_lost.map(|(row, place)| wanted(row, &place)).collect::<Vec<_>>().into_iter()
 }
 
 /// Whether the disk has as much for a volume that control is about to write down.
