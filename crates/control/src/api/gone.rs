@@ -13,14 +13,14 @@ use serde_json::Value;
 
 /// A machine that somebody asks after.
 pub(super) enum Found {
-    There(MachineRow),
+    There(Box<MachineRow>),
     /// A while ago.
     Destroyed(Box<DestroyedRow>),
 }
 
 pub(super) async fn found(owners: &Owners, app: &AppName, id: &MachineId) -> Result<Found, Failure> {
     let missing = match owners.machine(app, id).await {
-        Ok(row) => return Ok(Found::There(row)),
+        Ok(row) => return Ok(Found::There(Box::new(row))),
         Err(missing) => missing,
     };
     // Members know of no machine that was destroyed.

@@ -3,6 +3,7 @@
 //! after it became healthy), `withers` (the same, a while after), `ends` (with exit code 0).
 #![allow(dead_code)] // each test binary uses a part
 
+mod bodies;
 mod images;
 mod machine;
 pub mod others;
@@ -13,7 +14,7 @@ use async_trait::async_trait;
 use axum::body::Body;
 use axum::http::{Method, Request, StatusCode};
 use base64::Engine;
-use dunlin_api::wire::{BuildEvent, CreateRelease, DeployEvent};
+use dunlin_api::wire::{BuildEvent, DeployEvent};
 use dunlin_api::{
     BuilderRequest, BuilderRun, Command, CommandAnswer, CommandKind, ExecOutput, ExecRequest, ExecSession, HostApi,
     ListenSocket, LogLine, LogQuery, LogStream, Refusal, Reserve, VolumeEncryption, VolumeSnapshot, VolumeStatus, WaitFor,
@@ -22,7 +23,6 @@ use dunlin_builder::{JOB_VARIABLE, Job};
 use dunlin_cluster::View;
 use dunlin_control::operate::Operate;
 use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Parts, StartError, Wanted};
-use dunlin_model::config::{AppConfig, HttpService};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{
@@ -31,6 +31,7 @@ use dunlin_model::{
 };
 use dunlin_registry::ContentStore;
 use dunlin_view::{ConfigState, HostFact, MachineFact};
+pub use bodies::{Answer, release_body};
 pub use images::push_image;
 use machine::{created, exit, live};
 pub use others::Others;
@@ -659,29 +660,6 @@ impl World {
             assert!(Instant::now() < end, "it never happened: {what}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-    }
-}
-
-pub fn release_body(app: &str, image: char, behave: &str) -> Value {
-    let config = AppConfig {
-        http_service: Some(HttpService::default()),
-        env: BTreeMap::from([("BEHAVE".into(), behave.into())]),
-        deploy: dunlin_model::config::Deploy { wait_timeout_ms: 1_500, ..Default::default() },
-        ..AppConfig::default()
-    };
-    let image = format!("{app}@sha256:{}", image.to_string().repeat(64));
-    serde_json::to_value(CreateRelease { image, config, reason: String::new() }).unwrap()
-}
-
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: axum::http::HeaderMap,
-    pub text: String,
-}
-
-impl Answer {
-    pub fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
     }
 }
 
