@@ -217,6 +217,9 @@ impl Machine {
             Verb::Uncordon => EventKind::Uncordon,
             Verb::Lease { .. } | Verb::Release => return effects,
         };
+        if kind == EventKind::Start {
+            self.note_launch(now_ms);
+        }
         self.record.note(kind, order.source, order.request_id.clone(), now_ms);
         effects
     }
@@ -562,6 +565,9 @@ impl Machine {
         let resumes = matches!(record.state, S::Suspending | S::Suspended);
         let acts = self.start_or_resume(now_ms);
         let kind = if resumes { EventKind::Resume } else { EventKind::Start };
+        if !resumes {
+            self.note_launch(now_ms);
+        }
         self.record.note(kind, Source::Host, None, now_ms);
         self.changed(now_ms, acts)
     }
@@ -599,7 +605,16 @@ impl Machine {
     /// By its host, if it does not wait.
     fn note_start(&mut self, now_ms: u64) {
         if self.record.state == MachineState::Starting {
+            self.note_launch(now_ms);
             self.record.note(EventKind::Start, Source::Host, None, now_ms);
+        }
+    }
+
+    /// The first start of a version is its launch, too: clients count from there.
+    fn note_launch(&mut self, now_ms: u64) {
+        let newest = self.record.events.iter().rev().find(|event| matches!(event.kind, EventKind::Launch | EventKind::Update));
+        if let Some(source) = newest.filter(|event| event.kind == EventKind::Update).map(|event| event.source) {
+            self.record.note(EventKind::Launch, source, None, now_ms);
         }
     }
 

@@ -183,14 +183,22 @@ fn what_starts_again_is_told_after_the_exit() {
     updated.handle(Event::Assigned(Box::new(assignment(2, "no", 0))), 1);
     updated.handle(prepared(2), 2);
     updated.handle(Event::Exited(exit(1, 0, 3)), 3);
-    assert_eq!(told(&updated), [E::Launch, E::Start, E::Update, E::Exit, E::Start]);
+    assert_eq!(told(&updated), [E::Launch, E::Start, E::Update, E::Exit, E::Launch, E::Start]);
     // Another version comes between two tries.
     let mut failed = started("always", 0);
     failed.handle(Event::Exited(exit(1, 1, 1)), 1);
     failed.handle(Event::Assigned(Box::new(assignment(2, "always", 0))), 2);
     failed.handle(prepared(2), 3);
     assert_eq!(failed.record().state, S::Starting);
-    assert_eq!(told(&failed), [E::Launch, E::Start, E::Exit, E::Update, E::Start]);
+    assert_eq!(told(&failed), [E::Launch, E::Start, E::Exit, E::Update, E::Launch, E::Start]);
+    // A version that was taken up at rest is launched by whoever starts it.
+    let mut rested = started("no", 0);
+    rested.handle(Event::Ordered(order(2, STOP)), 1);
+    rested.handle(Event::Exited(exit(1, 0, 2)), 2);
+    rested.handle(Event::Assigned(Box::new(assignment(2, "no", 0))), 3);
+    rested.handle(prepared(2), 4);
+    rested.handle(Event::Ordered(order(3, Verb::Start)), 5);
+    assert_eq!(told(&rested)[2..], [E::Stop, E::Exit, E::Update, E::Launch, E::Start]);
     // One that only waits has not been started.
     let mut waits = Machine::from_record(started("always", 0).record().clone());
     waits.handle(Event::Recovered(BOOTED), 1);
@@ -199,7 +207,7 @@ fn what_starts_again_is_told_after_the_exit() {
     assert_eq!(waits.record().state, S::Restarting);
     assert_eq!(told(&waits), [E::Launch, E::Start, E::Update]);
     waits.handle(Event::PlacementConfirmed, 4);
-    assert_eq!(told(&waits), [E::Launch, E::Start, E::Update, E::Start]);
+    assert_eq!(told(&waits), [E::Launch, E::Start, E::Update, E::Launch, E::Start]);
 }
 
 /// A version that rests.

@@ -253,6 +253,16 @@ pub(crate) fn read_machines(host: &HostId, whole: bool, rows: &[Row], skipped: &
     facts
 }
 
+fn shared<T: Clone + Ord>(texts: &mut BTreeSet<T>, text: T) -> T {
+    match texts.get(&text) {
+        Some(known) => known.clone(),
+        None => {
+            texts.insert(text.clone());
+            text
+        }
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -363,15 +373,5 @@ pub(crate) mod tests {
         assert_eq!(tell(0, 1, start), (1, None), "and one can be woken");
         assert_eq!(tell(0, 2, start + PAUSE), (1, None));
         assert_eq!(reported.difference(BTreeMap::new(), start).0.len(), 1, "gone");
-    }
-}
-
-fn shared<T: Clone + Ord>(texts: &mut BTreeSet<T>, text: T) -> T {
-    match texts.get(&text) {
-        Some(known) => known.clone(),
-        None => {
-            texts.insert(text.clone());
-            text
-        }
     }
 }

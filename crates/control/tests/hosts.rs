@@ -406,7 +406,8 @@ async fn a_drain_moves_what_can_move_without_a_gap_and_says_what_stays() {
     assert!(error["hint"].as_str().unwrap().contains("--force"));
     let forced = delete(&world, "/v1/hosts/h2?force=true").await;
     assert_eq!(forced.json(), json!({ "id": "h2", "machines": 1, "volumes": 0 }));
-    assert_eq!(world.get(&format!("/v1/apps/tool/machines/{by_hand}")).await.status, 404);
+    let gone = world.get(&format!("/v1/apps/tool/machines/{by_hand}")).await.json();
+    assert_eq!(gone["state"], "destroyed", "{gone}");
     assert_eq!(world.get("/v1/hosts/h2").await.status, 404);
     world.control.shutdown().await;
 }

@@ -437,6 +437,11 @@ impl Drop for Server {
         }
         assert!(cleaned.status.success(), "cleanup: {}", text(&cleaned));
         self.check_log();
+        // Another server's machine that begins just then has a copy of this one's mounts until it has its own root.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !leftovers(&self.data).is_empty() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(100));
+        }
         let leftovers = leftovers(&self.data);
         assert!(leftovers.is_empty(), "something is left: {leftovers:?}");
     }

@@ -177,7 +177,8 @@ func machines(ctx context.Context, client *flaps.Client) {
 	must(client.Wait(ctx, "gofly", again, "started", time.Minute))
 	must(client.Restart(ctx, "gofly", fly.RestartMachineInput{ID: id, ForceStop: true, Timeout: 5 * time.Second, Signal: "SIGUSR1"}, ""))
 	must(client.Wait(ctx, "gofly", again, "started", time.Minute))
-	runs(ctx, client, id)
+	last := get(ctx, client, id).Events[:2]
+	is([]string{last[0].Type, last[1].Type}, []string{"start", "exit"})
 	is(get(ctx, client, id).GetLatestEventOfType("exit").Request.ExitEvent.RequestedStop, true)
 	must(client.Kill(ctx, "gofly", id))
 	crashes(ctx, client)

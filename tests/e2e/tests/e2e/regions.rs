@@ -66,7 +66,7 @@ fn an_app_falls_back_along_its_order_of_regions_and_no_further() {
         "no host in fra,ams has room for a machine with", "host w1 (ams) is cordoned", "host w2 (fra) is cordoned",
         "the nearest region with room is iad, 6549 km from fra", "primary_region = \"fra,ams,iad\"",
     ];
-    control.fails(&["scale", "count", "3", "--app", "web"], 1, &says);
+    control.fails(&["scale", "count", "3", "--app", "web"], 3, &says);
     assert_eq!(fleet.machines("web"), both);
 }
 
