@@ -43,8 +43,13 @@ impl Row {
         Self { raw: envelope(&key, seq, DEAD).into() }
     }
 
+    /// Asked for at each comparison, so what is behind it is not read: its length is one number, of at most two bytes.
     pub fn key(&self) -> &[u8] {
-        self.envelope().0
+        let (begin, length) = match self.raw[0] {
+            short @ ..0x80 => (1, usize::from(short)),
+            low => (2, usize::from(low & 0x7f) | usize::from(self.raw[1]) << 7),
+        };
+        &self.raw[begin..begin + length]
     }
 
     /// On its own.

@@ -55,3 +55,16 @@ fn many_small_rows_count_as_what_they_take() {
     let refused = Log::begin(host.certificate.clone(), host.head(5, &[]), rows, RECEIPT).err();
     assert_eq!(refused, Some(Refusal::TooBig));
 }
+
+#[test]
+fn a_key_of_any_length_is_found_in_its_row() {
+    for length in 0..=128 {
+        let key = "k".repeat(length);
+        for row in [row(&key, u64::MAX, b"value"), Row::tombstone(Key::new(&key).unwrap(), 7)] {
+            let mut bytes = vec![];
+            row.write(&mut bytes);
+            let read = Row::read(&mut crate::wire::Reader::new(&bytes)).unwrap();
+            assert_eq!((read.key(), read.seq(), read.is_dead()), (key.as_bytes(), row.seq(), row.is_dead()));
+        }
+    }
+}
