@@ -79,7 +79,6 @@ pub struct Change {
 }
 
 /// A row found by its key.
-#[derive(Clone)]
 struct ByKey(Row);
 
 impl Borrow<[u8]> for ByKey {

@@ -124,11 +124,8 @@ impl Node {
             let message = Message::Push(vec![batch]);
             return targets.into_iter().for_each(|to| self.stream(to, &message));
         }
-        // A head without its rows says that there is something to ask for.
-        let seq = batch.head.is.seq;
-        let bare = |batch: Batch| Batch { rows: vec![], after: Cursor::after(seq), certificate: None, ..batch };
         let mut bytes = Vec::new();
-        if batch.length() > most { bare(batch).write(&mut bytes) } else { batch.write(&mut bytes) }
+        if batch.length() > most { bare(None, batch.head).write(&mut bytes) } else { batch.write(&mut bytes) }
         let bytes: Arc<[u8]> = bytes.into();
         for to in targets {
             if self.pushes.queue.len() == MAX_QUEUED {
@@ -139,17 +136,16 @@ impl Node {
         }
     }
 
-    fn are_few(&mut self, scope: Scope) -> bool {
+    fn are_few(&self, scope: Scope) -> bool {
         let others = self.members.others();
         let count = if scope == Scope::Global { others.all.len() } else { others.near.len() };
         count <= FEW
     }
 
     /// Where few are to hear it: whom its writer tells.
-    fn unaware(&mut self, certificate: &Certificate) -> Vec<Addr> {
-        let region = self.me.region.clone();
+    fn unaware(&self, certificate: &Certificate) -> Vec<Addr> {
         let others = self.members.others();
-        let in_scope = others.all.iter().filter(|peer| certificate.scope == Scope::Global || peer.region == region);
+        let in_scope = others.all.iter().filter(|peer| certificate.scope == Scope::Global || peer.region == self.me.region);
         in_scope.map(|peer| peer.addr.clone()).collect()
     }
 
@@ -171,10 +167,9 @@ impl Node {
         for id in std::mem::take(&mut self.pushes.relays) {
             let Some(log) = self.catalogue.log(id).filter(|_| self.catalogue.fork(id).is_none()) else { continue };
             let place = if log.certificate.scope == Scope::Global { anywhere } else { nearby };
-            let after = Cursor::after(log.head.is.seq);
-            let bare = Batch { after, ..stage_of(None, log.head.clone()) };
+            let told = bare(None, log.head.clone());
             let peer = place.map(|place| &others.all[place]).filter(|peer| peer.id != id);
-            self.push(peer.map(|peer| peer.addr.clone()).into_iter().collect(), bare, true);
+            self.push(peer.map(|peer| peer.addr.clone()).into_iter().collect(), told, true);
         }
     }
 
@@ -399,9 +394,8 @@ impl Node {
     fn show_reached(&mut self, to: &Addr, told: &Head) {
         let reached = self.catalogue.reached(told.is.id).filter(|head| head.is.epoch == told.is.epoch && head.at() > told.at());
         if let Some(head) = reached.cloned() {
-            let after = Cursor::after(head.is.seq);
             let certificate = self.catalogue.certificate(head.is.id).cloned();
-            self.stream(to.clone(), &Message::Batches(vec![Batch { after, ..stage_of(certificate, head) }]));
+            self.stream(to.clone(), &Message::Batches(vec![bare(certificate, head)]));
         }
     }
 
@@ -492,9 +486,8 @@ impl Node {
         match log.filter(|log| log.rows_after(&begin_of(log, &wanted), MAX_CHUNK_BYTES).1.is_some()) {
             None => self.give(to, wanted),
             Some(log) => {
-                let after = Cursor::after(log.head.is.seq);
-                let bare = Batch { after, ..stage_of(Some(log.certificate.clone()), log.head.clone()) };
-                self.stream(to.clone(), &Message::Batches(vec![bare]));
+                let told = bare(Some(log.certificate.clone()), log.head.clone());
+                self.stream(to.clone(), &Message::Batches(vec![told]));
             }
         }
     }
@@ -597,7 +590,11 @@ enum Route {
     Repair,
 }
 
-/// A head without its rows: they are to be asked for.
+/// A head without its rows says that there is something to ask for.
+fn bare(certificate: Option<Certificate>, head: Head) -> Batch {
+    Batch { after: Cursor::after(head.is.seq), ..stage_of(certificate, head) }
+}
+
 fn is_bare(batch: &Batch) -> bool {
     batch.rows.is_empty() && batch.after == Cursor::after(batch.head.is.seq)
 }

@@ -291,10 +291,14 @@ impl ServerCertVerifier for OfServers {
 
 /// Of a host that has no certificate yet: it believes the authority whose fingerprint its token has, and whom that vouches for.
 pub(crate) fn to_join(ca_sha256: [u8; 32]) -> Result<ClientConfig, Error> {
+    without_certificate(Arc::new(ByFingerprint { ca_sha256, provider: provider() }), ALPN)
+}
+
+/// Of whoever shows nothing in return.
+fn without_certificate(verifier: Arc<dyn ServerCertVerifier>, alpn: &[u8]) -> Result<ClientConfig, Error> {
     let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13])?;
-    let verifier = Arc::new(ByFingerprint { ca_sha256, provider: provider() });
     let mut config = builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     config.resumption = rustls::client::Resumption::disabled();
     Ok(config)
 }
@@ -345,12 +349,7 @@ pub(crate) fn of_joining(keys: &MemberKeys) -> Result<ServerConfig, TlsError> {
 
 /// Its counterpart: believes whoever has the private half of this key (SubjectPublicKeyInfo, DER), and nobody else.
 pub(crate) fn to_joining(key: Vec<u8>) -> Result<ClientConfig, Error> {
-    let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13])?;
-    let verifier = Arc::new(ByKey { key, provider: provider() });
-    let mut config = builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
-    config.alpn_protocols = vec![JOINING_ALPN.to_vec()];
-    config.resumption = rustls::client::Resumption::disabled();
-    Ok(config)
+    without_certificate(Arc::new(ByKey { key, provider: provider() }), JOINING_ALPN)
 }
 
 #[derive(Debug)]

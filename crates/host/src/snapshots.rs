@@ -10,6 +10,7 @@ use crate::{Shared, digest, now_ms};
 use dunlin_api::{Refusal, VolumeSnapshot};
 use dunlin_model::volume::VolumeRow;
 use dunlin_model::{SnapshotId, VolumeId};
+use dunlin_runtime::volume::LoopVolume;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -112,19 +113,19 @@ pub fn make(shared: &Shared, row: &VolumeRow, id: &SnapshotId, whom: For) -> Res
             return Err(Refusal::Failed(format!("volume {} has {SNAPSHOTS_MAX} snapshots; wait until some expire", row.id)));
         }
         let file = place.snapshots().join(format!("{id}.ext4"));
-        let bytes = bytes_of(shared, row, place).map_err(Refusal::Failed)?;
+        let volume = volumes::open(shared, row, place).map_err(Refusal::Failed)?;
+        let bytes = bytes_of(shared, row, place, &volume).map_err(Refusal::Failed)?;
         let no_room = |why| Refusal::InsufficientCapacity { host: shared.config.id.clone(), why };
         let _room = room_for(shared, &file, bytes).map_err(no_room)?;
-        make_file(shared, row, place, (id, &file, whom)).map_err(Refusal::Failed)
+        make_file(shared, row, place, &volume, (id, &file, whom)).map_err(Refusal::Failed)
     })
 }
 
 /// About what a copy takes up.
-fn bytes_of(shared: &Shared, row: &VolumeRow, place: &Place) -> Result<u64, String> {
-    let volume = volumes::open(shared, row, place)?;
+fn bytes_of(shared: &Shared, row: &VolumeRow, place: &Place, volume: &LoopVolume) -> Result<u64, String> {
     let usage = match place.mounted()? {
         Some(mounted) => mounted.usage().map_err(|e| chain(&e))?,
-        None => volumes::usage_unmounted(shared, &row.id, &volume)?,
+        None => volumes::usage_unmounted(shared, &row.id, volume)?,
     };
     Ok((usage.blocks - usage.blocks_free) * usage.block_size)
 }
@@ -133,9 +134,9 @@ fn make_file(
     shared: &Shared,
     row: &VolumeRow,
     place: &Place,
+    volume: &LoopVolume,
     (id, file, whom): (&SnapshotId, &Path, For),
 ) -> Result<VolumeSnapshot, String> {
-    let volume = volumes::open(shared, row, place)?;
     point(shared, "volume.before-snapshot");
     let created_at_ms = now_ms();
     let size = copy(place, file)?;

@@ -111,6 +111,12 @@ pub(crate) fn attach_mount(tree: &OwnedFd, target: BorrowedFd<'_>) -> io::Result
     .map(drop)
 }
 
+/// The one number in a file of the kernel's.
+pub(crate) fn number_in(path: &str) -> io::Result<u32> {
+    let text = std::fs::read_to_string(path)?;
+    text.trim().parse().map_err(|_| io::Error::other(format!("{path} holds {:?}", text.trim())))
+}
+
 /// What this process has in memory stays there, and what it reads into what it has mapped by now. Not its children's.
 pub(crate) fn lock_memory() -> io::Result<()> {
     // SAFETY: takes flags only.

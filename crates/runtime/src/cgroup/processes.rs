@@ -2,9 +2,9 @@
 //! may have. A computer without a free number starts nothing any more, not even the shell of who wants to help.
 
 use std::io;
-use std::path::Path;
 
 use super::{Cgroups, Result, write};
+use crate::sys::number_in;
 
 /// The kernel's numbers for processes and threads. 32,768 where nobody asked for more, so that eight machines could take all.
 pub const PID_MAX: &str = "/proc/sys/kernel/pid_max";
@@ -27,8 +27,8 @@ pub struct ProcessRoom {
 impl ProcessRoom {
     /// As the kernel is set now.
     pub fn look() -> io::Result<Self> {
-        let threads = number(Path::new(THREADS_MAX)).unwrap_or(u32::MAX);
-        Ok(Self::of(number(Path::new(PID_MAX))?.min(threads)))
+        let threads = number_in(THREADS_MAX).unwrap_or(u32::MAX);
+        Ok(Self::of(number_in(PID_MAX)?.min(threads)))
     }
 
     pub fn of(computer: u32) -> Self {
@@ -39,15 +39,10 @@ impl ProcessRoom {
 
 /// Asks for as many numbers as there can be. Refused in most containers and to ordinary users.
 pub fn raise_pid_max() -> io::Result<()> {
-    if number(Path::new(PID_MAX))? >= PID_MAX_WANTED {
+    if number_in(PID_MAX)? >= PID_MAX_WANTED {
         return Ok(());
     }
     std::fs::OpenOptions::new().write(true).open(PID_MAX).and_then(|mut file| io::Write::write_all(&mut file, PID_MAX_WANTED.to_string().as_bytes()))
-}
-
-fn number(path: &Path) -> io::Result<u32> {
-    let text = std::fs::read_to_string(path)?;
-    text.trim().parse().map_err(|_| io::Error::other(format!("{} holds {:?}", path.display(), text.trim())))
 }
 
 impl Cgroups {

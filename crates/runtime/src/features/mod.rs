@@ -21,6 +21,7 @@ use nix::sched::{CloneFlags, unshare};
 use crate::cgroup::{Cgroups, PID_MAX, PID_MAX_WANTED, ProcessRoom};
 use crate::net::firewall::{Firewall, find_program};
 use crate::net::{self};
+use crate::sys;
 use crate::volume;
 
 /// Id-mapped lower layers under overlayfs came with this kernel.
@@ -185,7 +186,7 @@ fn processes() -> Outcome {
         Err(error) => return missing(format!("unknown: {error}"), "mount /proc"),
     };
     let found = format!("{} on this computer, {} of them for machines", room.computer, room.machines);
-    let pid_max = std::fs::read_to_string(PID_MAX).ok().and_then(|text| text.trim().parse::<u32>().ok()).unwrap_or(0);
+    let pid_max = sys::number_in(PID_MAX).unwrap_or(0);
     match std::fs::OpenOptions::new().write(true).open(PID_MAX) {
         _ if pid_max >= PID_MAX_WANTED => Ok(found),
         Ok(_) => Ok(format!("{found}; the server asks for more")),

@@ -5,9 +5,8 @@
 //! one. So the agent looks at the kernel's own count, and between two looks machines begin no more connections than the
 //! host's part has room for.
 
-use std::path::Path;
-
 use super::CONNECTIONS_PART;
+use crate::sys::number_in;
 
 const KEPT: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 const NOW: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
@@ -39,7 +38,7 @@ pub struct Connections {
 impl Connections {
     /// In the network namespace of the calling thread. `None` where nothing wants to know of connections.
     pub fn look() -> Option<Self> {
-        Some(Self { now: number(NOW)?, most: kept() })
+        Some(Self { now: number_in(NOW).ok()?, most: kept() })
     }
 
     pub fn strain(self) -> Strain {
@@ -54,11 +53,7 @@ impl Connections {
 
 /// The kernel has the file from the first rule on that wants to know of connections.
 pub(super) fn kept() -> u32 {
-    number(KEPT).unwrap_or(KEPT_LEAST).max(CONNECTIONS_PART)
-}
-
-fn number(path: &str) -> Option<u32> {
-    std::fs::read_to_string(Path::new(path)).ok()?.trim().parse().ok()
+    number_in(KEPT).unwrap_or(KEPT_LEAST).max(CONNECTIONS_PART)
 }
 
 #[cfg(test)]
