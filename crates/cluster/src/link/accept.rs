@@ -105,7 +105,11 @@ impl Links {
                 io::Result::Ok((service, Stream::new(send, recv)))
             };
             let (service, stream) = tokio::time::timeout(FIRST_BYTE_DEADLINE, begin).await.map_err(io::Error::other)??;
-            match self.handler(Service::Join).filter(|_| service == Service::Join as u8) {
+            let handler = match Service::from_byte(service) {
+                Some(Service::Join) => self.handler_soon(Service::Join).await,
+                _ => None,
+            };
+            match handler {
                 Some(handler) => handler(None, stream).await,
                 None => stream.refuse(NOT_SERVED),
             }
