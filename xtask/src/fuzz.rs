@@ -7,7 +7,7 @@ use crate::{packages, sh};
 use anyhow::{Context, bail};
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 /// What cargo-fuzz tells the compiler, but for the sanitizer of addresses, which wants an unstable one.
 const FLAGS: &[&str] = &[
@@ -38,20 +38,24 @@ pub fn command(args: &[&str]) -> anyhow::Result<()> {
     run(seconds, &only)
 }
 
-pub fn run(seconds: u32, only: &[String]) -> anyhow::Result<()> {
+/// Builds all of them.
+pub fn build() -> anyhow::Result<()> {
     packages::ensure(packages::For::Fuzz)?;
+    let mut build = sh::cargo();
+    build.current_dir(sh::root().join("fuzz")).args(["build", "--release", "--quiet", "--bins", "--target", HOST, "--target-dir"]);
+    sh::run(build.arg(home()).env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\u{1f}")))
+}
+
+pub fn run(seconds: u32, only: &[String]) -> anyhow::Result<()> {
     let all = targets()?;
     if let Some(unknown) = only.iter().find(|name| !all.contains(name)) {
         bail!("there is no fuzz target {unknown}; they are {}", all.join(", "));
     }
-    let home = sh::target_dir().join("fuzz");
-    let mut build = sh::cargo();
-    build.current_dir(sh::root().join("fuzz")).args(["build", "--release", "--quiet", "--bins", "--target", HOST, "--target-dir"]);
-    sh::run(build.arg(&home).env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\u{1f}")))?;
+    build()?;
     let chosen: Vec<&String> = all.iter().filter(|name| only.is_empty() || only.contains(name)).collect();
     let mut failed = vec![];
     for pair in chosen.chunks(2) {
-        let running = pair.iter().map(|name| Ok((*name, start(name, seconds, &home)?))).collect::<anyhow::Result<Vec<_>>>()?;
+        let running = pair.iter().map(|name| Ok((*name, start(name, seconds)?))).collect::<anyhow::Result<Vec<_>>>()?;
         for (name, child) in running {
             let ended = child.wait_with_output()?;
             let said = String::from_utf8_lossy(&ended.stderr);
@@ -70,17 +74,23 @@ pub fn run(seconds: u32, only: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start(name: &str, seconds: u32, home: &std::path::Path) -> anyhow::Result<std::process::Child> {
+fn home() -> PathBuf {
+    sh::target_dir().join("fuzz")
+}
+
+fn start(name: &str, seconds: u32) -> anyhow::Result<Child> {
+    let home = home();
     let (found, crashes) = (home.join("found").join(name), home.join("crashes"));
     fs::create_dir_all(&found)?;
     fs::create_dir_all(&crashes)?;
-    let child = Command::new(home.join(HOST).join("release").join(name))
+    // Nothing waits for it: it counts what it finds, not how soon.
+    let child = sh::leaving_others_first(Command::new(home.join(HOST).join("release").join(name)))
         .args([&found, &sh::root().join("fuzz/corpus").join(name)])
         .arg(format!("-max_total_time={seconds}"))
         .arg(format!("-max_len={MAX_INPUT_BYTES}"))
         .arg(format!("-rss_limit_mb={MAX_MEMORY_MB}"))
         .arg(format!("-artifact_prefix={}/{name}-", crashes.display()))
-        .args(["-timeout=10", "-print_final_stats=0", "-verbosity=1"])
+        .args(["-timeout=30", "-print_final_stats=0", "-verbosity=1"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -9,7 +9,6 @@ mod fuzz;
 mod lane;
 mod packages;
 mod sh;
-mod sim;
 mod test;
 mod tidy;
 mod vm;
@@ -59,7 +58,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["test"] => test::run(test::Scope::All),
         ["test", "--fast"] => test::run(test::Scope::Fast),
         ["test", "--vm"] => vm::run().map(|alone| test::name(&alone)),
-        ["sim", rest @ ..] => sim::command(rest),
+        ["sim", rest @ ..] => sh::run(sh::cargo().args(["run", "--quiet", "--package", "dunlin-sim", "--"]).args(rest)),
         ["endure", rest @ ..] => endure::command(rest),
         ["fuzz", rest @ ..] => fuzz::command(rest),
         ["bench", names @ ..] => bench::run(names),

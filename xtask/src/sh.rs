@@ -36,6 +36,16 @@ pub fn cargo() -> Command {
     command
 }
 
+/// The same command, which gets what others leave of the processors.
+pub fn leaving_others_first(command: Command) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "19"]).arg(command.get_program()).args(command.get_args());
+    if let Some(dir) = command.get_current_dir() {
+        nice.current_dir(dir);
+    }
+    nice
+}
+
 fn name(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for arg in command.get_args().take(4) {

@@ -8,7 +8,7 @@ const HOSTS: &str = "10000";
 
 /// Takes minutes and some 5 GB.
 pub fn run(table: &mut Table) -> anyhow::Result<()> {
-    let args = ["run", "--quiet", "--release", "--package", "xtask", "--", "sim", "--flock", "--hosts", HOSTS, "--regions", "30"];
+    let args = ["run", "--quiet", "--release", "--package", "dunlin-sim", "--", "--flock", "--hosts", HOSTS, "--regions", "30"];
     let text = sh::output(sh::cargo().args(args))?;
     print!("{text}");
     let row = |table: &mut Table, what: &str, ours: f64, unit: &str, goal: &str| {

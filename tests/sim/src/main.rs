@@ -1,7 +1,10 @@
-//! `cargo xtask sim`: tells one story, or looks through as many as a time allows; of machines, of the flock, or of the fleet.
+//! `cargo xtask sim`, a program of its own so that the house work is built without the cores: tells one story, or looks
+//! through as many as a time allows; of machines, of the flock, or of the fleet.
+#![forbid(unsafe_code)]
 
 use anyhow::{Context, bail};
 use dunlin_sim::{Mutation, Options, Outcome, fleet, flock};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 const USAGE: &str = "\
@@ -35,7 +38,18 @@ impl Scene {
     }
 }
 
-pub fn command(args: &[&str]) -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match command(&args.iter().map(String::as_str).collect::<Vec<_>>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn command(args: &[&str]) -> anyhow::Result<()> {
     let (mut of_flock, mut of_fleet) = (false, false);
     let (mut steps, mut broken, mut seed, mut minutes, mut from) = (None, None, None, None, 0);
     let (mut hosts, mut regions) = (None, 30);
