@@ -32,6 +32,7 @@ const TEST: &[(&str, &str, &str)] = &[
     ("/usr/bin/newuidmap", "uidmap", "a server of an ordinary user in tests"),
     ("/usr/bin/slirp4netns", "slirp4netns", "the way out of that server's network in tests"),
     ("/sbin/useradd", "passwd", "that user in tests"),
+    ("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1", "libfaketime", "clocks that tests set"),
     ("/usr/bin/npm", "npm", "another client of the API in tests"),
 ];
 

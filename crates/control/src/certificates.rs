@@ -224,7 +224,7 @@ pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
             () = stop.cancelled() => return,
             // A new app may need its name in the certificate.
             Ok(()) = changes.changed() => {}
-            () = tokio::time::sleep(pause) => {}
+            () = crate::wall::pause(pause) => {}
         }
     }
 }

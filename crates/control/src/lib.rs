@@ -48,6 +48,7 @@ mod start;
 mod tokens;
 pub mod upgrade;
 mod volumes;
+pub mod wall;
 mod watch_hosts;
 mod without;
 

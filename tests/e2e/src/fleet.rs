@@ -11,10 +11,13 @@ use crate::netns::link;
 use crate::{Api, Namespace, Pulse, Server, kill, processes, text, until};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use tempfile::TempDir;
 
 /// Where members meet.
 pub const CLUSTER_PORT: u16 = 7373;
@@ -33,8 +36,26 @@ pub struct Fleet {
     control: usize,
     /// Each host's server runs from a file of its own, which may be exchanged.
     has_own_binaries: bool,
+    /// Of all its hosts, where it is not the computer's.
+    clock: Option<Clock>,
     // After the hosts: they are taken down in it.
     internet: Namespace,
+}
+
+/// How far the hosts' clock is from the computer's, in a file.
+struct Clock(TempDir);
+
+impl Clock {
+    fn path(&self) -> PathBuf {
+        self.0.path().join("clock")
+    }
+
+    fn set(&self, ahead_days: u32) {
+        // At once: it is read all the time.
+        let next = self.0.path().join("next");
+        fs::write(&next, format!("+{ahead_days}d\n")).unwrap();
+        fs::rename(&next, self.path()).unwrap();
+    }
 }
 
 struct Host {
@@ -77,7 +98,14 @@ impl Fleet {
 
     /// The same, each with a binary of its own.
     pub fn with_own_binaries(ids: &[&str]) -> Self {
-        Self::begin(ids[0], true).joined_by(&ids[1..])
+        Self::begin(ids[0], true, None).joined_by(&ids[1..])
+    }
+
+    /// The same, with a clock that the test sets.
+    pub fn with_a_clock(ids: &[&str]) -> Self {
+        let clock = Clock(tempfile::tempdir().unwrap());
+        clock.set(0);
+        Self::begin(ids[0], false, Some(clock)).joined_by(&ids[1..])
     }
 
     fn joined_by(mut self, ids: &[&str]) -> Self {
@@ -98,15 +126,15 @@ impl Fleet {
 
     /// The host that has control, and no other yet.
     pub fn of_control(id: &str) -> Self {
-        Self::begin(id, false)
+        Self::begin(id, false, None)
     }
 
-    fn begin(id: &str, has_own_binaries: bool) -> Self {
+    fn begin(id: &str, has_own_binaries: bool, clock: Option<Clock>) -> Self {
         let internet = Namespace::make("internet");
         internet.ip(&["link", "add", "br0", "type", "bridge"]);
         internet.ip(&["address", "add", &format!("{INTERNET}/24"), "dev", "br0"]);
         internet.ip(&["link", "set", "br0", "up"]);
-        let mut fleet = Self { hosts: vec![], control: 0, has_own_binaries, internet };
+        let mut fleet = Self { hosts: vec![], control: 0, has_own_binaries, clock, internet };
         let mut control = fleet.prepare(id, REGIONS[0], Server::prepare());
         let prefix = format!("{}0/24", control.server.address_prefix());
         control.server.flags = ["--host-id", id, "--region", control.region, "--machine-prefix", &prefix].map(str::to_owned).to_vec();
@@ -155,6 +183,7 @@ impl Fleet {
         if self.has_own_binaries {
             server.with_own_binary();
         }
+        server.clock = self.clock.as_ref().map(Clock::path);
         for text in AWAY {
             server.expect_log(text);
         }
@@ -314,6 +343,11 @@ impl Fleet {
     pub fn power_cycle(&mut self, id: &str) {
         self.kill(id);
         self.power_on(id);
+    }
+
+    /// The clocks of all hosts are so far ahead from now on.
+    pub fn set_clocks(&self, ahead_days: u32) {
+        self.clock.as_ref().expect("it was made with a clock").set(ahead_days);
     }
 
     /// Pulls its line.

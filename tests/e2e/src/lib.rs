@@ -98,6 +98,8 @@ const USUAL_WARNINGS: &[&str] = &[
     "free disk",
 ];
 
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+
 /// One server with a data directory of its own.
 pub struct Server {
     dir: TempDir,
@@ -119,6 +121,8 @@ pub struct Server {
     pub user: Option<Arc<User>>,
     /// Where it is a host of a network of its own.
     netns: Option<Arc<Namespace>>,
+    /// Where its programs read how far their clock is from the computer's.
+    clock: Option<PathBuf>,
 }
 
 impl Server {
@@ -160,6 +164,7 @@ impl Server {
             binary: None,
             user: None,
             netns: None,
+            clock: None,
         }
     }
 
@@ -187,6 +192,11 @@ impl Server {
         };
         if let Some(user) = &self.user {
             command.uid(user.uid).gid(user.gid);
+        }
+        if let Some(clock) = &self.clock {
+            // Time that merely passes stays what it is, and so does what the file system says.
+            command.env("LD_PRELOAD", FAKETIME).env("FAKETIME_TIMESTAMP_FILE", clock).env("FAKETIME_CACHE_DURATION", "1");
+            command.envs([("FAKETIME_DONT_FAKE_MONOTONIC", "1"), ("NO_FAKE_STAT", "1")]);
         }
         command
     }

@@ -12,7 +12,7 @@ use dunlin_cluster::{
     Authority, Cluster, ClusterConfig, ControlHost, Handler, HostReport, MAX_JOIN_ANSWER_BYTES, MAX_JOIN_REQUEST_BYTES, Member, MemberKeys, SeeDetail, Service, Standing,
     View, read_frame, write_frame,
 };
-use dunlin_control::{Enrolment, FleetQuestion, ReachFor, WithoutControl};
+use dunlin_control::{Enrolment, FleetQuestion, ReachFor, WithoutControl, wall};
 use dunlin_model::{AppName, HostId, Region};
 use dunlin_proxy::{Elsewhere, Routes};
 use dunlin_view::Freshness;
@@ -300,12 +300,13 @@ impl Fleet {
             };
             let mut changes = self.view.subscribe();
             let begins_anew = async { while told.as_ref().is_none_or(|told| *told == self.lineage()) { changes.changed().await; } };
-            if failures % RETRIES_AN_HOUR == 0 {
+            // Once it is due, at the first that fails.
+            if failures == 0 || failures % RETRIES_AN_HOUR == 1 {
                 self.tell_if_it_ends();
             }
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(pause) => {}
+                () = wall::pause(pause) => {}
                 () = begins_anew => {}
             }
         }
@@ -332,7 +333,7 @@ impl Fleet {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(LOOK_AT_CERTIFICATE) => {}
+                () = wall::pause(LOOK_AT_CERTIFICATE) => {}
             }
             if self.control() != self.member.host {
                 return; // it was restored elsewhere, and that one certifies

@@ -10,6 +10,7 @@ mod disk;
 mod endure;
 mod errors;
 mod exec;
+mod expiry;
 mod faults;
 mod fleet;
 mod fleet_upgrades;
