@@ -36,6 +36,8 @@ pub struct Checks {
     said: BTreeSet<(HostId, u64)>,
     configs: BTreeMap<Generation, ConfigState>,
     pub apps: BTreeMap<MachineId, AppName>,
+    /// Where each machine was made, whatever became of it.
+    pub homes: BTreeMap<MachineId, HostId>,
     /// Machines that people have destroyed since the app's plan was made.
     pub by_hand: BTreeMap<AppName, usize>,
     /// When a probe of a host last came back to this control.

@@ -43,6 +43,8 @@ pub struct Control {
     pub dies_after: Option<u64>,
     /// Until then a bug of its own leaves machines out of what it publishes.
     pub half_until_ms: u64,
+    /// Restored from a backup, it has heard of another host since then.
+    pub heard_since_ms: Option<u64>,
 }
 
 /// A call that is under way for the current step of a plan.
@@ -69,6 +71,7 @@ impl Control {
             rows: Rows::new(),
             dies_after: None,
             half_until_ms: 0,
+            heard_since_ms: None,
         }
     }
 }
@@ -95,6 +98,10 @@ impl World {
         let now_ms = self.ctx.now_ms;
         let Some(control) = &mut self.control else { return };
         control.next_ms = now_ms + ACTS_EVERY_MS;
+        if self.restored.is_some() && !self.is_adopted() {
+            return;
+        }
+        let Some(control) = &mut self.control else { return };
         if control.half_until_ms > 0 && now_ms >= control.half_until_ms {
             control.half_until_ms = 0;
             self.store.commit();
@@ -178,6 +185,7 @@ impl World {
             let half = config.machines.iter().filter(|(id, _)| id.as_str().as_bytes()[13].is_multiple_of(2));
             config.machines = half.map(|(id, row)| (id.clone(), row.clone())).collect();
         }
+        self.is_half = control.half_until_ms > 0;
         control.published = Some(config.generation);
         let rows = rows::of_config(&config);
         let changes = rows::difference(&control.rows, &rows);
@@ -216,7 +224,7 @@ impl World {
         let rows = self.rows_of(name);
         let rows: Vec<&MachineRow> = rows.iter().collect();
         let last = app.plan.as_ref().map(|(plan, progress)| (plan, progress));
-        let standing = Standing { status: app.current().status, wanted: &wanted, machines: &rows, last, dead: &dead };
+        let standing = Standing { status: app.current()?.status, wanted: &wanted, machines: &rows, last, dead: &dead };
         if let Some((failed, purpose)) = standing.broken_return(app.row.current_release)
             && app.releases.get(&failed).is_some_and(|failed| failed.status == ReleaseStatus::Running)
         {
@@ -226,7 +234,7 @@ impl World {
         if let Some(purpose) = standing.purpose(now_ms) {
             return Some(purpose);
         }
-        let may_move = app.current().status == ReleaseStatus::Succeeded
+        let may_move = app.has_succeeded()
             && !standing.has_failed_lately(Purpose::Repair, now_ms)
             && !standing.has_failed_lately(Purpose::Rebalance, now_ms);
         let ended_ms = last.map_or(0, |(_, progress)| progress.since_ms).max(self.control.as_ref()?.started_ms);
@@ -429,7 +437,7 @@ impl World {
         let ended = Some(Ended::Failed { machine: None, reason: why.to_owned(), details: vec![] });
         let ended = Progress { ended, ..progress.clone() };
         let good = self.app(name).row.last_good_release;
-        if plan.purpose == Purpose::Deploy && good != 0 {
+        if plan.purpose == Purpose::Deploy && self.store.apps[name].releases.contains_key(&good) {
             // The way back is planned from what this one leaves, and saved in its place.
             let app = self.app(name);
             app.plan = Some((plan.clone(), ended.clone()));

@@ -10,12 +10,14 @@
 //!
 //! Trouble: links that lose, repeat, delay, reorder, corrupt, are cut, or are cut one way; clocks that jump; agents, hosts and
 //! control that are killed between any two effects; disks that are wiped, or put back to what they were; a relay that lies; a
-//! copy of a host that starts beside it; control that publishes half of what it should; a host that speaks for others.
+//! copy of a host that starts beside it; control that publishes half of what it should, or is put back to a backup of its store; a
+//! host that speaks for others.
 //! What must hold is in `checks.rs`, a sentence above each check, and in `settle.rs` for the time after the last trouble.
 //!
 //! `cargo xtask sim --fleet --seed N` tells a story. A model is only what does IO in production: the store's transactions,
 //! the executor of steps, calls, rows. Not modelled: leases, secrets, checks of machines, the other members' summaries.
 
+mod adopt;
 mod checks;
 mod control;
 mod edge;
@@ -42,6 +44,8 @@ const BEGIN_MS: u64 = 12_000;
 pub enum Bug {
     Gossip(planted::Bug),
     Machine(Mutation),
+    /// Control that was restored goes on from its backup, whatever the fleet knows.
+    AdoptNothing,
     /// Control asks no host whether it answers: silence in gossip is enough.
     SilenceAlone,
     /// A host is dead when its probe fails, whoever else hears of it.
@@ -78,6 +82,7 @@ impl Bug {
 
 /// The bugs that are planted one at a time, by name.
 pub const BUGS: &[(&str, Bug)] = &[
+    ("adopt-nothing", Bug::AdoptNothing),
     ("silence-alone", Bug::SilenceAlone),
     ("probe-alone", Bug::ProbeAlone),
     ("one-probe", Bug::OneProbe),

@@ -5,7 +5,6 @@ use super::store::Class;
 use super::world::{CONTROL, HOSTS, World};
 use crate::supervisor::Behaviour;
 use dunlin_machine::Verb;
-use dunlin_model::desired::ReleaseStatus;
 use dunlin_model::{AppName, MachineId, MachineState};
 use dunlin_planner::{Ended, Purpose};
 
@@ -90,7 +89,7 @@ impl World {
             }
             self.pass(1_000);
             let is_busy = |app: &AppName| self.active(app).is_some() || self.purpose(app).is_some();
-            if self.control.is_none() || apps.iter().any(is_busy) {
+            if self.control.is_none() || self.restored.is_some() || apps.iter().any(is_busy) {
                 quiet_since_ms = self.ctx.now_ms;
             }
         }
@@ -131,7 +130,7 @@ impl World {
             }
             let app = &self.store.apps[&name];
             let failed = app.plan.as_ref().is_some_and(|(_, progress)| matches!(progress.ended, Some(Ended::Failed { .. })));
-            if failed || app.current().status != ReleaseStatus::Succeeded || self.helps.contains(&name) {
+            if failed || !app.has_succeeded() || self.helps.contains(&name) {
                 for (id, state) in self.records(&name) {
                     if state.is_asleep() || state == MachineState::Failed {
                         let at = self.at(&self.store.machines[&id].host.clone());
@@ -147,8 +146,8 @@ impl World {
     fn nothing_is_planned(&mut self) {
         let apps: Vec<AppName> = self.store.apps.keys().cloned().collect();
         for name in apps {
-            let status = self.store.apps[&name].current().status;
-            if status != ReleaseStatus::Succeeded {
+            if !self.store.apps[&name].has_succeeded() {
+                let status = self.store.apps[&name].current().map(|current| current.status);
                 return self.checks.fail(|| format!("{name} is settled, and its release {status:?}"));
             }
             for purpose in [Purpose::Repair, Purpose::Deploy, Purpose::Rebalance] {

@@ -70,6 +70,7 @@ impl World {
         self.ctx.promises.made(&assignment);
         self.of_clone.made(&assignment);
         self.checks.apps.insert(row.id.clone(), row.spec.app.clone());
+        self.checks.homes.insert(row.id.clone(), row.host.clone());
         self.ctx.tell(|| format!("{}: {} on {} is to be in {}", row.spec.app, row.id, row.host, row.spec.version));
         self.store.machines.insert(row.id.clone(), row);
     }

@@ -47,11 +47,13 @@ pub fn app(name: &str) -> AppName {
     name.parse().expect("a name")
 }
 
+#[derive(Clone)]
 pub struct Release {
     pub status: ReleaseStatus,
     target: GroupTarget,
 }
 
+#[derive(Clone)]
 pub struct App {
     pub row: AppRow,
     pub releases: BTreeMap<u32, Release>,
@@ -59,8 +61,13 @@ pub struct App {
 }
 
 impl App {
-    pub fn current(&self) -> &Release {
-        &self.releases[&self.row.current_release]
+    /// None: it was made after the backup that this store is of.
+    pub fn current(&self) -> Option<&Release> {
+        self.releases.get(&self.row.current_release)
+    }
+
+    pub fn has_succeeded(&self) -> bool {
+        self.current().is_some_and(|current| current.status == ReleaseStatus::Succeeded)
     }
 
     pub fn count(&self) -> u32 {
@@ -68,10 +75,12 @@ impl App {
     }
 
     pub fn groups(&self) -> BTreeMap<String, GroupTarget> {
-        BTreeMap::from([(GROUP.to_owned(), GroupTarget { count: self.count(), ..self.current().target.clone() })])
+        let current = self.current().expect("nothing is planned for an app whose release nobody knows");
+        BTreeMap::from([(GROUP.to_owned(), GroupTarget { count: self.count(), ..current.target.clone() })])
     }
 }
 
+#[derive(Clone)]
 pub struct Store {
     pub generation: Generation,
     pub apps: BTreeMap<AppName, App>,
@@ -136,7 +145,7 @@ impl Store {
         if let Some(current) = app.releases.get_mut(&app.row.current_release).filter(|current| current.status == ReleaseStatus::Running) {
             current.status = ReleaseStatus::Superseded;
         }
-        let number = app.releases.last_key_value().map_or(1, |(number, _)| number + 1);
+        let number = app.releases.last_key_value().map_or(0, |(number, _)| *number).max(app.row.current_release) + 1;
         let target = target(name, class, behaviour, number);
         app.releases.insert(number, Release { status: ReleaseStatus::Running, target });
         app.row.current_release = number;

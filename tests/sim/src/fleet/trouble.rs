@@ -16,6 +16,8 @@ impl World {
     pub fn step(&mut self) {
         let at = self.ctx.rng.below(HOSTS as u64) as usize;
         match self.ctx.rng.below(100) {
+            // Control that was restored takes nothing before it has adopted what the fleet knows.
+            0..29 | 90..93 if self.restored.is_some() => {}
             0..10 => self.deploy_something(),
             10..16 => self.scale(),
             16..20 => self.destroy_by_hand(),
@@ -44,6 +46,8 @@ impl World {
             87..90 => self.start_clone(at),
             90..93 => self.publish_half(),
             93..96 => self.claim(at),
+            96..98 => self.backup = Some(self.store.clone()),
+            98..100 => self.restore(),
             _ => {}
         }
         for _ in 0..2 {
@@ -176,9 +180,7 @@ impl World {
     }
 
     fn is_on(&self, id: &MachineId, at: usize) -> bool {
-        let host = &self.members[at].identity.host;
-        let row = self.store.machines.get(id).map(|row| &row.host);
-        row.or_else(|| self.store.tombstones.get(id).map(|tombstone| &tombstone.host)) == Some(host)
+        self.checks.homes.get(id) == Some(&self.members[at].identity.host)
     }
 
     /// The disk of some time ago is in it at its next boot.

@@ -15,7 +15,7 @@ use crate::world::{Ctx, Happening};
 use dunlin_gossip::{
     Addr, Certificate, Config, Event, Identity as Me, Input, Log, Name, Node, OriginId, Output, Peer, Region, Row, Scope, Snapshot, Subject,
 };
-use dunlin_model::{AppName, CommandId, HostId};
+use dunlin_model::{AppName, CommandId, Generation, HostId};
 use dunlin_view::{ConfigState, Freshness, HostFacts};
 use ed25519_dalek::SigningKey;
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +26,8 @@ pub const HOSTS: usize = 5;
 pub const CONTROL: usize = 0;
 /// What this host relays it alters; its machines it runs as the others do.
 const LIAR: usize = HOSTS - 1;
+/// Beyond all hosts: whose keys the writer of desired state has.
+const CONFIG: usize = 100;
 const REGIONS: [&str; 2] = ["fra", "iad"];
 const FRESH_MS: u64 = 6_000;
 const AGING_MS: u64 = 30_000;
@@ -44,6 +46,12 @@ pub struct World {
     liar: Liar,
     pub wires: Wires,
     pub store: Store,
+    /// A copy of it, of some time ago.
+    pub backup: Option<Store>,
+    /// The store is that copy, of this generation, and control has not adopted yet what the fleet knows.
+    pub restored: Option<Generation>,
+    /// What was published last is wrong.
+    pub is_half: bool,
     pub control: Option<Control>,
     /// By command: the call that it came with.
     pub orders: BTreeMap<CommandId, u64>,
@@ -71,6 +79,9 @@ impl World {
             liar: Liar::new(),
             wires: Wires::default(),
             store: Store::new(&hosts),
+            backup: None,
+            restored: None,
+            is_half: false,
             control: None,
             orders: BTreeMap::new(),
             requests: BTreeMap::new(),
@@ -78,7 +89,7 @@ impl World {
             helps: BTreeSet::new(),
             checks: Checks::default(),
             bug: options.bug,
-            config: identity(&cluster, "config/0", 100, 1),
+            config: identity(&cluster, "config/0", CONFIG, 1),
             cluster,
         };
         for at in 0..HOSTS {
@@ -225,8 +236,9 @@ impl World {
             self.changed(at, origin, true, &rows);
         }
         if at == CONTROL {
-            let (certificate, key) = (self.config.certificate.clone().into(), self.config.key.clone().into());
-            self.handle(at, Input::Own { certificate, key });
+            if self.restored.is_none() {
+                self.own_config();
+            }
             self.control = Some(Control::start(now_ms));
             self.store.commit(); // it writes down that it has started
             self.checks.reached_ms = self.members.iter().map(|member| (member.identity.host.clone(), now_ms)).collect();
@@ -234,6 +246,11 @@ impl World {
         self.read_config(at);
         self.with_agent(at, |agent, ctx| agent.start_agent(ctx));
         self.tell_agent(at);
+    }
+
+    pub fn own_config(&mut self) {
+        let (certificate, key) = (self.config.certificate.clone().into(), self.config.key.clone().into());
+        self.handle(CONTROL, Input::Own { certificate, key });
     }
 
     /// A copied disk: its server ends with its machines.
@@ -251,9 +268,14 @@ impl World {
         let read = process.node.catalogue().log(self.config.origin).and_then(|log| rows::config(log.rows()));
         let is_newest = read.is_some_and(|read| read.generation == process.view.config.generation);
         let waits = self.members[at].agent.slots.iter().flatten().any(|(_, slot)| slot.machine.record().unconfirmed);
-        if waits && (at == CONTROL && self.control.is_some() || lives && is_newest) {
+        if waits && (self.controls(at) || lives && is_newest) {
             self.with_agent(at, |agent, ctx| agent.confirm(ctx));
         }
+    }
+
+    /// It writes desired state, and need not read it.
+    fn controls(&self, at: usize) -> bool {
+        at == CONTROL && self.control.is_some() && self.restored.is_none()
     }
 
     fn look(&mut self, at: usize) {
@@ -357,7 +379,7 @@ impl World {
 
     fn read_config(&mut self, at: usize) {
         let Some(process) = &mut self.members[at].process else { return };
-        if !std::mem::take(&mut process.config_is_news) || at == CONTROL {
+        if !std::mem::take(&mut process.config_is_news) || at == CONTROL && self.restored.is_none() {
             return;
         }
         let log = process.node.catalogue().log(self.config.origin);
@@ -371,7 +393,7 @@ impl World {
     pub fn handle(&mut self, at: usize, input: Input) {
         let now = self.members[at].now(self.ctx.now_ms);
         let (own, config) = (self.members[at].identity.origin, self.config.origin);
-        let written: &[OriginId] = if at == CONTROL { &[own, config] } else { &[own] };
+        let written: &[OriginId] = if self.controls(at) { &[own, config] } else { &[own] };
         let Some(process) = &mut self.members[at].process else { return };
         self.ctx.happened += 1;
         let node = &mut process.node;
@@ -463,6 +485,11 @@ impl World {
 
     pub fn is_far(&self, from: usize, to: usize) -> bool {
         self.members[from].identity.region != self.members[to].identity.region
+    }
+
+    /// Whoever writes desired state from now on is above whoever did.
+    pub fn certify_control_again(&mut self) {
+        self.config = identity(&self.cluster, "config/0", CONFIG, self.config.certificate.epoch + 1);
     }
 
     /// The same host and disk, with keys that nobody else has.
