@@ -1,5 +1,6 @@
 //! The seam to the host that owns a machine's run state.
 
+use crate::volumes::rfc3339;
 use async_trait::async_trait;
 use dunlin_model::transfer::Transfer;
 use dunlin_model::{
@@ -89,7 +90,7 @@ pub enum Refusal {
     OldPlan { machine: MachineId, offered: Generation, held: Generation },
     #[error("machine {machine} is in version {found}, not {expected}")]
     VersionMismatch { machine: MachineId, expected: MachineVersion, found: MachineVersion },
-    #[error("machine {machine} is leased by {owner}")]
+    #[error("machine {machine} is leased by {owner}, until {}", rfc3339(*expires_at_ms))]
     Leased { machine: MachineId, owner: String, expires_at_ms: u64 },
     #[error("the lease of machine {machine} with this nonce has ended")]
     NotLeased { machine: MachineId },

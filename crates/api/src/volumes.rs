@@ -151,7 +151,7 @@ impl From<VolumeSnapshot> for Snapshot {
 }
 
 /// `2024-02-29T12:00:00.000Z`.
-fn rfc3339(ms: u64) -> String {
+pub(crate) fn rfc3339(ms: u64) -> String {
     let (days, of_day) = ((ms / 86_400_000) as i64, ms % 86_400_000);
     // Days since 0000-03-01, in eras of 400 years: the leap day is the last of its year.
     let days = days + 719_468;

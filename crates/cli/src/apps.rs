@@ -109,6 +109,8 @@ pub async fn scale(session: &Session, command: ScaleCommand) -> Result<Exit, Cli
             print_counts(session, &counts);
             Ok(Exit::Ok)
         }
+        ScaleCommand::Memory { .. } => Err(CliError::usage("the size of machines is part of the configuration")
+            .hint("set memory and cpus under [[vm]] in fly.toml or dunlin.toml, then `dunlin deploy`")),
         ScaleCommand::Count { counts, target, detach } => {
             let app = app_name(&target)?;
             let counts = parse_counts(&counts)?;

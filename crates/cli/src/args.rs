@@ -294,9 +294,10 @@ pub enum LeaseCommand {
     Clear(MachineArgs),
 }
 
-/// A volume: ids are unique on the platform, so that the app needs no naming.
+// Ids are unique on the platform, so that the app needs no naming.
 #[derive(Debug, Args)]
 pub struct VolumeArgs {
+    /// The volume's id
     pub id: VolumeId,
     /// The volume's app [default: found by the volume's id]
     #[arg(short, long)]
@@ -379,6 +380,7 @@ pub enum VolumeCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum SnapshotsCommand {
+    /// List what was kept of a volume
     List(VolumeArgs),
     /// Copy what the volume has now; its machine goes on, and waits with writes for a moment
     Create(VolumeArgs),
@@ -503,7 +505,14 @@ pub enum ScaleCommand {
         #[arg(long)]
         detach: bool,
     },
+    /// Show how many machines of each process group are to run
     Show(AppArgs),
+    /// As people of Fly type it
+    #[command(hide = true, visible_aliases = ["vm"])]
+    Memory {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        _rest: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -532,6 +541,7 @@ pub enum SecretsCommand {
     },
     /// Names and digests; values are never shown
     List(AppArgs),
+    /// Take secrets away and release that
     Unset {
         #[arg(required = true)]
         names: Vec<String>,
@@ -577,7 +587,11 @@ pub enum TokensCommand {
         #[arg(long, default_value_t = 30)]
         days: u64,
     },
-    Revoke { id: String },
+    /// Make a token useless
+    Revoke {
+        /// As `tokens create` printed it
+        id: String,
+    },
 }
 
 /// Of `host`; those that work on the host itself are the binary's.

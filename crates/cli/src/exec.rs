@@ -94,7 +94,9 @@ pub async fn open(session: &Session, app: &AppName, id: &MachineId, start: ExecS
         }
         Some(ExecEvent::Say(ExecSay::Failed(body))) => {
             let error = failed(body);
-            Err(if error.hint.is_none() { error.hint(hint) } else { error })
+            // Of a machine that does not run the error itself says what to do.
+            let may_be_missing = error.hint.is_none() && !error.message.contains("is not running");
+            Err(if may_be_missing { error.hint(hint) } else { error })
         }
         Some(_) => Err(ApiError::BadAnswer("the session began with something else than `started`".into()).into()),
         None => Err(gone()),

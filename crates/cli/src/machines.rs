@@ -6,6 +6,7 @@ use crate::{CliError, Exit, Session, apps, exec, ui};
 use dunlin_api::client::Client;
 use dunlin_api::wire::{AppList, ExecAnswer, ExecBody, Machine, StopMachine};
 use dunlin_model::AppName;
+use dunlin_model::config::words;
 use serde_json::{Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -39,11 +40,12 @@ pub async fn machine(session: &Session, command: MachineCommand) -> Result<Exit,
         MachineCommand::Suspend(target) => act(session, &target, "suspend", &json!({})).await,
         MachineCommand::Restart(target) => act(session, &target, "restart", &json!({})).await,
         MachineCommand::Exec { target, timeout, run, command } if !session.json => {
+            let command = words_of(command)?;
             let app = app_of(session, &target).await?;
             exec::attach(session, &app, &target.id, exec::Program { command, timeout, args: run }).await
         }
         MachineCommand::Exec { target, timeout, command, .. } => {
-            exec_for_json(session, &target, timeout.unwrap_or(JSON_TIMEOUT_S), command).await
+            exec_for_json(session, &target, timeout.unwrap_or(JSON_TIMEOUT_S), words_of(command)?).await
         }
         MachineCommand::Lease(LeaseCommand::View(target)) => view_lease(session, &target).await,
         MachineCommand::Lease(LeaseCommand::Clear(target)) => clear_lease(session, &target).await,
@@ -119,14 +121,15 @@ async fn find(session: &Session, target: &MachineArgs) -> Result<Machine, CliErr
 }
 
 async fn act(session: &Session, target: &MachineArgs, verb: &str, body: &impl serde::Serialize) -> Result<Exit, CliError> {
-    let (app, id) = (app_of(session, target).await?, &target.id);
+    let machine = find(session, target).await?;
+    let (app, id) = (&machine.app, &target.id);
     client(session, target).post::<Value>(&format!("/v1/apps/{app}/machines/{id}/{verb}"), body).await?;
     let wanted = match verb {
         "stop" => "stopped",
         "suspend" => "suspended",
         _ => "started",
     };
-    let wait = format!("/v1/apps/{app}/machines/{id}/wait?state={wanted}&timeout=60");
+    let wait = format!("/v1/apps/{app}/machines/{id}/wait?state={wanted}&instance_id={}&timeout=60", machine.instance_id);
     session.client.get::<Value>(&wait).await?;
     let machine: Machine = session.client.get(&format!("/v1/apps/{app}/machines/{id}")).await?;
     if session.json {
@@ -135,6 +138,15 @@ async fn act(session: &Session, target: &MachineArgs, verb: &str, body: &impl se
         ui::print_line(&format!("{id} is {}", machine.state.as_str()));
     }
     Ok(Exit::Ok)
+}
+
+/// A whole command in one argument, as Fly's takes it, is split as a shell would; nothing else of a shell is done.
+fn words_of(command: Vec<String>) -> Result<Vec<String>, CliError> {
+    match command.as_slice() {
+        [all] if all.contains(' ') => words::split(all)
+            .map_err(|error| CliError::usage(format!("the command cannot be split into words: {error}"))),
+        _ => Ok(command),
+    }
 }
 
 /// The whole of what it says as one value.

@@ -37,9 +37,23 @@ pub async fn secrets(session: &Session, command: SecretsCommand) -> Result<Exit,
             write(session, &target, values, detach, stage).await
         }
         SecretsCommand::Unset { names, target, detach, stage } => {
+            known(session, &target, &names).await?;
             let values = names.into_iter().map(|name| (name, None)).collect();
             write(session, &target, values, detach, stage).await
         }
+    }
+}
+
+/// A name that is mistyped takes nothing away; the server takes it for one that is gone already.
+async fn known(session: &Session, target: &AppArgs, names: &[String]) -> Result<(), CliError> {
+    let app = app_name(target)?;
+    let there: Secrets = session.client.get(&format!("/v1/apps/{app}/secrets")).await?;
+    let is_there = |name: &&String| there.secrets.iter().any(|secret| secret.name == **name);
+    match names.iter().find(|name| !is_there(name)) {
+        None => Ok(()),
+        Some(name) => Err(CliError::failed(format!("app {app} has no secret {name}")).hint(
+            "`dunlin secrets list` shows the names; what was unset with --stage leaves the machines with the next `dunlin deploy`",
+        )),
     }
 }
 

@@ -10,6 +10,7 @@ use crate::secret_sets::{self, SecretValues};
 use crate::{Ctx, now_ms};
 use dunlin_api::wire::{Secret, Secrets};
 use dunlin_model::AppName;
+use dunlin_model::config::reserved_prefix;
 use dunlin_model::desired::SecretRow;
 use dunlin_model::seal::{MAX_SEALED_BYTES, digest};
 use std::collections::BTreeMap;
@@ -135,6 +136,9 @@ fn validate(
                 .hint("use letters, digits and underscores, not beginning with a digit: it becomes an environment variable"));
         }
         let Some(value) = value else { continue };
+        if let Some(prefix) = reserved_prefix(name) {
+            return Err(Failure::invalid(format!("{name} cannot be the name of a secret: names that begin with {prefix} are set by the platform")));
+        }
         if value.len() > MAX_VALUE_BYTES {
             return Err(Failure::invalid(format!("the value of {name} is {} bytes, more than {MAX_VALUE_BYTES}", value.len())));
         }

@@ -197,6 +197,8 @@ async fn secrets_reach_the_host_and_nobody_else() {
     assert!(machines(3));
     let again = world.post("/v1/apps/web/secrets", json!({ "values": { "OTHER": null } })).await.json();
     assert_eq!(again.get("release"), None);
+    let kept = world.post("/v1/apps/web/secrets", json!({ "values": { "FLY_MACHINE_ID": "x" } })).await;
+    check_error(&kept, 422, "invalid", "set by the platform");
     let bad = world.post("/v1/apps/web/secrets", json!({ "values": { "1X": "x" } })).await;
     check_error(&bad, 422, "invalid", "cannot be the name of a secret");
 
@@ -338,7 +340,9 @@ async fn commands_go_to_the_machine() {
     assert_eq!(world.get(&path).await.json()["host_status"], "ok");
     let stopped = world.call(Method::POST, &format!("{path}/stop"), &[], None).await;
     assert_eq!(stopped.json()["previous_state"], "started", "{}", stopped.text);
-    assert_eq!(world.get(&format!("{path}/wait?state=stopped&timeout=5")).await.json()["state"], "stopped");
+    let version = machines[0]["instance_id"].as_str().unwrap();
+    check_error(&world.get(&format!("{path}/wait?state=stopped&timeout=5")).await, 400, "bad_request", "of which version");
+    assert_eq!(world.get(&format!("{path}/wait?state=stopped&instance_id={version}&timeout=5")).await.json()["state"], "stopped");
     world.post(&format!("{path}/start"), json!({})).await;
     assert_eq!(world.get(&format!("{path}/wait?state=started&timeout=5")).await.status, 200);
     check_error(&world.get(&format!("{path}/wait?state=suspended&timeout=1")).await, 408, "deadline_exceeded", "is started");

@@ -98,6 +98,8 @@ async fn a_machine_is_made_and_starts_and_no_release_touches_it() {
         let found = world.get(&format!("{MACHINES}{query}")).await.json();
         assert_eq!(found.as_array().map(Vec::len), Some(count), "{query}: {found}");
     }
+    let mistyped = world.get(&format!("{MACHINES}?state=started,stoped")).await;
+    assert!(mistyped.status == 400 && mistyped.text.contains("stoped"), "{}", mistyped.text);
     refused(&world.get(&format!("{MACHINES}?colour=red")).await, 400, "bad_request", "no filter");
     refused(&world.get(&format!("{MACHINES}?include_deleted=maybe")).await, 400, "bad_request", "true or false");
     // One that is destroyed is shown for a while to those who ask for it, and not to a later app of the name.

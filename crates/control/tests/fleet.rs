@@ -75,7 +75,8 @@ async fn a_machine_is_driven_on_the_host_that_it_is_on() {
     assert_eq!(refused.status, 409, "{}", refused.text);
     let stopped = world.call(Method::POST, &format!("{path}/stop"), &[("fly-machine-lease-nonce", nonce.as_str())], Some(json!({}))).await;
     assert_eq!(stopped.status, 200, "{}", stopped.text);
-    assert_eq!(world.get(&format!("{path}/wait?state=stopped")).await.json()["state"], "stopped");
+    let version = shown["instance_id"].as_str().unwrap();
+    assert_eq!(world.get(&format!("{path}/wait?state=stopped&instance_id={version}")).await.json()["state"], "stopped");
     assert_eq!(world.others.host(2).commands.lock().unwrap().last().unwrap().machine.as_str(), id);
     let here = world.host.commands.lock().unwrap().iter().any(|command| command.machine.as_str() == id);
     assert!(!here, "its own host has no part in it");
@@ -165,7 +166,8 @@ async fn what_a_dead_host_ran_comes_back_elsewhere_and_nothing_runs_twice_when_i
     assert!(refused.text.contains("host h2 cannot be reached: it is down"), "{}", refused.text);
     let waited = world.get(&format!("{path}/wait?state=started")).await.json();
     assert_eq!((&waited["state"], &waited["host_status"]), (&json!("started"), &json!("unreachable")));
-    assert_eq!(world.get(&format!("{path}/wait?state=stopped")).await.status, 503);
+    let version = world.get(&path).await.json()["instance_id"].as_str().unwrap().to_owned();
+    assert_eq!(world.get(&format!("{path}/wait?state=stopped&instance_id={version}")).await.status, 503);
     let kept = world.call(Method::DELETE, &path, &[], None).await;
     assert!(kept.status == 503 && kept.text.contains("--force"), "{}", kept.text);
     let kept = world.call(Method::DELETE, "/v1/apps/web", &[], None).await;

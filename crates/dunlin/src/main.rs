@@ -77,8 +77,24 @@ fn main() -> ExitCode {
                 _ => ExitCode::from(2),
             }
         }
-        _ => dispatch(Dunlin::parse()),
+        _ => match Dunlin::try_parse() {
+            Ok(parsed) => dispatch(parsed),
+            Err(error) => misused(&error),
+        },
     }
+}
+
+/// What was typed is no command, or asks for help.
+fn misused(error: &clap::Error) -> ExitCode {
+    let is_json = std::env::args().take_while(|arg| arg != "--").any(|arg| arg == "--json");
+    if !error.use_stderr() || !is_json {
+        error.exit();
+    }
+    let text = error.to_string();
+    let said: Vec<&str> = text.lines().map(|line| line.trim().trim_start_matches("error: ")).filter(|line| !line.is_empty()).collect();
+    let (message, causes) = said.split_first().map_or(("", &[][..]), |(first, rest)| (*first, rest));
+    eprintln!("{}", serde_json::json!({ "error": message, "causes": causes, "hint": "`dunlin --help` shows the commands", "request_id": null, "exit_code": 2 }));
+    ExitCode::from(2)
 }
 
 fn dispatch(parsed: Dunlin) -> ExitCode {
@@ -91,7 +107,7 @@ fn dispatch(parsed: Dunlin) -> ExitCode {
                 Err(e) => finish(Err(e.into())),
             }
         }
-        Command::Server(args) => finish(keep(&args, parsed.globals.data_dir.as_deref())),
+        Command::Server(args) => finish(keep(&args, parsed.globals.data_dir.as_deref(), json)),
         Command::Host(command) => join::run(command, parsed.globals).unwrap_or_else(|error| finish(Err(error))),
         Command::Control(command) => finish(control::run(command, &parsed.globals.data_dir(), json)),
         Command::Image(command) => finish(image::run(command, &parsed.globals.data_dir(), json)),
@@ -105,7 +121,7 @@ fn dispatch(parsed: Dunlin) -> ExitCode {
             clap_complete::generate(shell, &mut Dunlin::command(), "dunlin", &mut std::io::stdout());
             ExitCode::SUCCESS
         }
-        Command::Cleanup => finish(cleanup(parsed.globals.data_dir.as_deref())),
+        Command::Cleanup => finish_as(cleanup(parsed.globals.data_dir.as_deref(), json), json),
     }
 }
 
@@ -121,10 +137,15 @@ fn version_json() -> String {
 }
 
 /// The parent: validates everything before a port is bound, then keeps a server running.
-fn keep(args: &ServerArgs, data_dir: Option<&Path>) -> anyhow::Result<()> {
+fn keep(args: &ServerArgs, data_dir: Option<&Path>, json: bool) -> anyhow::Result<()> {
     let settings = Settings::resolve(args, data_dir)?;
     if args.check_config {
-        println!("{}", settings.summary());
+        let summary = settings.summary();
+        if json {
+            println!("{}", toml_edit::de::from_str::<serde_json::Value>(&summary)?);
+        } else {
+            println!("{summary}");
+        }
         return Ok(());
     }
     start_log(settings.log_format);
@@ -153,10 +174,14 @@ fn serve(args: &ServerArgs, data_dir: Option<&Path>) -> anyhow::Result<()> {
     server::run(settings, sockets, outside)
 }
 
-fn cleanup(data_dir: Option<&Path>) -> anyhow::Result<()> {
+fn cleanup(data_dir: Option<&Path>, json: bool) -> anyhow::Result<()> {
     // It ends machines: nobody should do that by a forgotten flag.
     let data_dir = data_dir.context("whose machines should end? name the server's data directory with --data-dir")?;
-    server::cleanup(data_dir)
+    server::cleanup(data_dir)?;
+    if json {
+        println!("{}", serde_json::json!({ "cleaned_up": data_dir }));
+    }
+    Ok(())
 }
 
 fn start_log(format: LogFormat) {
@@ -166,6 +191,18 @@ fn start_log(format: LogFormat) {
     match format {
         LogFormat::Text => builder.with_ansi(false).init(),
         LogFormat::Json => builder.json().init(),
+    }
+}
+
+/// [`finish`], for a program that reads.
+fn finish_as(result: anyhow::Result<()>, json: bool) -> ExitCode {
+    match result {
+        Err(error) if json => {
+            let causes: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
+            eprintln!("{}", serde_json::json!({ "error": error.to_string(), "causes": causes, "hint": null, "request_id": null, "exit_code": 1 }));
+            ExitCode::FAILURE
+        }
+        result => finish(result),
     }
 }
 

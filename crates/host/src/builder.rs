@@ -26,6 +26,8 @@ use tokio::sync::{mpsc, oneshot};
 const QUEUE: usize = 256;
 /// Sparse: costs what is used.
 const CACHE_BYTES: u64 = 20 << 30;
+/// For a cache that is empty: what a small build writes.
+const LEAST_ROOM_BYTES: u64 = 256 << 20;
 const MEMORY_BYTES: u64 = 4 << 30;
 const MAX_PIDS: u32 = 4096;
 const FOLLOW_PAUSE: Duration = Duration::from_millis(20);
@@ -228,10 +230,53 @@ fn mount_cache(base: &Path, org: &str, uid_base: u32) -> Result<MountedVolume, R
     let (file, at) = (base.join(format!("{org}.ext4")), base.join(format!("{org}.mnt")));
     fs::create_dir_all(&at).map_err(io)?;
     let _ = dunlin_runtime::volume::unmount(&at); // left by a crash; usually not mounted
-    let volume = if file.exists() { LoopVolume::open(&file) } else { LoopVolume::create(&file, CACHE_BYTES) };
-    let mounted = mount_when_free(&volume.map_err(failed)?, &at).map_err(failed)?;
+    let opened = if file.exists() { kept_cache(&file, &at).map_err(failed)? } else { None };
+    let mounted = match opened {
+        Some(mounted) => mounted,
+        None => {
+            let room = free_bytes(base).map_err(io)?;
+            if room < LEAST_ROOM_BYTES {
+                return Err(Refusal::Failed(format!(
+                    "the disk of {} has {} MB left, and a build wants {} at least: free some space, then try again",
+                    base.display(), room >> 20, LEAST_ROOM_BYTES >> 20
+                )));
+            }
+            mount_when_free(&LoopVolume::create(&file, CACHE_BYTES).map_err(failed)?, &at).map_err(failed)?
+        }
+    };
     own_cache(&at, uid_base).map_err(io)?;
     Ok(mounted)
+}
+
+/// The cache of earlier builds. One whose disk has failed it, by being full for example, may lack anything of what it says it
+/// has: then builds fail for a reason that no change of the source mends. It is only a cache: it is begun anew.
+fn kept_cache(file: &Path, at: &Path) -> Result<Option<MountedVolume>, VolumeError> {
+    let open = || {
+        let volume = LoopVolume::open(file)?;
+        if volume.has_errors()? {
+            return Ok(None);
+        }
+        let mounted = mount_when_free(&volume, at)?;
+        // What its journal knew is told by now.
+        if volume.has_errors()? {
+            mounted.unmount()?;
+            return Ok(None);
+        }
+        Ok(Some(mounted))
+    };
+    let why = match open() {
+        Ok(None) => "its file system has met errors".to_owned(),
+        Err(error @ VolumeError::Io { .. }) => chain(&error),
+        other => return other,
+    };
+    tracing::warn!(cache = %file.display(), why, "the build cache is not sound, and begun anew");
+    fs::remove_file(file).map_err(|source| VolumeError::Io { op: "remove", path: file.to_owned(), source })?;
+    Ok(None)
+}
+
+fn free_bytes(dir: &Path) -> std::io::Result<u64> {
+    let stat = nix::sys::statvfs::statvfs(dir)?;
+    Ok(stat.fragment_size() * stat.blocks_available())
 }
 
 /// A machine that is being started holds a copy of the host's mounts for a moment, and with it the cache
@@ -415,6 +460,40 @@ fn ifname(instance: &str, number: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cache_whose_disk_has_failed_it_is_begun_anew() {
+        use std::process::Command;
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().to_owned();
+        // With mounts of its own, which end with it.
+        let work = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS | nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
+            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let layer = |mounted: &MountedVolume| mounted.at().join("layer");
+            let mounted = mount_cache(&base, "personal", 1000).unwrap();
+            fs::write(layer(&mounted), "of an earlier build").unwrap();
+            mounted.unmount().unwrap();
+            let mounted = mount_cache(&base, "personal", 1000).unwrap();
+            assert!(layer(&mounted).exists(), "a sound one is kept");
+            mounted.unmount().unwrap();
+
+            let file = base.join("personal.ext4");
+            let deadline = Instant::now() + END_WITHIN;
+            while !Command::new("debugfs").args(["-w", "-R", "set_super_value state 2"]).arg(&file).status().unwrap().success() {
+                assert!(Instant::now() < deadline, "the file is busy");
+            }
+            let mounted = mount_cache(&base, "personal", 1000).unwrap();
+            assert!(!layer(&mounted).exists());
+            mounted.unmount().unwrap();
+            fs::write(&file, [7; 4096]).unwrap();
+            let mounted = mount_cache(&base, "personal", 1000).unwrap();
+            assert!(!layer(&mounted).exists());
+            mounted.unmount().unwrap();
+        });
+        work.join().unwrap();
+    }
 
     #[test]
     fn builders_of_two_servers_share_no_name_with_each_other_or_with_a_machine() {

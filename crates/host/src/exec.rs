@@ -7,7 +7,7 @@ use bytes::Bytes;
 use dunlin_api::shares::Full;
 use dunlin_api::{ExecControl, ExecOutput, ExecProgram, ExecRequest, ExecSession, ExecStdin, Refusal};
 use dunlin_model::AppName;
-use dunlin_runtime::{Client, ExecHandle, ExecSpec, RuntimeError};
+use dunlin_runtime::{Client, ExecHandle, ExecSpec, Phase, RuntimeError};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -103,6 +103,11 @@ fn ask(machine_dir: &Path, request: ExecRequest) -> Result<Begun, RuntimeError> 
         ExecProgram::Transfer(transfer) => (vec![], Some(transfer)),
     };
     let copies = transfer.is_some();
+    // One that waits to be started has its supervisor already.
+    let refused = |error| match Client::connect(machine_dir).and_then(|client| client.status()) {
+        Ok(status) if status.phase == Phase::Created => RuntimeError::NotRunning,
+        _ => error,
+    };
     let spec = ExecSpec {
         command,
         env: request.env,
@@ -113,12 +118,12 @@ fn ask(machine_dir: &Path, request: ExecRequest) -> Result<Begun, RuntimeError> 
     };
     if let Some(size) = request.tty.filter(|_| !copies) {
         let size = dunlin_runtime::WindowSize { rows: size.rows, columns: size.columns };
-        let (handle, master) = client.exec_tty(spec, size)?;
+        let (handle, master) = client.exec_tty(spec, size).map_err(refused)?;
         return Ok(Begun { handle, streams: Streams::Terminal(master) });
     }
     let pipe = || std::io::pipe().map_err(|source| RuntimeError::Io { what: "no pipe".into(), source });
     let ((stdin_reader, stdin), (stdout, stdout_writer), (stderr, stderr_writer)) = (pipe()?, pipe()?, pipe()?);
-    let handle = client.exec(spec, [stdin_reader.into(), stdout_writer.into(), stderr_writer.into()])?;
+    let handle = client.exec(spec, [stdin_reader.into(), stdout_writer.into(), stderr_writer.into()]).map_err(refused)?;
     let streams = Streams::Pipes { stdin: stdin.into(), stdout: stdout.into(), stderr: stderr.into() };
     Ok(Begun { handle, streams })
 }

@@ -179,7 +179,9 @@ impl Course {
     /// It may take longer than one wait.
     fn wait(&self, id: &str, state: &str) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
-        let path = format!("{MACHINES}/{id}/wait?state={state}&timeout=60");
+        let shown: Value = serde_json::from_str(&self.asks("GET", &format!("{MACHINES}/{id}"), &[], "", &[200])?).map_err(|error| error.to_string())?;
+        let version = shown["instance_id"].as_str().unwrap_or_default();
+        let path = format!("{MACHINES}/{id}/wait?state={state}&instance_id={version}&timeout=60");
         while self.asks("GET", &path, &[], "", &[200, 408, 504])?.contains("\"error\"") {
             if Instant::now() >= deadline {
                 return Err(format!("machine {id} is not {state} within {PATIENCE:?}: {}", self.asks("GET", &format!("{MACHINES}/{id}"), &[], "", &[200])?));

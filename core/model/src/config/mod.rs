@@ -32,7 +32,7 @@ mod validate;
 pub mod words;
 
 pub use file::FileEntry;
-pub use parse::{Parsed, parse};
+pub use parse::{Parsed, parse, reserved_prefix};
 pub use problem::{ConfigError, ConfigProblem, Mistake};
 pub use region::{InvalidPrimaryRegion, PrimaryRegion};
 pub use render::render;

@@ -62,7 +62,12 @@ const LATER_MOUNTS: &[(&str, &str)] = &[
 /// Most tries of a restart policy: more is `always`.
 pub(super) const MAX_RETRIES: u32 = 1000;
 /// Environment names that the platform sets itself.
-pub(super) const RESERVED_ENV: &[&str] = &["FLY_", "DUNLIN_"];
+const RESERVED_ENV: &[&str] = &["FLY_", "DUNLIN_"];
+
+/// What this name begins with, if the platform keeps such names for what it sets itself.
+pub fn reserved_prefix(name: &str) -> Option<&'static str> {
+    RESERVED_ENV.iter().find(|prefix| name.starts_with(**prefix)).copied()
+}
 
 /// Reads `dunlin.toml` or `fly.toml`; `file_name` is for messages.
 pub fn parse(text: &str, file_name: &str) -> Result<Parsed, ConfigError> {
@@ -178,7 +183,7 @@ fn read_env<'t>(f: &mut Findings<'t>, section: Section<'t>) -> BTreeMap<String, 
     for entry in section.entries(f) {
         if entry.name.is_empty() || entry.name.contains(['=', '\0']) {
             f.mistake(entry.key_span, format!("{:?} cannot be the name of an environment variable", entry.name));
-        } else if let Some(prefix) = RESERVED_ENV.iter().find(|prefix| entry.name.starts_with(**prefix)) {
+        } else if let Some(prefix) = reserved_prefix(entry.name) {
             f.mistake(entry.key_span, format!("{}: names that begin with {prefix} are set by the platform", entry.key));
         } else if let Some(text) =
             read_item(f, entry.item, &entry.key, entry.key_span, "text", value::text_or_scalar)

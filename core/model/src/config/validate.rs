@@ -1,7 +1,7 @@
 //! The rules of [`parse`](super::parse), for a config that did not come from a file: what a client sends is a client's
 //! word only.
 
-use super::parse::{MAX_RETRIES, RESERVED_ENV};
+use super::parse::{MAX_RETRIES, reserved_prefix};
 use super::problem::MAX_REPORTED;
 use super::procfile::valid_group;
 use super::section::value::MAX_TEXT;
@@ -84,8 +84,7 @@ impl Findings<'_> {
             self.need(!name.is_empty() && !name.contains(['=', '\0']) && name.len() <= MAX_TEXT, || {
                 format!("env: {:?} cannot be the name of an environment variable", short(name))
             });
-            let reserved = RESERVED_ENV.iter().find(|prefix| name.starts_with(**prefix));
-            self.need(reserved.is_none(), || format!("env.{}: names of that kind are set by the platform", short(name)));
+            self.need(reserved_prefix(name).is_none(), || format!("env.{}: names of that kind are set by the platform", short(name)));
             self.need(is_text(value), || format!("env.{}: {TEXT_RULE}", short(name)));
         }
     }

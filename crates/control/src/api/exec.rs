@@ -16,6 +16,7 @@ use dunlin_model::{AppName, MachineId};
 use futures_util::stream;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 /// The default, as on Fly.
 const TIMEOUT_S: u64 = 30;
@@ -63,6 +64,7 @@ async fn run(owners: &Owners, app: &AppName, id: &MachineId, body: ExecBody) -> 
     let container = body.container.unwrap_or_default();
     let request = ExecRequest { stdin, container, ..ExecRequest::new(id.clone(), command, timeout_s * 1000) };
     let mut held = ANSWERS.take(Some(app), 0).map_err(|full| no_room(app, full))?;
+    let ends_at = Instant::now() + Duration::from_secs(timeout_s);
     let mut session = owners.of(id).await?.exec(request).await?;
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     while let Some(output) = session.output.recv().await {
@@ -72,6 +74,9 @@ async fn run(owners: &Owners, app: &AppName, id: &MachineId, body: ExecBody) -> 
             ExecOutput::Exited(exit_code) => {
                 let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
                 return Ok((ExecAnswer { exit_code, stdout: text(stdout), stderr: text(stderr) }, held));
+            }
+            ExecOutput::Failed(why) if Instant::now() >= ends_at => {
+                return Err(Failure::new(ErrorCode::DeadlineExceeded, why).hint("`timeout` in the body gives it more seconds"));
             }
             ExecOutput::Failed(why) => return Err(Failure::from(Refusal::Failed(why))),
         };

@@ -201,7 +201,11 @@ impl Filter {
         let mut filter = Self::default();
         for (name, value) in query {
             match (name.as_str(), value.as_str()) {
-                ("state", _) => filter.states.extend(value.split(',').map(str::to_owned)),
+                ("state", _) => {
+                    for state in value.split(',') {
+                        filter.states.push(state_named(state)?.as_str().to_owned());
+                    }
+                }
                 ("region", _) => filter.regions.push(value),
                 ("summary", "true" | "1" | "") => filter.is_summary = true,
                 ("include_deleted", "true" | "1" | "") => filter.with_destroyed = true,
@@ -518,8 +522,16 @@ fn last_heard(owners: &Owners, id: &MachineId, wait: &WaitFor) -> Option<Value> 
     is_it.then(|| json!({ "ok": true, "state": fact.state.as_str(), "version": fact.version, "host_status": "unreachable" }))
 }
 
+fn state_named(name: &str) -> Result<MachineState, Failure> {
+    serde_json::from_value(Value::String(name.to_owned())).map_err(|_| {
+        Failure::bad_request(format!("{name:?} is not a state of a machine"))
+            .hint("they are created, starting, started, stopping, stopped, suspending, suspended, restarting, updating, failed and destroyed")
+    })
+}
+
 fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
     let mut wait = WaitFor { states: vec![], version: None, after_event: None, timeout_ms: MAX_WAIT_S * 1000 };
+    let mut needs_version = false;
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         match name {
@@ -531,11 +543,10 @@ fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
                 MachineState::Destroyed,
             ]),
             "state" => {
-                let state = serde_json::from_value(Value::String(value.to_owned()));
-                wait.states.push(state.map_err(|_| {
-                    Failure::bad_request(format!("{value:?} is not a state of a machine"))
-                        .hint("wait for started, stopped, suspended, destroyed or settled")
-                })?);
+                let state = state_named(value).map_err(|failure| failure.hint("wait for started, stopped, suspended, destroyed or settled"))?;
+                // Any of its versions may have stopped before; the caller means one.
+                needs_version |= state == MachineState::Stopped;
+                wait.states.push(state);
             }
             "instance_id" | "version" => {
                 let version: Result<MachineVersion, _> = value.parse();
@@ -556,6 +567,10 @@ fn parse_wait(query: &str) -> Result<WaitFor, Failure> {
             }
             _ => return Err(Failure::bad_request(format!("{name:?} is no argument of a wait"))),
         }
+    }
+    if needs_version && wait.version.is_none() {
+        return Err(Failure::bad_request("a wait for stopped wants to know of which version")
+            .hint("add instance_id, as the machine shows it; or wait for settled"));
     }
     if wait.states.is_empty() {
         wait.states.push(MachineState::Started);
@@ -602,8 +617,9 @@ mod tests {
 
     #[test]
     fn a_wait_names_its_states() {
-        let wait = parse_wait("state=stopped&state=failed&timeout=5").unwrap();
+        let wait = parse_wait("state=stopped&state=failed&timeout=5&instance_id=01HZXV9Z3M8Q6T2V5W7Y9A1B3C").unwrap();
         assert_eq!(wait.states, [MachineState::Stopped, MachineState::Failed]);
+        assert!(parse_wait("state=stopped").is_err() && parse_wait("state=settled").is_ok());
         assert_eq!(wait.timeout_ms, 5_000);
         assert_eq!(parse_wait("").unwrap().states, [MachineState::Started]);
         assert_eq!(parse_wait("timeout=600").unwrap().timeout_ms, 60_000);

@@ -180,6 +180,13 @@ impl LoopVolume {
         }
     }
 
+    /// Whether the kernel has met errors in it, such as a full disk beneath it; [`ready`](Self::ready) mends the file system,
+    /// and nobody those who have written to it then. Not of an encrypted volume.
+    pub fn has_errors(&self) -> Result<bool> {
+        let file = File::open(&self.path).map_err(failed("open", &self.path))?;
+        Ok(Superblock::read(&file, &self.path)?.has_errors)
+    }
+
     /// [`ready`](Self::ready), then [`mount`](Self::mount); an encrypted volume is opened once for both.
     pub fn mount_ready(&self, at: &Path) -> Result<MountedVolume> {
         let Some(encryption) = &self.encryption else {
@@ -239,7 +246,7 @@ impl LoopVolume {
 
     fn usage_at(&self, at: &Path) -> Result<Usage> {
         let file = File::open(at).map_err(failed("open", at))?;
-        let Superblock { block_size, blocks, blocks_free } = Superblock::read(&file, &self.path)?;
+        let Superblock { block_size, blocks, blocks_free, .. } = Superblock::read(&file, &self.path)?;
         let kept = (blocks / 50).min(KEPT_BLOCKS_MAX);
         Ok(Usage { block_size, blocks, blocks_free, blocks_avail: blocks_free.saturating_sub(kept) })
     }
@@ -438,12 +445,14 @@ struct Superblock {
     block_size: u64,
     blocks: u64,
     blocks_free: u64,
+    has_errors: bool,
 }
 
 impl Superblock {
     const AT: u64 = 1024;
     const MAGIC: u16 = 0xef53;
     const SIXTY_FOUR_BITS: u32 = 0x80;
+    const ERRORS: u8 = 2;
 
     fn read(file: &File, path: &Path) -> Result<Self> {
         let mut bytes = [0; 1024];
@@ -459,6 +468,7 @@ impl Superblock {
             block_size: 1024 << shift,
             blocks: u64::from(word(0x4)) | high(0x150),
             blocks_free: u64::from(word(0xc)) | high(0x158),
+            has_errors: bytes[0x3a] & Self::ERRORS != 0,
         })
     }
 }

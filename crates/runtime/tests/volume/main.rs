@@ -47,6 +47,18 @@ fn wait_until_free(device: &Path) {
 }
 
 #[test]
+fn it_is_known_that_the_kernel_met_errors() {
+    in_private_mounts(|file, _| {
+        let volume = LoopVolume::create(file, SIZE).expect("create");
+        assert!(!volume.has_errors().expect("it is read"));
+        let marked = std::process::Command::new("debugfs").args(["-w", "-R", "set_super_value state 2"]).arg(file).output().expect("debugfs");
+        assert!(marked.status.success() && volume.has_errors().expect("it is read"), "{marked:?}");
+        volume.ready().expect("it is mended");
+        assert!(!volume.has_errors().expect("it is read"));
+    });
+}
+
+#[test]
 fn what_is_written_stays_and_the_size_holds() {
     in_private_mounts(|file, at| {
         let volume = LoopVolume::create(file, SIZE).expect("create");

@@ -16,6 +16,16 @@ fn a_source_that_is_nothing_we_know() {
     server.fails_in(&empty, &["status"], 2, &["which app?"]);
     server.fails(&["status", "--app", "nobody"], 1, &["there is no app nobody", "request id"]);
     assert!(server.ok(&["apps", "list", "--json"]).trim() == "[]", "nothing was made");
+
+    // What nobody understands is told to programs as everything else is.
+    for (args, code) in [(&["apps", "lst"][..], 2), (&["status", "--app", "nobody"], 1), (&["cleanup"], 1)] {
+        let output = server.dunlin(&[args, &["--json"]].concat());
+        let said: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap_or_default();
+        assert!(output.status.code() == Some(code) && said["exit_code"] == code && said["error"].is_string(), "{args:?}: {}", text(&output));
+    }
+    let settings = server.json(&["server", "--check-config"]);
+    assert_eq!(settings["data_dir"].as_str(), server.data().to_str(), "{settings}");
+    server.fails(&["scale", "memory", "512", "--app", "web"], 2, &["[[vm]]"]);
 }
 
 #[test]

@@ -31,6 +31,7 @@ fn a_secret_is_in_the_programs_environment_and_nowhere_else() {
     server.stop();
     check_nowhere(&server, "with the server stopped");
     server.boot();
+    server.fails(&["secrets", "unset", "KEY", "KYE", "--app", "web"], 1, &["no secret KYE", "secrets list"]);
     server.ok(&["secrets", "unset", "KEY", "--app", "web"]);
     assert_eq!(server.get("web", "/env/KEY").1, "(unset)");
     let mode = Command::new("stat").args(["-c", "%a"]).arg(server.data().join("control/master.key")).output().unwrap();
