@@ -66,6 +66,10 @@ pub struct HostShown {
     /// As it said when it last started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
+    /// When the other hosts begin to refuse it, unless it is certified anew before, as it is each month; within a day. Control's own
+    /// host certifies itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_ends_at_ms: Option<u64>,
     pub machine_prefix: String,
     pub cpus: u32,
     pub memory_mb: u32,
@@ -120,6 +124,14 @@ pub struct HostRemoved {
     pub machines: u32,
     /// Their files are on the host's disk, and nowhere else.
     pub volumes: u32,
+    /// Of its machines, those that it was not heard to have ended when it was removed. It ends them when it hears that it was, from
+    /// control or through any member.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub not_heard_of: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// The last upgrade of the fleet, or the one that is under way.

@@ -74,6 +74,13 @@ async fn remove(session: &Session, id: &HostId, force: bool, yes: bool) -> Resul
     if removed.machines > 0 || removed.volumes > 0 {
         eprintln!("{} machines destroyed, {} volumes given up; their files are on that host's disk and nowhere else", removed.machines, removed.volumes);
     }
+    if removed.not_heard_of > 0 {
+        eprintln!(
+            "{} of the machines it was not heard to have ended: if it is on, they may run until it reaches control, itself or through another \
+             host, and hears that it was removed; be sure that it is off before what only one may do is done elsewhere",
+            removed.not_heard_of
+        );
+    }
     Ok(Exit::Ok)
 }
 
@@ -182,6 +189,9 @@ fn show(session: &Session, detail: &HostDetail) -> Result<Exit, CliError> {
     line("room", &room(host));
     line("addresses", &host.machine_prefix);
     line("heard", &heard(host, now_ms()));
+    if has_no_certificate(host, now_ms()) {
+        line("trust", "its certificate has ended, so that the others refuse it: start its server, which has it renewed with the host's key, or see its log");
+    }
     if !detail.machines.is_empty() {
         ui::print_line("");
         let rows: Vec<_> = detail.machines.iter().map(machine_row).collect();
@@ -215,10 +225,23 @@ fn state_name(state: HostState) -> &'static str {
     }
 }
 
+/// Why a host is not heard, where that is known.
+fn state_in_list(host: &HostShown, now_ms: u64) -> String {
+    let name = state_name(host.state);
+    match has_no_certificate(host, now_ms) {
+        true => format!("{name} (certificate ended)"),
+        false => name.to_owned(),
+    }
+}
+
+fn has_no_certificate(host: &HostShown, now_ms: u64) -> bool {
+    host.state == HostState::Unreachable && host.certificate_ends_at_ms.is_some_and(|ends_at_ms| ends_at_ms <= now_ms)
+}
+
 fn row(host: &HostShown, now_ms: u64) -> Vec<String> {
     vec![
         if host.is_control { format!("{} (control)", host.id) } else { host.id.to_string() },
-        state_name(host.state).to_owned(),
+        state_in_list(host, now_ms),
         host.region.to_string(),
         host.zone.as_ref().map_or("-".into(), ToString::to_string),
         host.machines.to_string(),
@@ -289,6 +312,9 @@ mod tests {
             ..shown()
         };
         assert_eq!(row(&known, 181_000), ["h2 (control)", "draining", "fra", "-", "3", "256/8192", "10.0.0.1:7373", "0.1.0", "3m ago"]);
+        let away = |ends_at_ms| HostShown { state: HostState::Unreachable, certificate_ends_at_ms: Some(ends_at_ms), ..shown() };
+        assert_eq!((row(&away(1_000), 1_000)[1].as_str(), row(&away(1_001), 1_000)[1].as_str()), ("unreachable (certificate ended)", "unreachable"));
+        assert_eq!(row(&HostShown { state: HostState::Up, ..away(1) }, 1_000)[1], "up", "it was certified anew a moment ago");
         assert_eq!((heard(&known, 2_500), heard(&known, 7_201_000)), ("1s ago".into(), "2h ago".into()));
     }
 

@@ -119,6 +119,10 @@ impl Authority {
         sha256_of(&self.ca_pem).ok_or(MemberError::BadKey("the authority's certificate is not PEM"))
     }
 
+    pub(crate) fn gossip_key(&self) -> &SigningKey {
+        &self.gossip
+    }
+
     /// Whether it has issued this.
     pub(crate) fn has_issued(&self, issued: &Issued) -> bool {
         issued.ca_pem == self.ca_pem && issued.cluster_key == hex::encode(self.gossip.verifying_key().to_bytes())

@@ -6,6 +6,7 @@ use crate::flock::{self, Command, Driver, HOLD_MS, Inlets, Keep, Seen};
 use crate::link::{Expect, Handler, Inbox, Links, Runs, Target};
 use crate::live::View;
 use crate::member::{self, Member, MemberError, now_ms};
+use crate::removal::{self, RemovalNotice};
 use crate::status::{self, ClusterStatus, MemberStatus, TransportCounts};
 use crate::stream::{Service, Stream};
 use crate::thread::Thread;
@@ -13,14 +14,14 @@ use crate::tls::{self, Tls, TlsError};
 use arc_swap::ArcSwap;
 use dunlin_gossip::{Certificate, Config, Identity, Node, Now, OriginId, Peer};
 use dunlin_model::{AppName, HostId, Region};
-use dunlin_view::Freshness;
+use dunlin_view::{ConfigState, Freshness};
 use ed25519_dalek::SigningKey;
 use rustls_pki_types::{CertificateDer, ServerName};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -79,6 +80,7 @@ struct Inner {
     dir: PathBuf,
     commands: mpsc::Sender<Command>,
     certificate_ends_ms: AtomicU64,
+    is_removed: AtomicBool,
     stop: CancellationToken,
     driver: Mutex<Option<JoinHandle<()>>>,
     /// It outlives all that runs on it.
@@ -112,11 +114,19 @@ impl Cluster {
         let shared = Arc::new(Shared { member, seen: ArcSwap::default() });
         let stop = CancellationToken::new();
         let inlets = Inlets { datagrams: datagrams_in, messages: messages_in, commands: commands_in, stop: stop.clone() };
+        let is_removed = RemovalNotice::load(&dir, &shared.member)?.is_some();
+        if is_removed {
+            // Before anybody acts on what was desired until then. A generation is not older than itself.
+            let known = view.current();
+            let _ = view.publish_config(removal::without(ConfigState::clone(&known.config), &shared.member.host, &known), now_ms());
+        }
         let machines = (shared.member.machines_log_certificate()?, shared.member.keys.gossip()?);
-        let driver = Driver::new(node, links.clone(), view.clone(), tls.clone(), shared.clone(), Keep::new(&dir));
+        let mut driver = Driver::new(node, links.clone(), view.clone(), tls.clone(), shared.clone(), Keep::new(&dir));
+        driver.is_removed = is_removed;
         let driver = Mutex::new(Some(thread.handle().spawn(driver.run(machines, inlets))));
         let certificate_ends_ms = AtomicU64::new(shared.member.issued.not_after_ms);
-        let inner = Inner { shared, links, tls, view, dir, commands, certificate_ends_ms, stop, driver, _thread: thread };
+        let is_removed = AtomicBool::new(is_removed);
+        let inner = Inner { shared, links, tls, view, dir, commands, certificate_ends_ms, is_removed, stop, driver, _thread: thread };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -240,6 +250,23 @@ impl Cluster {
         self.inner.commands.send(Command::Pass(time)).await.unwrap();
     }
 
+    /// Control's word that this host was removed for good, from whomever it came; whether it was to be believed. Then what this host
+    /// has for the cluster is destroyed, as by tombstones of all its machines, now and after each start.
+    pub async fn removed(&self, notice: &RemovalNotice) -> Result<bool, MemberError> {
+        if !notice.is_for(&self.inner.shared.member) {
+            return Ok(false);
+        }
+        notice.save(&self.inner.dir)?;
+        self.inner.is_removed.store(true, Ordering::Relaxed);
+        let _ = self.inner.commands.send(Command::Removed).await; // without a driver the process is about to end
+        Ok(true)
+    }
+
+    /// Whether it has heard so, lately or long ago.
+    pub fn is_removed(&self) -> bool {
+        self.inner.is_removed.load(Ordering::Relaxed)
+    }
+
     /// Whether another process has this host's identity, so that this one says nothing; [`Self::status`] says which.
     pub fn is_silenced(&self) -> bool {
         self.inner.shared.seen.load().silenced.is_some()
@@ -252,6 +279,7 @@ impl Cluster {
         ClusterStatus {
             speaks: seen.speaks,
             silenced: seen.silenced.clone(),
+            removed: self.is_removed(),
             cut_off: self.inner.view.current().is_cut_off(),
             certificate_days_left: self.inner.certificate_ends_ms.load(Ordering::Relaxed).saturating_sub(now_ms()) / DAY_MS,
             members: seen.members.len(),
@@ -281,6 +309,11 @@ impl Cluster {
 
     pub fn render_metrics(&self, out: &mut String) {
         status::render(&self.status(), out);
+    }
+
+    /// Shows a new certificate from now on. It is not kept: whether the others take it is to be seen first.
+    pub fn show(&self, issued: &Issued) -> Result<(), ClusterError> {
+        Ok(self.inner.tls.renew(&self.inner.shared.member.keys, issued)?)
     }
 
     /// Shows a new certificate from now on, and keeps it.

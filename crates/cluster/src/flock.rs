@@ -42,6 +42,8 @@ const MAX_BATCH: usize = 64;
 pub(crate) enum Command {
     SeeDetail { region: Region, app: AppName },
     PublishConfig { certificate: Box<Certificate>, key: Box<SigningKey> },
+    /// This host was removed for good.
+    Removed,
     Verify(oneshot::Sender<Vec<String>>),
     /// So much time has passed, says a test.
     #[cfg(test)]
@@ -99,6 +101,8 @@ pub(crate) struct Driver {
     heard: Arc<BTreeMap<HostId, Freshness>>,
     config: Config,
     removed: BTreeSet<HostId>,
+    /// This host itself was.
+    pub(crate) is_removed: bool,
     silenced: Option<Silenced>,
     skipped: Skipped,
     old_facts: u64,
@@ -159,6 +163,7 @@ impl Driver {
             heard: Arc::default(),
             config: Config::of(origin),
             removed: BTreeSet::new(),
+            is_removed: false,
             silenced: None,
             skipped: Skipped::default(),
             old_facts: 0,
@@ -228,6 +233,11 @@ impl Driver {
                 self.look_at_region();
             }
             Command::SeeDetail { region, app } => self.see_detail(&region, &app),
+            Command::Removed => {
+                self.is_removed = true;
+                let config = ConfigState::clone(&self.view.current().config);
+                self.take_config(config);
+            }
             Command::Verify(reply) => {
                 let names = self.node.verify().into_iter().map(|origin| self.name(origin));
                 let _ = reply.send(names.collect()); // whoever asked may have gone away
@@ -370,7 +380,12 @@ impl Driver {
             self.skipped.unreadable += unreadable.len() as u64;
         }
         self.config.read = Some(config.generation);
+        self.take_config(config);
+    }
+
+    fn take_config(&mut self, config: ConfigState) {
         let held = self.view.current();
+        let config = if self.is_removed { crate::removal::without(config, &self.host, &held) } else { config };
         if config.generation < held.config.generation || (held.config_received_at_ms.is_some() && *held.config == config) {
             return;
         }

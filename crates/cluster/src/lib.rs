@@ -25,6 +25,8 @@ mod joining;
 mod link;
 mod live;
 mod member;
+mod removal;
+mod returning;
 mod status;
 mod stream;
 mod thread;
@@ -39,6 +41,8 @@ pub use joining::{HostReport, JoinAnswer, JoinRequest, JoinToken, NotAJoinToken,
 pub use link::Handler;
 pub use live::{Age, Ages, Changes, View};
 pub use member::{ControlHost, Member, MemberError, MemberKeys, Said};
+pub use removal::RemovalNotice;
+pub use returning::{ReturnChallenge, ReturnProof, ReturnRequest};
 pub use status::{ClusterStatus, ComparedStatus, GossipCounts, LogScope, LogStatus, MemberStatus, Silenced, TransportCounts};
 pub use stream::{Service, Stream, read_frame, write_frame};
 pub use tls::TlsError;

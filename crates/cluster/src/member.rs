@@ -148,6 +148,10 @@ impl Member {
     pub fn forget(dir: &Path) -> Result<(), MemberError> {
         let io = |source| MemberError::Io { path: Self::path(dir), verb: "removed", source };
         crate::flock::forget(dir).map_err(io)?;
+        match fs::remove_file(crate::RemovalNotice::path(dir)) {
+            Err(source) if source.kind() != ErrorKind::NotFound => return Err(io(source)),
+            _ => {}
+        }
         fs::remove_file(Self::path(dir)).map_err(io)?;
         fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)
     }
@@ -187,15 +191,30 @@ impl Member {
 
     /// Its certificate is a month old, or it has not all that members have now.
     pub fn is_due(&self, now_ms: u64) -> bool {
-        if self.issued.machines_log_certificate.is_empty() {
+        if self.lacks_logs() {
             return true;
         }
         let left_ms = (LEAF_VALID - RENEWED_AFTER).as_millis() as u64;
         self.issued.not_after_ms.saturating_sub(now_ms) <= left_ms
     }
 
+    /// Since when the others refuse its certificate.
+    pub fn ended_ms_ago(&self, now_ms: u64) -> Option<u64> {
+        now_ms.checked_sub(self.issued.not_after_ms)
+    }
+
+    /// It was issued for before there was a log of machines, and cannot take part without.
+    pub fn lacks_logs(&self) -> bool {
+        self.issued.machines_log_certificate.is_empty()
+    }
+
     pub fn path(dir: &Path) -> PathBuf {
         dir.join("member.json")
+    }
+
+    /// By what the host knows its cluster's authority.
+    pub fn ca_sha256(&self) -> Result<[u8; 32], MemberError> {
+        crate::authority::sha256_of(&self.issued.ca_pem).ok_or(MemberError::BadKey("the authority's certificate is not PEM"))
     }
 
     pub fn cluster_key(&self) -> Result<VerifyingKey, MemberError> {

@@ -111,6 +111,8 @@ pub struct ClusterStatus {
     /// Whether this process publishes: it asks others first, for five seconds at most.
     pub speaks: bool,
     pub silenced: Option<Silenced>,
+    /// Control has said that this host was removed for good.
+    pub removed: bool,
     /// Most other hosts are not heard: this one is alone with what it knew.
     pub cut_off: bool,
     /// Until the other hosts refuse this one. Control renews it each month.

@@ -39,6 +39,7 @@ mod reconcile;
 mod registry;
 mod releases;
 mod removal;
+mod returning;
 mod rows;
 mod secret_sets;
 mod secrets;
@@ -130,6 +131,8 @@ pub(crate) struct Ctx {
     pub hosts_writer: Mutex<()>,
     /// Hosts that join are dialed back, some at a time.
     pub dial_backs: dial_back::DialBacks,
+    /// For hosts whose certificates have ended.
+    pub challenges: returning::Challenges,
     /// Secrets are read, changed and written by one request at a time.
     pub secrets_writer: Mutex<()>,
     /// One build at a time.

@@ -24,6 +24,8 @@ const MAX_TOKENS: usize = 256;
 pub(crate) const TOKEN_LIFETIME_S: u64 = 3600;
 /// Somebody has to be there to use it.
 pub(crate) const MAX_TOKEN_LIFETIME_S: u64 = 7 * 24 * 3600;
+/// Exact enough to say when a certificate of two years ends.
+const CERTIFIED_WITHIN_MS: u64 = 24 * 3_600_000;
 /// After a host has joined, control certifies its keys in this epoch; new keys begin the next.
 const FIRST_EPOCH: u32 = 1;
 
@@ -110,9 +112,16 @@ async fn admission(ctx: &Ctx, request: &JoinRequest, now_ms: u64) -> Result<Admi
         joined_at_ms: now_ms,
     };
     let (row, report) = (with_report(row, &request.report), &request.report);
-    let member = MemberRow { epoch: FIRST_EPOCH, keys: report.keys.clone(), addr: report.addr, version: report.version.clone() };
+    let member = MemberRow {
+        epoch: FIRST_EPOCH,
+        keys: report.keys.clone(),
+        addr: report.addr,
+        version: report.version.clone(),
+        certified_until_ms: None,
+    };
     // Before anything is written: keys that cannot be certified must not use the token up.
     let answer = answer(ctx, &row, &member, now_ms).await?;
+    let member = certified(member, &answer);
     Ok(Admission::Now(Box::new(Newcomer { token, row, member, answer })))
 }
 
@@ -123,25 +132,24 @@ pub(crate) async fn renew(ctx: &Ctx, host: &HostId, report: HostReport) -> Resul
     let _one_at_a_time = ctx.hosts_writer.lock().await;
     let now_ms = now_ms();
     can_be_honoured(&report, now_ms)?;
-    if ctx.state.get::<RemovedHostRow>(&key::removed_host(host)).await?.is_some() {
-        return Err(Failure::new(ErrorCode::Forbidden, format!("host {host} was removed from the cluster"))
-            .hint("`dunlin host leave` there, then let it join anew under another id"));
-    }
+    is_not_removed(ctx, host).await?;
     let row = ctx.state.get::<HostRow>(&key::host(host)).await?;
     let member = ctx.state.get::<MemberRow>(&key::member(host)).await?;
     let Some((row, member)) = row.zip(member) else {
         if let Some(standing) = report.standing.clone() {
             return taken_back(ctx, host, standing, report, now_ms).await;
         }
-        return Err(Failure::not_found(format!("host {host} is not in the cluster")).hint("let it join: `dunlin host join`"));
+        return Err(unknown(host));
     };
     let has_new_keys = member.value.keys != report.keys;
     let epoch = member.value.epoch + u32::from(has_new_keys);
     // The backup from which control was restored may have older keys of it.
     let epoch = report.standing.as_ref().map_or(epoch, |standing| epoch.max(standing.epoch));
     let next_row = with_report(row.value.clone(), &report);
-    let next_member = MemberRow { epoch, keys: report.keys, addr: report.addr, version: report.version };
-    let answer = answer(ctx, &next_row, &next_member, now_ms).await?;
+    let certified_until_ms = member.value.certified_until_ms;
+    let said = MemberRow { epoch, keys: report.keys, addr: report.addr, version: report.version, certified_until_ms };
+    let answer = answer(ctx, &next_row, &said, now_ms).await?;
+    let next_member = certified(said.clone(), &answer);
     if next_row != row.value || next_member != member.value {
         let change = Change::default()
             .unchanged(key::host(host), row.modified)
@@ -149,9 +157,23 @@ pub(crate) async fn renew(ctx: &Ctx, host: &HostId, report: HostReport) -> Resul
             .put(key::host(host), &next_row)
             .put(key::member(host), &next_member);
         committed(ctx, change).await?;
-        tracing::info!(%host, epoch, addr = %next_member.addr, "host says anew who it is");
+    }
+    if next_row != row.value || said != member.value {
+        tracing::info!(%host, epoch, addr = %said.addr, "host says anew who it is");
     }
     Ok(answer)
+}
+
+pub(crate) async fn is_not_removed(ctx: &Ctx, host: &HostId) -> Result<(), Failure> {
+    match ctx.state.get::<RemovedHostRow>(&key::removed_host(host)).await? {
+        None => Ok(()),
+        Some(_) => Err(Failure::new(ErrorCode::Forbidden, format!("host {host} was removed from the cluster"))
+            .hint("`dunlin host leave` there, then let it join anew under another id")),
+    }
+}
+
+pub(crate) fn unknown(host: &HostId) -> Failure {
+    Failure::not_found(format!("host {host} is not in the cluster")).hint("let it join: `dunlin host join`")
 }
 
 /// A host that control itself let in, as its certificate shows, and that the backup from which control was restored is too
@@ -176,8 +198,10 @@ async fn taken_back(ctx: &Ctx, host: &HostId, standing: Standing, report: HostRe
         joined_at_ms: found.as_ref().map_or(now_ms, |row| row.value.joined_at_ms),
     };
     let row = with_report(row, &report);
-    let member = MemberRow { epoch: standing.epoch, keys: report.keys, addr: report.addr, version: report.version };
+    let (epoch, addr) = (standing.epoch, report.addr);
+    let member = MemberRow { epoch, keys: report.keys, addr, version: report.version, certified_until_ms: None };
     let answer = answer(ctx, &row, &member, now_ms).await?;
+    let member = certified(member, &answer);
     let change = Change::default()
         .if_as_read(key::host(host), found.as_ref())
         .absent(key::member(host))
@@ -325,7 +349,14 @@ fn free_block(taken: &[(String, Ipv4Prefix)]) -> Option<Ipv4Prefix> {
     blocks.map(at).find(|block| taken.iter().all(|(_, prefix)| !prefix.overlaps(block)))
 }
 
-async fn answer(ctx: &Ctx, row: &HostRow, member: &MemberRow, now_ms: u64) -> Result<JoinAnswer, Failure> {
+/// With the end of what it was just issued, within a day: a host that starts often makes no row of the store change.
+fn certified(member: MemberRow, answer: &JoinAnswer) -> MemberRow {
+    let ends_ms = answer.issued.not_after_ms;
+    let is_told = member.certified_until_ms.is_some_and(|told_ms| told_ms <= ends_ms && ends_ms - told_ms < CERTIFIED_WITHIN_MS);
+    MemberRow { certified_until_ms: if is_told { member.certified_until_ms } else { Some(ends_ms) }, ..member }
+}
+
+pub(crate) async fn answer(ctx: &Ctx, row: &HostRow, member: &MemberRow, now_ms: u64) -> Result<JoinAnswer, Failure> {
     let issued = ctx.cluster.issue(&row.id, &row.region, member.epoch, &member.keys, now_ms);
     Ok(JoinAnswer {
         issued: issued.map_err(|error| Failure::invalid(format!("the host's keys cannot be certified: {error}")))?,

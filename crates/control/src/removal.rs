@@ -6,12 +6,16 @@ use crate::rows::{Change, MemberRow, Outcome, RemovedHostRow, Row, key};
 use crate::{Ctx, destroyed, now_ms};
 use dunlin_api::ErrorCode;
 use dunlin_api::fleet::HostRemoved;
-use dunlin_model::HostId;
+use dunlin_model::{HostId, MachineId};
 use dunlin_model::desired::{HostRow, MachineRow, TombstoneReason};
 use dunlin_model::volume::VolumeRow;
+use dunlin_view::Snapshot;
+use std::time::Duration;
 
 /// Each machine takes six operations of the store's hundred.
 const MACHINES_AT_ONCE: usize = 12;
+/// Machines have some seconds to end; whoever removes a host by force does not wait for longer ones.
+const OBEYED_WITHIN: Duration = Duration::from_secs(15);
 const VOLUMES_AT_ONCE: usize = 80;
 
 /// What an operator wants of a host.
@@ -84,16 +88,18 @@ pub(crate) async fn remove(ctx: &Ctx, id: &HostId, leftovers: Leftovers) -> Resu
              --force destroys its machines and gives its volumes up"
         )));
     }
+    let destroyed: Vec<MachineId> = machines.iter().map(|row| row.value.id.clone()).collect();
     // Nothing new comes there from here on, and what was on its way finds the row changed.
     put(ctx, id, row.modified, &HostRow { cordoned: true, ..row.value }).await?;
     let removed = match leftovers {
-        Leftovers::Refuse => HostRemoved { id: id.clone(), machines: 0, volumes: 0 },
+        Leftovers::Refuse => HostRemoved { id: id.clone(), machines: 0, volumes: 0, not_heard_of: 0 },
         Leftovers::GiveUp => give_up(ctx, id).await?,
     };
     let (machines, volumes) = on(ctx, id).await?;
     if !machines.is_empty() || !volumes.is_empty() {
         return Err(changed_meanwhile(id));
     }
+    let removed = HostRemoved { not_heard_of: not_rid_of(ctx, id, &destroyed).await, ..removed };
     let row = load(ctx, id).await?;
     let member = ctx.state.get::<MemberRow>(&key::member(id)).await?;
     let removed_row = RemovedHostRow { removed_at_ms: now_ms(), prefix: row.value.prefix };
@@ -107,13 +113,30 @@ pub(crate) async fn remove(ctx: &Ctx, id: &HostId, leftovers: Leftovers) -> Resu
         return Err(changed_meanwhile(id));
     }
     ctx.work.notify_one();
-    tracing::info!(host = %id, machines = removed.machines, volumes = removed.volumes, "host removed for good");
+    tracing::info!(host = %id, machines = removed.machines, volumes = removed.volumes, not_heard_of = removed.not_heard_of, "host removed for good");
     Ok(removed)
+}
+
+/// A host that answers obeys its tombstones before nobody talks to it any more. One that does not, or has not done so in time, asks
+/// whether it was removed as soon as it finds that it is refused. Says how many machines it has still.
+async fn not_rid_of(ctx: &Ctx, id: &HostId, machines: &[MachineId]) -> u32 {
+    let mut changes = ctx.view.subscribe();
+    let mut view = changes.current();
+    let left = |view: &Snapshot| machines.iter().filter(|machine| !view.is_rid_of(id, machine)).count() as u32;
+    let wait = async {
+        while left(&view) > 0 {
+            view = changes.changed().await;
+        }
+    };
+    if ctx.watched.answers(id) {
+        let _ = tokio::time::timeout(OBEYED_WITHIN, wait).await; // what is left is said
+    }
+    left(&ctx.view.current())
 }
 
 /// A few in a transaction; releases find that their machines are gone, and make others elsewhere.
 async fn give_up(ctx: &Ctx, id: &HostId) -> Result<HostRemoved, Failure> {
-    let mut removed = HostRemoved { id: id.clone(), machines: 0, volumes: 0 };
+    let mut removed = HostRemoved { id: id.clone(), machines: 0, volumes: 0, not_heard_of: 0 };
     let (machines, volumes) = on(ctx, id).await?;
     for some in machines.chunks(MACHINES_AT_ONCE) {
         let destroy = |row: &Row<MachineRow>| destroy_machine(row, TombstoneReason::Person).also(destroyed::note(&row.value, destroyed::heard(ctx, &row.value)));

@@ -81,6 +81,9 @@ pub(crate) struct MemberRow {
     pub addr: SocketAddr,
     /// That it ran when it last said so.
     pub version: String,
+    /// When its certificate ends, or a day before. `None`: it was issued before this was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certified_until_ms: Option<u64>,
 }
 
 /// `removed_hosts/<id>`: kept for ever, so that an id never means two hosts.

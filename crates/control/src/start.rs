@@ -9,7 +9,7 @@ use crate::kill::KillPoints;
 use crate::operate::Operate;
 use crate::rows::{Change, RemovedHostRow, SecretsVersionRow, State, key};
 use crate::tokens::Tokens;
-use crate::{Ctx, adopt, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry, upgrade, watch_hosts};
+use crate::{Ctx, adopt, api, ended, forget, grow, launch, members, now_ms, project, reconcile, registry, returning, upgrade, watch_hosts};
 use axum::Router;
 use dunlin_api::{ErrorCode, HostApi};
 use dunlin_api::wire::HostCost;
@@ -185,6 +185,7 @@ impl Control {
             machines_writer: Mutex::new(()),
             hosts_writer: Mutex::new(()),
             dial_backs: Default::default(),
+            challenges: Default::default(),
             secrets_writer: Mutex::new(()),
             build_slot: Arc::new(Semaphore::new(1)),
             published: AtomicBool::new(false),
@@ -274,8 +275,14 @@ impl Control {
 pub struct Enrolment(Arc<Ctx>);
 
 impl Enrolment {
-    /// A [`JoinRequest`], from anybody.
+    /// A [`JoinRequest`] or a [`ReturnRequest`](dunlin_cluster::ReturnRequest), from anybody.
     pub async fn join(&self, request: &[u8]) -> Vec<u8> {
+        if request.len() <= MAX_JOIN_REQUEST_BYTES && serde_json::from_slice::<Returns>(request).is_ok_and(|asks| asks.returning.is_some()) {
+            return written(match parsed(request) {
+                Ok(request) => returning::returning(&self.0, request).await,
+                Err(failure) => Err(failure),
+            });
+        }
         let answer = match parsed(request) {
             Ok(request) => members::join(&self.0, request).await,
             Err(failure) => Err(failure),
@@ -293,6 +300,13 @@ impl Enrolment {
     }
 }
 
+/// By what one kind of request is told from the other.
+#[derive(serde::Deserialize)]
+struct Returns {
+    #[serde(default)]
+    returning: Option<serde::de::IgnoredAny>,
+}
+
 fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
     if bytes.len() > MAX_JOIN_REQUEST_BYTES {
         return Err(Failure::new(ErrorCode::TooLarge, format!("a request to join has at most {MAX_JOIN_REQUEST_BYTES} bytes")));
@@ -302,7 +316,7 @@ fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
     })
 }
 
-fn written(answer: Result<JoinAnswer, Failure>) -> Vec<u8> {
+fn written(answer: Result<impl serde::Serialize, Failure>) -> Vec<u8> {
     let json = match answer {
         Ok(answer) => serde_json::to_vec(&answer),
         Err(failure) => {

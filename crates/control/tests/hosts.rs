@@ -3,7 +3,10 @@
 mod world;
 
 use axum::http::Method;
-use dunlin_cluster::{Authority, DialedBack, HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_REQUEST_BYTES, MemberKeys, NotReached};
+use dunlin_cluster::{
+    Authority, DialedBack, HostReport, JoinAnswer, JoinRequest, JoinToken, MAX_JOIN_REQUEST_BYTES, Member, MemberKeys, NotReached, RemovalNotice,
+    ReturnChallenge, ReturnRequest,
+};
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::HostId;
@@ -284,6 +287,41 @@ async fn a_member_renews_what_it_is_until_it_is_removed_for_good() {
     store.txn(vec![], vec![dunlin_store::Op::Put("removed_hosts/h1".into(), row.to_string().into())]).await.unwrap();
     store.close().await;
     assert!(World::try_start(data.path(), None).await.is_err());
+}
+
+/// It was off for longer than its certificate lives, and comes as somebody without one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_without_a_valid_certificate_proves_its_key_and_is_certified_anew() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    let keys = MemberKeys::generate().unwrap();
+    let first = join(&world, &request(&token(&world).await, "h2", &keys)).await.unwrap();
+    let member = first.clone().member("h2".parse().unwrap(), keys.clone());
+    let asked = async |request: &ReturnRequest| world.control.enrolment().join(&serde_json::to_vec(request).unwrap()).await;
+    let challenge = async |host: &str| -> Result<ReturnChallenge, Value> {
+        let answer: Value = serde_json::from_slice(&asked(&ReturnRequest::to_be_challenged(&host.parse().unwrap())).await).unwrap();
+        if answer.get("error").is_some() { Err(answer) } else { Ok(serde_json::from_value(answer).unwrap()) }
+    };
+    let proves = async |member: &Member, challenge: &ReturnChallenge| answered(asked(&ReturnRequest::proving(member, challenge).unwrap()).await);
+    let good = challenge("h2").await.unwrap();
+    let again = proves(&member, &good).await.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!((again.epoch, again.machine_prefix, again.issued.log_certificate.clone()), (1, first.machine_prefix, first.issued.log_certificate.clone()));
+    assert!(member.with_logs_of(&again.issued).is_ok());
+    // Nobody else, and nothing that control did not ask for.
+    let thief = first.member("h2".parse().unwrap(), MemberKeys::generate().unwrap());
+    refused(proves(&thief, &good).await, "unauthorized", "has not the key that control knows of it");
+    refused(proves(&member, &ReturnChallenge { challenge: "1.00".into() }).await, "unauthorized", "is not what control asked for");
+    joined(&world, "h3").await;
+    refused(proves(&member, &challenge("h3").await.unwrap()).await, "unauthorized", "is not what control asked for");
+    assert_eq!(challenge("h9").await.unwrap_err()["status"], "not_found");
+    // What it had is known, so that whoever looks why it is away sees it.
+    let ends_at_ms = world.get("/v1/hosts/h2").await.json()["host"]["certificate_ends_at_ms"].as_u64().unwrap();
+    assert!(ends_at_ms > now_ms() && ends_at_ms <= again.issued.not_after_ms, "{ends_at_ms}");
+    assert_eq!(delete(&world, "/v1/hosts/h2").await.status, 200);
+    refused(proves(&member, &good).await, "forbidden", "was removed from the cluster");
+    let told = asked(&ReturnRequest::to_be_challenged(&member.host)).await;
+    assert!(serde_json::from_slice::<RemovalNotice>(&told).unwrap().is_for(&member), "its removal is signed");
+    world.control.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -11,6 +11,7 @@ mod machines;
 pub mod operate;
 mod proven;
 mod relay;
+mod returning;
 mod sweep;
 
 use crate::keeper::{self, Sockets};
@@ -111,6 +112,7 @@ async fn serve(settings: Settings, sockets: Sockets, outside: Vec<Ipv4Addr>) -> 
                 fleet.relay(without_control(&settings, fleet, &view, &host, stop.clone()), (&api, &edge_api, &registry));
                 let sealing_key = host_key.sealing_key().to_base64();
                 tokio::spawn(fleet.clone().keep_enrolled(settings.clone(), sealing_key, stop.clone()));
+                tokio::spawn(fleet.clone().watch_removal(stop.clone()));
                 tokio::spawn(sweep::of_member(host.clone(), content.clone(), images.clone(), stop.clone()));
             }
             None => {

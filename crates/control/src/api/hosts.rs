@@ -85,6 +85,7 @@ impl Known {
                 false => member.map(|member| member.addr),
             },
             version: if is_control { Some(ctx.version.clone()) } else { member.map(|member| member.version.clone()) },
+            certificate_ends_at_ms: member.and_then(|member| member.certified_until_ms),
             machine_prefix: row.prefix.to_string(),
             cpus: row.cpus,
             memory_mb: row.memory_mb,

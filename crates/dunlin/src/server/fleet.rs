@@ -2,7 +2,7 @@
 
 use super::front::Front;
 use super::relay::{self, Relay};
-use super::proven;
+use super::{proven, returning};
 use crate::settings::{Role, Settings};
 use anyhow::Context;
 use axum::routing::get;
@@ -40,6 +40,7 @@ const WORTH_AN_ALARM_DAYS: u64 = 60;
 const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(3600);
 const ASKED_BEFORE_CONTROL: usize = 3;
 const LOOK_AT_IDENTITY: Duration = Duration::from_millis(500);
+const LOOK_IF_REMOVED: Duration = Duration::from_secs(5);
 const RENEW_RETRY: Duration = Duration::from_secs(5);
 const RETRIES_AN_HOUR: u32 = 720;
 /// So many failures in a row are not a start that takes its time.
@@ -67,7 +68,7 @@ pub async fn start(
         of_control(settings, &dir)?
     } else {
         match Member::load(&dir)? {
-            Some(member) => member,
+            Some(member) => returning::with_all_logs(member, &dir).await?,
             None => {
                 tracing::info!("this server has joined no cluster: it serves what it last knew");
                 return Ok(None);
@@ -275,6 +276,9 @@ impl Fleet {
         let mut member = self.member.clone();
         let (mut told, mut failures) = (None, 0);
         loop {
+            if self.cluster.is_removed() {
+                return;
+            }
             let lineage = self.lineage();
             let pause = if told.as_ref() == Some(&lineage) && !member.is_due(super::now_ms()) {
                 LOOK_AT_CERTIFICATE
@@ -291,7 +295,9 @@ impl Fleet {
                     Err(error) => {
                         failures += 1;
                         // Control may be starting, too; and a line each time would say nothing new.
-                        if failures == WORTH_A_WORD {
+                        if failures % RETRIES_AN_HOUR == 1 && let Some(ended_ms_ago) = member.ended_ms_ago(super::now_ms()) {
+                            returning::tell_that_it_ended(ended_ms_ago, &error);
+                        } else if failures == WORTH_A_WORD {
                             tracing::warn!(error = format!("{error:#}"), "control was not told of this host; apps go on, tried again every {} s", RENEW_RETRY.as_secs());
                         }
                         RENEW_RETRY
@@ -312,10 +318,31 @@ impl Fleet {
         }
     }
 
+    /// The others refuse a host that was removed, so that it hears nothing of it: where control is not there for this one, it asks.
+    pub async fn watch_removal(self, stop: CancellationToken) {
+        while !self.cluster.is_removed() {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK_IF_REMOVED) => {}
+            }
+            let control = self.control();
+            if self.cluster.is_up(&control) {
+                continue;
+            }
+            let Some(notice) = returning::removal(&self.member, self.cluster.address(&control)).await else { continue };
+            match self.cluster.removed(&notice).await {
+                Ok(true) => {}
+                Ok(false) => tracing::warn!(host = %notice.removed, "somebody says that this host was removed, and control has not signed that: it goes on"),
+                Err(error) => tracing::error!(error = %error, "that this host was removed is not on disk, and it goes on until it is; tried again"),
+            }
+        }
+        returning::tell_that_it_was_removed(&self.member.host);
+    }
+
     /// Nobody has renewed for long: before the others refuse this host somebody has to look.
     fn tell_if_it_ends(&self) {
         let days = self.cluster.status().certificate_days_left;
-        if days <= WORTH_AN_ALARM_DAYS {
+        if (1..=WORTH_AN_ALARM_DAYS).contains(&days) {
             tracing::error!(
                 days, control = %self.control(),
                 "this host's certificate was not renewed for long and ends soon; the other hosts will refuse this one then: see that control runs and is reached"
@@ -360,10 +387,19 @@ impl Fleet {
         let report = report(settings, sealing_key.to_owned(), &member.keys, self.cluster.advertised())?;
         let report = HostReport { standing: Some(standing), ..report };
         let report = serde_json::to_vec(&report)?;
+        let has_ended = member.ended_ms_ago(super::now_ms()).is_some();
+        if has_ended {
+            // Kept is what control gives to a host that it knows by that certificate, which is the next thing that is asked for.
+            let issued = returning::certified_anew(member, self.cluster.address(&self.control())).await?;
+            self.cluster.show(&issued)?;
+        }
         let answer = ask(&self.cluster, &self.control(), RENEW, &report).await?;
         let answer = crate::join::read(&answer)?;
         let renewed = Member { said: member.said.clone(), ..answer.member(member.host.clone(), member.keys.clone()) };
         self.cluster.renew(renewed.issued.clone())?;
+        if has_ended {
+            tracing::info!("this host has a certificate again: control knew its key");
+        }
         Ok(renewed)
     }
 

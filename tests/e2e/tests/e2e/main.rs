@@ -23,6 +23,7 @@ mod poison;
 mod regions;
 mod reboots;
 mod registry;
+mod returning;
 mod rootless;
 mod secrets;
 mod server;
