@@ -262,10 +262,18 @@ impl Catalogue {
         self.reached.get(&id)
     }
 
+    fn far<'a>(&'a self, region: &'a Region) -> impl Iterator<Item = &'a Log> {
+        self.logs.values().filter(|log| log.certificate.scope == Scope::Region && log.certificate.region != *region)
+    }
+
+    /// Regions other than that, of which there is detail.
+    pub(crate) fn far_regions(&self, region: &Region) -> BTreeSet<Region> {
+        self.far(region).map(|log| log.certificate.region.clone()).collect()
+    }
+
     /// Detail of other regions is fetched again when it is used.
     pub(crate) fn drop_far(&mut self, region: &Region) {
-        let is_far = |log: &&Log| log.certificate.scope == Scope::Region && log.certificate.region != *region;
-        let far: Vec<OriginId> = self.logs.values().filter(is_far).map(|log| log.head.is.id).collect();
+        let far: Vec<OriginId> = self.far(region).map(|log| log.head.is.id).collect();
         far.into_iter().for_each(|id| self.drop_log(id));
     }
 

@@ -43,6 +43,12 @@ pub struct Identity {
     pub life: Life,
 }
 
+/// What becomes of a snapshot's detail of other regions.
+enum Far {
+    Dropped,
+    Kept,
+}
+
 /// What happens to a node.
 #[derive(Debug)]
 pub enum Input {
@@ -176,15 +182,30 @@ pub struct Node {
 }
 
 impl Node {
-    /// Begins from a snapshot, or from nothing. Is silent until peers have said how far they have heard it.
+    /// Begins from a snapshot, or from nothing. Is silent until peers have said how far they have heard it. Detail of other regions
+    /// is fetched again when it is used.
     pub fn new(config: Config, identity: Identity, snapshot: Option<Snapshot>, now: Now) -> Self {
+        Self::begin(config, identity, snapshot, now, Far::Dropped)
+    }
+
+    /// The same for who plans over all regions: what one said last is known, also while none of its hosts is there to be asked. It
+    /// counts as used now.
+    pub fn keeping_far(config: Config, identity: Identity, snapshot: Option<Snapshot>, now: Now) -> Self {
+        Self::begin(config, identity, snapshot, now, Far::Kept)
+    }
+
+    fn begin(config: Config, identity: Identity, snapshot: Option<Snapshot>, now: Now, far: Far) -> Self {
         let Identity { certificate, key, addr, life } = identity;
         let mut rng = Rng::new(config.seed);
         let mut snapshot = snapshot.unwrap_or_else(|| Snapshot::empty(config.cluster));
         let mut clock = Clock::start(snapshot.clock_ms, now);
         let clock_ms = clock.read(now);
         let (id, region) = (certificate.id, certificate.region.clone());
-        snapshot.catalogue.drop_far(&region);
+        let mut subscriptions = Subscriptions::default();
+        match far {
+            Far::Dropped => snapshot.catalogue.drop_far(&region),
+            Far::Kept => subscriptions.use_all(snapshot.catalogue.far_regions(&region), now.ms),
+        }
         let me = Peer { id, region, addr, life, started_ms: clock_ms, renewed: 0 };
         let mut peers = config.peers.clone();
         peers.extend(snapshot.peers);
@@ -206,7 +227,7 @@ impl Node {
             lives: Lives::default(),
             pushes: Pushes::default(),
             syncs: Syncs::begin(now.ms),
-            subscriptions: Subscriptions::default(),
+            subscriptions,
             counters: Counters::default(),
             wants: BTreeMap::new(),
             gives: BTreeMap::new(),

@@ -45,6 +45,14 @@ struct Told {
     until_ms: u64,
 }
 
+impl Subscriptions {
+    /// All detail of these regions is used from now on.
+    pub(crate) fn use_all(&mut self, regions: BTreeSet<Region>, now_ms: u64) {
+        let all = || Topic::new(ALL).expect("an empty topic is short");
+        self.used.extend(regions.into_iter().take(MAX_SUBSCRIPTIONS).map(|region| ((region, all()), now_ms)));
+    }
+}
+
 impl Node {
     pub(crate) fn use_detail(&mut self, region: Region, topic: Topic) {
         let at = (region, topic);

@@ -367,5 +367,7 @@ fn node(member: &Member, advertised: SocketAddr, dir: &std::path::Path) -> Resul
         addr: flock::addr(advertised),
         life: u64::from_le_bytes(member::random()),
     };
-    Ok(Node::new(config, identity, snapshot, Now { ms: 0, wall_ms: now_ms() }))
+    // Control plans over all regions, those that are away as it starts included.
+    let begin = if member.control == member.host { Node::keeping_far } else { Node::new };
+    Ok(begin(config, identity, snapshot, Now { ms: 0, wall_ms: now_ms() }))
 }

@@ -1,9 +1,9 @@
 //! Two levels: detail in the region, its summary everywhere, and detail elsewhere where it is used.
 
-use crate::world::{Host, World, all_see_each_other, assignment, config, id, machine, machine_id, now_ms, until};
-use dunlin_cluster::LogScope;
+use crate::world::{Host, World, all_see_each_other, assignment, config, free_addr, id, machine, machine_id, now_ms, until};
+use dunlin_cluster::{LogScope, Member};
 use dunlin_model::{AppName, MachineState, Region, Service};
-use dunlin_view::{MachineFact, Summary};
+use dunlin_view::{Freshness, MachineFact, Summary};
 
 fn web() -> AppName {
     "web".parse().unwrap()
@@ -111,4 +111,32 @@ async fn who_uses_an_app_elsewhere_sees_its_machines() {
     until("and its logs", || scope(h4, "machines/h3").is_none() && scope(h4, "host/h3").is_none()).await;
     assert_eq!(h4.sees(&machine_id(1)), Some(2));
     until("the other reporter counts without it", || h4.view.current().summary(&ams(), &web()) == Some(Summary { ready: 1, wakeable: 0, running: 1 })).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn control_that_starts_while_a_region_is_away_knows_what_that_said_last() {
+    let world = World::new();
+    let (at, anywhere) = (free_addr(), "127.0.0.1:0".parse().unwrap());
+    let control = world.member_in("fra", "h1", &[]);
+    let hosts = vec![world.start(control.clone(), at).await, world.start(world.member_in("ams", "h2", &[("h1", at)]), anywhere).await];
+    all_see_each_other(&hosts).await;
+    let (certificate, key) = world.authority.config_log(&"fra".parse().unwrap(), 1);
+    hosts[0].cluster.publish_config_of(certificate, key);
+    hosts[0].view.publish_config(config(1), now_ms()).unwrap();
+    hosts[1].says(&[stopped(1, "h2", 1)]);
+    until("control knows of it", || hosts[0].sees(&machine_id(1)) == Some(1)).await;
+    hosts[1].cluster.shutdown().await;
+    hosts[0].cluster.shutdown().await;
+    drop(hosts);
+    let known = async |member: Member| {
+        let host = world.start(member, at).await;
+        until("it has begun", || host.view.current().hosts.contains_key(&id("h2"))).await;
+        let view = host.view.current();
+        host.cluster.shutdown().await;
+        (view.machines.get(&machine_id(1)).map(|fact| fact.state), view.told.contains(&id("h2")), view.freshness(&id("h2")))
+    };
+    assert_eq!(known(control.clone()).await, (Some(MachineState::Stopped), true, Freshness::Old));
+    assert_eq!(known(control.clone()).await, (Some(MachineState::Stopped), true, Freshness::Old), "and the next time");
+    // Who does not plan fetches it when it is asked.
+    assert_eq!(known(Member { control: id("h9"), ..control }).await, (None, false, Freshness::Old));
 }

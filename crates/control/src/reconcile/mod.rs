@@ -27,6 +27,7 @@ use dunlin_api::ErrorCode;
 use dunlin_model::AppName;
 use dunlin_model::desired::AppRow;
 use dunlin_planner::{Mark, Next, Plan, Progress, Purpose, advance};
+use dunlin_view::Freshness;
 use explain::Heard;
 pub(crate) use make::{addresses_in_use, foresee, observe};
 use make::{make, save};
@@ -47,8 +48,8 @@ const LONGEST_WAIT: Duration = Duration::from_millis(500);
 /// Progress of a gate is told to those who follow at most this often.
 const TELL_EVERY_MS: u64 = 2_000;
 
-/// A process that has just started knows other hosts from its disk, and what runs on those of other regions a moment later.
-/// Unknown counts as started, so it is waited for; hosts that are gone are not waited for longer.
+/// A process that has just started knows other hosts from its disk, with what they last said. They may have said more since, and
+/// unknown counts as started, so they are waited for; hosts that are gone are not waited for longer.
 const TOLD_WITHIN: Duration = Duration::from_secs(5);
 
 /// Runs until `stop`; then waits for the turns that are under way.
@@ -99,7 +100,7 @@ pub(crate) async fn run(ctx: Arc<Ctx>, stop: CancellationToken) {
 async fn all_have_told(ctx: &Ctx) {
     let mut changes = ctx.view.subscribe();
     let mut view = changes.current();
-    while !view.hosts.keys().all(|host| view.told.contains(host)) {
+    while !view.hosts.keys().all(|host| view.told.contains(host) && view.freshness(host) == Freshness::Fresh) {
         view = changes.changed().await;
     }
 }
