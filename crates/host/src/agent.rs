@@ -110,7 +110,8 @@ pub fn follow_view(view: View, inputs: mpsc::Sender<Input>) {
         let mut snapshot = changes.current();
         loop {
             // Only config facts concern the agent: host facts are its own.
-            let news = (snapshot.config.generation, snapshot.config_confirmed);
+            // A host that hears that it was removed has more tombstones in the generation that it knew.
+            let news = (snapshot.config.generation, snapshot.config_confirmed, snapshot.config.tombstones.len());
             if seen != Some(news) {
                 seen = Some(news);
                 if inputs.send(Input::View).await.is_err() {
