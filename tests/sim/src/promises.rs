@@ -54,6 +54,13 @@ pub struct Promised {
     ends: BTreeMap<u64, ExitInfo>,
 }
 
+impl Promised {
+    /// Newer than all that was made.
+    fn next(&self) -> usize {
+        self.made.values().max().map_or(0, |newest| newest + 1)
+    }
+}
+
 #[derive(Default)]
 pub struct Promises {
     pub broken: Option<String>,
@@ -98,8 +105,15 @@ impl Promises {
 
     pub fn made(&mut self, assignment: &MachineAssignment) {
         let promised = self.promised(&assignment.id);
-        let before = promised.made.len();
-        promised.made.entry(assignment.spec.version.clone()).or_insert(before);
+        let next = promised.next();
+        promised.made.entry(assignment.spec.version.clone()).or_insert(next);
+    }
+
+    /// What was decided later is lost with control's store: only its own host had heard of it.
+    pub fn adopted(&mut self, assignment: &MachineAssignment) {
+        let promised = self.promised(&assignment.id);
+        let next = promised.next();
+        promised.made.insert(assignment.spec.version.clone(), next);
     }
 
     pub fn tombstoned(&mut self, id: &MachineId) {

@@ -72,6 +72,10 @@ impl World {
             let MachineAssignment { id, name, host, region, address, placement, created_at_ms, spec } = fact.clone();
             MachineRow { id, name, host, region, address, placement, created_at_ms, spec }
         };
+        for fact in seen.machines.values() {
+            self.ctx.promises.adopted(fact);
+            self.of_clone.adopted(fact);
+        }
         let rows = seen.machines.iter().map(|(id, fact)| (id.clone(), row(fact))).collect();
         let known = std::mem::replace(&mut self.store.machines, rows);
         for (machine, host) in &seen.tombstones {
