@@ -35,7 +35,7 @@ pub use plan::{PlanError, is_replaceable, plan};
 pub use rebalance::{MAX_MOVES, Move, Stays, drift, stays};
 pub use types::{
     Desired, Ended, GroupTarget, Healthy, Left, Mark, MountTarget, Next, Observed, Plan, Pool, Progress, Purpose, Step,
-    StepKind, VolumeTaken, command_id,
+    StepKind, Tested, VolumeTaken, command_id,
 };
 use types::kept_mounts;
 pub use want::{REPAIR_RETRY_MS, Standing};

@@ -8,7 +8,7 @@ use crate::{
 use dunlin_model::config::Strategy;
 use dunlin_model::desired::{HostRow, MachineRow};
 use dunlin_model::volume::VolumeRow;
-use dunlin_model::{HostId, MachineId, MachineSpec, MachineState, MachineVersion, Region, RegionExpr, VolumeId};
+use dunlin_model::{AutoStop, HostId, MachineId, MachineSpec, MachineState, MachineVersion, Region, RegionExpr, VolumeId};
 use dunlin_view::MachineFact;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -85,8 +85,11 @@ fn plan_with(
             count: group.count as usize - rows.len(),
             spread: capacity.spread(rows.iter().map(|row| &row.host)),
         });
+        let has_new = rows.len() < group.count as usize;
+        let woken = if has_new { None } else { to_wake(desired, observed, group, &rows, &mut capacity) };
         // Those that do not serve are updated first: nobody misses them, and they may serve afterwards.
-        rows.sort_by_key(|row| (serves(row, observed), row.id.clone()));
+        rows.sort_by_key(|row| (woken.as_ref() != Some(&row.id), serves(row, observed), row.id.clone()));
+        kept.woken.extend(woken);
         for row in rows {
             keep(desired, observed, group, row, &mut pool, &mut kept)?;
             resize(desired, observed, group, row, &mut capacity)?;
@@ -111,7 +114,7 @@ fn plan_with(
         let why = format!("process group {} is not in release {}", row.spec.process_group, desired.release);
         removals.extend(removal(desired, observed, row, &why));
     }
-    let Kept { uncordons, starts, gates, updates } = kept;
+    let Kept { uncordons, starts, gates, updates, woken: _ } = kept;
     let mut steps = [uncordons, additions, starts, gates, updates, removals].concat();
     if desired.strategy == Strategy::Immediate {
         steps.retain(|step| !matches!(step.kind, StepKind::Gate { .. }));
@@ -326,6 +329,8 @@ struct Kept {
     starts: Vec<Step>,
     gates: Vec<Step>,
     updates: Vec<Step>,
+    /// Those that sleep and are started all the same: see [`to_wake`].
+    woken: BTreeSet<MachineId>,
 }
 
 /// A machine with the right content is left alone, however it does: what it does is its host's business. Not so one
@@ -342,7 +347,8 @@ fn keep(
     let fact = observed.machines.get(&row.id);
     let is_lost = observed.lost.contains(&row.id);
     let left = desired.left.get(&row.id).copied().filter(|_| !is_lost).unwrap_or_default();
-    let sleeps = is_lost || is_left_asleep(desired, row, fact);
+    let is_woken = kept.woken.contains(&row.id);
+    let sleeps = is_lost || !is_woken && is_left_asleep(desired, row, fact);
     if left.cordoned {
         let kind = StepKind::Uncordon { command: command_id(&desired.app, desired.sequence, &row.id, "uncordon") };
         let why = "an earlier plan was going to remove it".into();
@@ -352,7 +358,8 @@ fn keep(
         let never_ran =
             fact.is_some_and(|fact| matches!(fact.state, MachineState::Creating | MachineState::Created));
         if !sleeps && (never_ran || left.unproven || left.stopped) {
-            let [start, gate] = start_and_gate(desired, row, &row.spec.version, "an earlier plan did not come to its end");
+            let why = if is_woken { WOKEN } else { "an earlier plan did not come to its end" };
+            let [start, gate] = start_and_gate(desired, row, &row.spec.version, why);
             kept.starts.push(start);
             kept.gates.push(gate);
         }
@@ -363,9 +370,45 @@ fn keep(
     let kind = StepKind::Update { group: row.spec.process_group.clone(), version: version.clone() };
     kept.updates.push(Step { machine: row.id.clone(), why, kind });
     if !sleeps {
-        kept.updates.extend(start_and_gate(desired, row, &version, "it ran before the update"));
+        let why = if is_woken { WOKEN } else { "it ran before the update" };
+        kept.updates.extend(start_and_gate(desired, row, &version, why));
     }
     Ok(())
+}
+
+/// For people.
+const WOKEN: &str = "all that would run this release sleep; one is woken to see whether it runs, and sleeps again when it is idle";
+
+/// Where all that a release changes of a group sleep, nothing would show whether it runs: the one that is woken for that.
+/// Only where requests may wake it at any time, and where it sleeps again by itself: what a person stopped otherwise stays
+/// stopped. `None` too where no host of theirs has room for it; then the release is not tested.
+fn to_wake(
+    desired: &Desired,
+    observed: &Observed,
+    group: &GroupTarget,
+    rows: &[&MachineRow],
+    capacity: &mut Capacity<'_>,
+) -> Option<MachineId> {
+    let wakes = group.spec.services.iter().any(|service| service.autostart) && group.spec.autostop() != AutoStop::Off;
+    if !wakes || desired.purpose != Purpose::Deploy || desired.strategy == Strategy::Immediate {
+        return None;
+    }
+    let is_to_prove = |row: &&&MachineRow| {
+        !observed.lost.contains(&row.id)
+            && (!same_content(&row.spec, group) || desired.left.get(&row.id).is_some_and(|left| left.unproven || left.stopped))
+    };
+    let (asleep, awake): (Vec<_>, Vec<_>) =
+        rows.iter().filter(is_to_prove).partition(|row| is_left_asleep(desired, row, observed.machines.get(&row.id)));
+    if !awake.is_empty() {
+        return None;
+    }
+    let mut has_room = |row: &&&MachineRow| {
+        let Some(fact) = observed.machines.get(&row.id).filter(|fact| !fact.cordoned) else { return false };
+        // One that is suspended holds its memory.
+        let held = if fact.state != MachineState::Stopped { Demand::of_guest(&row.spec.guest) } else { Demand::default() };
+        capacity.resize(&row.host, held, Demand::of_guest(&group.spec.guest)).is_ok()
+    };
+    asleep.into_iter().find(|row| has_room(row)).map(|row| row.id.clone())
 }
 
 /// An update that needs more memory is admitted like a new machine. One that sleeps is admitted when it wakes.

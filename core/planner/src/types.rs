@@ -205,6 +205,16 @@ impl Plan {
         kept_mounts(self.mounts.get(group), had)
     }
 
+    /// What a plan that came to its end says of its release: whether a machine was seen healthy in it.
+    pub fn tests(&self) -> Tested {
+        let has = |is: fn(&StepKind) -> bool| self.steps.iter().any(|step| is(&step.kind));
+        match () {
+            () if has(|kind| matches!(kind, StepKind::Gate { .. })) => Tested::Healthy,
+            () if has(|kind| matches!(kind, StepKind::Assign { .. } | StepKind::Update { .. })) => Tested::Unseen,
+            () => Tested::Unchanged,
+        }
+    }
+
     /// What is left to do for later plans if this one goes no further than `progress`.
     ///
     /// The act of the current step may have happened, so it counts as begun. A gate that was passed proves nothing for
@@ -231,6 +241,17 @@ impl Plan {
         }
         left
     }
+}
+
+/// See [`Plan::tests`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tested {
+    /// A gate was passed.
+    Healthy,
+    /// It is as good as the one before.
+    Unchanged,
+    /// Machines were brought into it, and none was waited for: they sleep, or the strategy waits for nobody.
+    Unseen,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,7 @@
 //! Plans against a small simulated world (`sim`): one host that prepares, starts, stops and destroys machines
 //! step by step, and an executor that may be killed at every boundary between a durable write and an act.
 
+mod asleep;
 mod sim;
 
 use dunlin_model::config::{PrimaryRegion, Strategy as DeployStrategy};
@@ -237,22 +238,6 @@ fn those_that_do_not_serve_are_updated_first() {
     assert!(matches!(&found[..], [Problem::ServingFirst(_, other)] if *other == last), "{found:?}");
     assert_eq!(world.run(&mut || false), Some(Ended::Done));
     assert_eq!((world.lowest_healthy, world.healthy()), (1, 2));
-}
-
-#[test]
-fn a_sleeping_machine_is_updated_and_stays_asleep() {
-    for stop in [World::stop_by_hand, World::stop_after_a_crash, World::ends_well] {
-        let mut world = World::new();
-        world.deploy(1, &spec(Image::Good, 1, true), 1);
-        let id = world.rows.keys().next().unwrap().clone();
-        stop(&mut world, &id);
-        let starts = world.starts;
-        assert_eq!(world.deploy(2, &spec(Image::Good, 2, true), 1), Ended::Done);
-        world.host_turn();
-        assert_eq!(world.machines[&id].state, MachineState::Stopped);
-        assert_eq!(world.starts, starts);
-        assert_eq!(world.rows[&id].spec.release, 2);
-    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod world;
 
 use dunlin_api::{Command, CommandKind, HostApi, Source};
+use dunlin_model::MachineState;
 use dunlin_model::desired::ReleaseStatus;
 use serde_json::json;
 use std::sync::atomic::Ordering;
@@ -134,6 +135,52 @@ async fn an_app_that_ends_after_its_gate_is_not_brought_to_the_last_machine() {
     let machines = world.view.current();
     assert!(machines.config.machines.values().any(|machine| first.contains(&machine.spec.version)), "one was left alone");
     assert_eq!(world.host.healthy(), 3);
+    world.control.shutdown().await;
+}
+
+/// A good release whose machine is stopped by hand, then one that crashes; the end of that.
+async fn deploy_to_a_sleeper(world: &World, auto_stop: &str) -> dunlin_api::wire::DeployEvent {
+    world.create_app("web").await;
+    for (nth, image, behave) in [(1, 'a', "good"), (2, 'b', "crashes")] {
+        let mut body = world::release_body("web", image, behave);
+        body["config"]["http_service"]["auto_stop_machines"] = json!(auto_stop);
+        assert_eq!(world.post("/v1/apps/web/releases", body).await.status, 201);
+        let end = world.follow("web", nth).await.pop().unwrap();
+        if nth == 2 {
+            return end;
+        }
+        let id = world.view.current().machines.keys().next().unwrap().clone();
+        assert_eq!(world.post(&format!("/v1/apps/web/machines/{id}/stop"), json!({})).await.status, 200);
+        world.eventually("it is stopped", async || world.view.current().machines[&id].state == MachineState::Stopped).await;
+    }
+    unreachable!("there are two releases");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_release_whose_machines_all_sleep_is_tested_in_one_that_a_request_may_wake() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    let end = deploy_to_a_sleeper(&world, "stop").await;
+    assert_eq!(end.ended, Some(ReleaseStatus::RolledBack), "{end:?}");
+    assert!(end.message.contains("v1 runs again") && end.message.contains("exited with code 3"), "{}", end.message);
+    world.control.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_returns_to_a_release_that_never_ran() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    let end = deploy_to_a_sleeper(&world, "off").await;
+    assert_eq!(end.message, "release v2 is live on 1 machine, asleep, not tested");
+    let mut same = world::release_body("web", 'b', "crashes");
+    same["config"]["http_service"]["auto_stop_machines"] = json!("off");
+    assert_eq!(world.post("/v1/apps/web/releases", same).await.status, 201);
+    assert_eq!(world.follow("web", 3).await.last().unwrap().message, "release v3 is live on 1 machine, not tested");
+    let id = world.view.current().machines.keys().next().unwrap().clone();
+    assert_eq!(world.post(&format!("/v1/apps/web/machines/{id}/start"), json!({})).await.status, 200);
+    world.eventually("it runs", async || !world.view.current().machines[&id].state.is_asleep()).await;
+    let end = world.deploy("web", 'c', "sick").await;
+    assert!(end.message.starts_with("release v4 failed, v1 runs again: "), "{}", end.message);
     world.control.shutdown().await;
 }
 

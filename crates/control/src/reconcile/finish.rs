@@ -13,7 +13,7 @@ use dunlin_api::wire::DeployEvent;
 use dunlin_model::config::Strategy;
 use dunlin_model::desired::{AppRow, ReleaseRow, ReleaseStatus};
 use dunlin_model::{AppName, MachineId};
-use dunlin_planner::{Ended, Plan, Progress, Purpose};
+use dunlin_planner::{Ended, Plan, Progress, Purpose, Tested};
 
 const MAX_REASON_BYTES: usize = 1024;
 
@@ -56,9 +56,18 @@ pub(crate) async fn done(
         }
         Purpose::Deploy => {
             let machines = count_machines(ctx, plan).await?;
-            let message = format!("release v{} is live on {machines}", plan.release);
-            // One that waited for nobody's health is live, and not known to be good: nothing returns to it.
-            let is_proven = plan.strategy != Strategy::Immediate;
+            // One that was seen healthy nowhere is live, and not known to be good: nothing returns to it.
+            let is_proven = match plan.tests() {
+                Tested::Healthy => true,
+                Tested::Unchanged => plan.from_release != 0 && plan.from_release == app.value.last_good_release,
+                Tested::Unseen => false,
+            };
+            let untested = match plan.tests() {
+                _ if is_proven || plan.strategy == Strategy::Immediate => "",
+                Tested::Unchanged => ", not tested",
+                Tested::Healthy | Tested::Unseen => ", asleep, not tested",
+            };
+            let message = format!("release v{} is live on {machines}{untested}", plan.release);
             let last_good_release = if is_proven { plan.release } else { app.value.last_good_release };
             let next = AppRow { last_good_release, ..app.value.clone() };
             (ReleaseStatus::Succeeded, closing(plan, ReleaseStatus::Succeeded, message), next)
