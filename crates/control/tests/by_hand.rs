@@ -119,6 +119,35 @@ async fn a_machine_is_made_and_starts_and_no_release_touches_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_that_another_one_overtook_says_so() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    world.create_app("web").await;
+    let made = make(&world, json!({ "config": config() })).await;
+    let id = made["id"].as_str().unwrap();
+    let path = format!("{MACHINES}/{id}");
+    world.host.frozen.store(true, Ordering::SeqCst); // no version comes up
+    let second = async {
+        world.eventually("the first is written", async || {
+            let config = world.view.current().config.clone();
+            config.machines[&id.parse::<MachineId>().unwrap()].spec.version.to_string() != made["version"]
+        }).await;
+        world.post(&path, json!({ "config": config() })).await
+    };
+    let first = async {
+        let within = std::time::Duration::from_secs(15);
+        let first = tokio::time::timeout(within, world.post(&path, json!({ "config": config() }))).await;
+        world.host.frozen.store(false, Ordering::SeqCst);
+        first.expect("it is answered although its version never comes")
+    };
+    let (first, second) = tokio::join!(first, second);
+    refused(&first, 409, "conflict", "was changed meanwhile");
+    assert_eq!(second.status, 200, "{}", second.text);
+    assert_ne!(second.json()["version"], made["version"]);
+    world.control.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_done_is_refused_by_name() {
     let data = tempfile::tempdir().unwrap();
     let world = World::start(data.path()).await;

@@ -65,7 +65,14 @@ async fn answer(
     headers: &HeaderMap,
     lease_ttl_s: Option<u64>,
 ) -> Result<Json<wire::Machine>, Failure> {
-    let _ = tokio::time::timeout(ANSWER_WAIT, taken_up(ctx, row)).await;
+    match tokio::time::timeout(ANSWER_WAIT, taken_up(ctx, row)).await {
+        Ok(taken) => taken?,
+        // It is written, and its host goes on trying; the answer says in which state it is, and its problem.
+        Err(_) => tracing::warn!(
+            machine = %row.value.id, host = %row.value.host, version = %row.value.spec.version,
+            "the host has not taken the version up within {} s; the request is answered, and the host goes on", ANSWER_WAIT.as_secs()
+        ),
+    }
     let owners = Owners::Control(Arc::clone(ctx));
     let nonce = match lease_ttl_s {
         None => None,
@@ -85,7 +92,8 @@ async fn answer(
     Ok(Json(wire::Machine { nonce, ..machines::asked(&owners, &row.value).await? }))
 }
 
-async fn taken_up(ctx: &Ctx, row: &Row<MachineRow>) {
+/// Once somebody else has changed the machine, the version that is waited for never comes: whoever asked for it is told.
+async fn taken_up(ctx: &Ctx, row: &Row<MachineRow>) -> Result<(), Failure> {
     let (id, version) = (&row.value.id, &row.value.spec.version);
     loop {
         let fact = match hosts::reach(ctx, &row.value.host) {
@@ -96,14 +104,19 @@ async fn taken_up(ctx: &Ctx, row: &Row<MachineRow>) {
             fact.version == *version && !matches!(fact.state, MachineState::Creating | MachineState::Updating)
         });
         let launch = ctx.state.get::<LaunchRow>(&key::launch(id)).await;
-        if is_known && matches!(launch, Ok(None)) {
-            return;
-        }
         // A host that cannot prepare it says so, and goes on trying.
-        if matches!(ctx.state.machine(id).await, Ok(None)) {
-            return;
+        match ctx.state.machine(id).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(now)) if now.value.spec.version != *version => {
+                let what = format!(
+                    "machine {id} was changed meanwhile: it is to be in version {}, and no longer in {version}, which this request made",
+                    now.value.spec.version
+                );
+                return Err(Failure::new(ErrorCode::Conflict, what).hint("look at it again, then try again"));
+            }
+            Ok(Some(_)) if is_known && matches!(launch, Ok(None)) => return Ok(()),
+            Ok(Some(_)) | Err(_) => tokio::time::sleep(ANSWER_LOOK).await,
         }
-        tokio::time::sleep(ANSWER_LOOK).await;
     }
 }
 
