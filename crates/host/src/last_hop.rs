@@ -17,6 +17,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 /// An agent that does not come to a start within this time has other worries.
 const START_WITHIN_MS: u64 = 10_000;
+/// A machine that exited so often before it was healthy is not waited for: as many as with deploys (`dunlin-planner`).
+const MAX_EXITS: u32 = 3;
 
 /// What a request is checked against. Replaced whole when the machine's state changes; counters are
 /// shared by all replacements.
@@ -141,7 +143,8 @@ impl LastHop for Host {
 }
 
 impl Host {
-    /// Starts it if it sleeps, now or once it has stopped; not again when it ends at once.
+    /// Starts it if it sleeps, now or once it has stopped; not again when it ends at once. One that goes on crashing is not
+    /// waited for.
     async fn until_healthy(&self, machine: &MachineId, counters: &Counters) -> Result<(), AdmitRefusal> {
         let mut changes = self.shared.view.subscribe();
         let mut snapshot = changes.current();
@@ -155,6 +158,11 @@ impl Host {
                 }
                 (state, Some(since)) if state.is_asleep() && fact.sequence >= since => {
                     return Err(AdmitRefusal::DidNotWake(why_not(fact)));
+                }
+                // A start begins a new count. The try that is under way is waited for in any case: what was lacking may be
+                // there by now.
+                (MachineState::Restarting, since) if fact.restarts >= MAX_EXITS && since.is_none_or(|since| fact.sequence >= since) => {
+                    return Err(AdmitRefusal::DidNotWake(format!("{}, {} times", why_not(fact), fact.restarts)));
                 }
                 (state, None) if state.is_asleep() => {
                     started = Some(self.start_for_requests(machine, counters).await?);

@@ -56,6 +56,27 @@ pub fn a_thousand_requests_are_one_start_and_hear_of_its_end() {
     assert_eq!(world.fact(&id).unwrap().attempt, 1);
 }
 
+pub fn a_request_does_not_wait_for_one_that_goes_on_crashing() {
+    let mut world = World::new();
+    let id = world.created(1, "exit 7", |spec| {
+        with_service(spec);
+        spec["restart"] = json!({ "policy": "always", "max_retries": 0 });
+        spec["checks"] = json!([{
+            "name": "up", "port": 8080, "type": "tcp", "interval_ms": 100, "timeout_ms": 100, "grace_period_ms": 0,
+            "gates_routing": true
+        }]);
+    });
+    // The second comes while it waits for its next try, or is in it.
+    for _ in 0..2 {
+        let began = Instant::now();
+        let answer = world.block_on(world.host().wake(&id, in_ms(600_000)));
+        let Err(AdmitRefusal::DidNotWake(why)) = answer else { panic!("{answer:?}") };
+        assert!(why.starts_with("it ended with exit code 7 before it was healthy, ") && why.ends_with(" times"), "{why}");
+        assert!(began.elapsed() < Duration::from_secs(300), "it waited for its deadline");
+    }
+    assert!(world.fact(&id).unwrap().attempt >= 3);
+}
+
 pub fn what_must_not_be_woken_is_not() {
     let mut world = World::new();
     let wake = |world: &World, id| world.block_on(world.host().wake(id, in_ms(50_000)));

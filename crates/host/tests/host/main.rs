@@ -50,7 +50,8 @@ const TESTS: &[Test] = tests![
         a_host_without_name_servers_starts_and_follows_when_it_gets_some;
     images: they_come_from_another_host_and_only_they_are_kept, one_that_no_host_has_is_the_machines_problem;
     last_hop: a_request_that_gives_up_leaves_the_machine_to_be_woken_by_the_next,
-        a_thousand_requests_are_one_start_and_hear_of_its_end, what_must_not_be_woken_is_not,
+        a_thousand_requests_are_one_start_and_hear_of_its_end, a_request_does_not_wait_for_one_that_goes_on_crashing,
+        what_must_not_be_woken_is_not,
         a_request_is_answered_before_its_machine_is_told_to_stop;
     logs: the_newest_lines_are_the_last_of_all_machines, tails_that_nobody_reads_take_up_so_much_memory_and_no_more,
         a_machine_that_prints_without_end_loses_lines_and_is_nobodys_trouble,
