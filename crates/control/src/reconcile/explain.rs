@@ -4,7 +4,7 @@
 use super::finish::Failed;
 use crate::{Ctx, hosts, now_ms};
 use dunlin_api::{ListenSocket, LogQuery, Refusal};
-use dunlin_model::{Check, MachineId, MachineState};
+use dunlin_model::{AppName, Check, EventKind, MachineId, MachineState};
 use dunlin_planner::{Observed, Plan, Step, StepKind};
 use dunlin_view::CheckState;
 use std::time::Duration;
@@ -132,24 +132,29 @@ pub(crate) async fn explain(ctx: &Ctx, plan: &Plan, mut failed: Failed) -> Faile
         }
     }
     failed.details.extend(tokio::time::timeout(LOOK_TIMEOUT, answers(ctx, &machine)).await.unwrap_or_default());
-    let lines = tokio::time::timeout(LOOK_TIMEOUT, last_lines(ctx, &machine)).await.unwrap_or_default();
+    let lines = tokio::time::timeout(LOOK_TIMEOUT, last_lines(ctx, plan, &machine)).await.unwrap_or_default();
     if !lines.is_empty() {
         failed.details.push(format!("last lines of machine {machine}:"));
         failed.details.extend(lines);
     }
-    let app = &plan.app;
-    let default = || {
-        if failed.reason.contains("image") {
-            return format!("is the image still there? `dunlin deploy --app {app}` builds it again");
-        }
-        if failed.reason.contains("out of memory") {
-            return "give its machines more memory: `memory` under [[vm]] in dunlin.toml".to_owned();
-        }
-        format!("`dunlin logs --app {app} --machine {machine}` shows all it said")
-    };
-    let hint = hint.unwrap_or_else(default);
+    let hint = hint.unwrap_or_else(|| what_next(&failed.reason, &plan.app, &machine));
     failed.hint.get_or_insert(hint);
     failed
+}
+
+/// By the words of the host: its problem comes as text. The tests here make it of the errors that it comes from.
+fn what_next(reason: &str, app: &AppName, machine: &MachineId) -> String {
+    let is_full = ["the disk of the unpacked images", "the disk of the image store", "the disk is full"];
+    if is_full.iter().any(|words| reason.contains(words)) {
+        return "free space in the data directory of its host (`df` there shows it), then deploy again".into();
+    }
+    if reason.contains("image") {
+        return format!("is the image still there? `dunlin deploy --app {app}` builds it again");
+    }
+    if reason.contains("out of memory") {
+        return "give its machines more memory: `memory` under [[vm]] in dunlin.toml".to_owned();
+    }
+    format!("`dunlin logs --app {app} --machine {machine}` shows all it said")
 }
 
 fn gated_port(plan: &Plan, machine: &MachineId) -> Option<u16> {
@@ -180,9 +185,20 @@ async fn listen_sockets(ctx: &Ctx, machine: &MachineId) -> Result<Vec<ListenSock
     hosts::of_machine(ctx, machine).await?.listen_sockets(machine).await
 }
 
-async fn last_lines(ctx: &Ctx, machine: &MachineId) -> Vec<String> {
-    let query = LogQuery { machine: Some(machine.clone()), tail: Some(LAST_LINES), ..LogQuery::default() };
+/// Of this plan's version only: what an earlier one said would lead astray. The host knows when it took the version up.
+async fn last_lines(ctx: &Ctx, plan: &Plan, machine: &MachineId) -> Vec<String> {
     let Ok(host) = hosts::of_machine(ctx, machine).await else { return vec![] };
+    let (Ok(fact), Ok(events)) = tokio::join!(host.machine(machine), host.events(machine)) else { return vec![] };
+    let is_of_it = |step: &Step| match &step.kind {
+        StepKind::Start { version, .. } | StepKind::Gate { version, .. } => step.machine == *machine && *version == fact.version,
+        _ => false,
+    };
+    if !plan.steps.iter().any(is_of_it) {
+        return vec![]; // it is still in the version before
+    }
+    // One that is new has no such event.
+    let taken_up = events.iter().filter(|event| event.kind == EventKind::Update).map(|event| event.at_ms);
+    let query = LogQuery { machine: Some(machine.clone()), since_ms: taken_up.max(), tail: Some(LAST_LINES), ..LogQuery::default() };
     let Ok(mut stream) = host.logs(query).await else { return vec![] };
     let mut lines = Vec::new();
     while let Some(line) = stream.lines.recv().await {
@@ -238,6 +254,17 @@ mod tests {
         assert_eq!(watched(&["127.0.0.1:8080"]), (Some(4), Some(70)), "what is bound to itself stays so");
         assert_eq!(watched(&["0.0.0.0:8080", "127.0.0.1:9090"]), (None, None));
         assert_eq!(watched(&[]), (None, None));
+    }
+
+    #[test]
+    fn what_to_do_about_a_full_disk_is_to_free_it() {
+        let next = |reason: &str| what_next(reason, &"web".parse().unwrap(), &MachineId::from_random([1; 7]));
+        let unpacked = dunlin_registry::UnpackError::Full { dir: "/data/images".into() }.to_string();
+        let stored = dunlin_registry::StoreError::Full { dir: "/data/images".into() }.to_string();
+        for full in [unpacked, stored, Refusal::DiskFull("the journal cannot grow".into()).to_string()] {
+            assert!(next(&format!("machine x could not be prepared: {full}")).starts_with("free space in the data directory"), "{full}");
+        }
+        assert!(next("machine x could not be prepared: the image is not there").starts_with("is the image still there?"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What becomes of a machine of the small host, turn by turn.
 
 use super::now_ms;
-use dunlin_model::{ExitInfo, MachineState};
+use dunlin_model::{EventKind, ExitInfo, MachineEvent, MachineState, Source};
 use dunlin_view::{CheckState, CheckStatus, MachineAssignment, MachineFact};
 
 /// Longer than a deploy here wants to see a machine healthy, shorter than it takes to replace three.
@@ -94,6 +94,14 @@ pub fn live(fact: &mut MachineFact, assignment: &MachineAssignment) {
         }
         _ => {}
     }
+}
+
+/// What a host tells of a machine.
+pub fn told(exit: Option<Box<ExitInfo>>, taken_up_ms: Option<u64>) -> Vec<MachineEvent> {
+    let event = |id, kind, status, at_ms, exit| MachineEvent { id, kind, status, source: Source::Host, at_ms, exit, restarts: 0, request_id: None };
+    let ended = exit.map(|exit| event(exit.attempt, EventKind::Exit, MachineState::Stopped, exit.at_ms, Some(*exit)));
+    let updated = taken_up_ms.map(|at_ms| event(0, EventKind::Update, MachineState::Stopped, at_ms, None));
+    ended.into_iter().chain(updated).collect()
 }
 
 pub fn exit(attempt: u64, code: i32) -> ExitInfo {

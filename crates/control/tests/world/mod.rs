@@ -26,14 +26,14 @@ use dunlin_control::{BaseImages, BuilderSettings, Control, ControlConfig, Parts,
 use dunlin_model::desired::{HostRow, Ipv4Prefix};
 use dunlin_model::seal::OpeningKey;
 use dunlin_model::{
-    CommandId, ContainerState, ContainerStatus, EventKind, ExitInfo, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, Region,
-    SnapshotId, Source, VolumeId,
+    CommandId, ContainerState, ContainerStatus, HostId, ImageRef, Lease, MachineEvent, MachineId, MachineState, Region, SnapshotId,
+    VolumeId,
 };
 use dunlin_registry::ContentStore;
 use dunlin_view::{ConfigState, HostFact, MachineFact};
 pub use bodies::{Answer, release_body};
 pub use images::push_image;
-use machine::{created, exit, live};
+use machine::{created, exit, live, told};
 pub use others::Others;
 use others::all_played_by;
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,8 @@ use tower_service::Service;
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 const SPEAKS_EVERY_MS: u64 = 200;
+/// Of each machine, whatever it does.
+const SAYS: &str = "Traceback: no module named flask";
 
 pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
@@ -87,6 +89,8 @@ pub struct SmallHost {
     pub encrypts: AtomicBool,
     snapshots: Mutex<BTreeMap<VolumeId, Vec<VolumeSnapshot>>>,
     pub sessions_ended: Arc<AtomicUsize>,
+    /// When a machine was seen to go over to a version that was not its first.
+    taken_up: Mutex<BTreeMap<MachineId, u64>>,
     /// When, and what: its machines' log.
     pub said: Mutex<Vec<(u64, String)>>,
     content: ContentStore,
@@ -126,7 +130,8 @@ impl SmallHost {
             encrypts: AtomicBool::new(false),
             snapshots: Mutex::default(),
             sessions_ended: Arc::default(),
-            said: Mutex::new(vec![(1, "Traceback: no module named flask".into())]),
+            taken_up: Mutex::default(),
+            said: Mutex::new(vec![(1, SAYS.into())]),
             content,
         });
         let weak = Arc::downgrade(&host);
@@ -201,6 +206,10 @@ impl SmallHost {
             let fact = machines.entry(id.clone()).or_insert_with(|| created(assignment));
             let before = fact.clone();
             live(fact, assignment);
+            if fact.version != before.version {
+                self.taken_up.lock().unwrap().insert(id.clone(), now_ms());
+                self.said.lock().unwrap().push((now_ms(), SAYS.into()));
+            }
             if *fact != before || fact.sequence == 1 {
                 fact.sequence += 1;
                 if fact.state != before.state {
@@ -299,18 +308,8 @@ impl HostApi for SmallHost {
     }
 
     async fn events(&self, id: &MachineId) -> Result<Vec<MachineEvent>, Refusal> {
-        let exit = self.machine(id).await?.exit;
-        let ended = |exit: Box<ExitInfo>| MachineEvent {
-            id: exit.attempt,
-            kind: EventKind::Exit,
-            status: MachineState::Stopped,
-            source: Source::Host,
-            at_ms: exit.at_ms,
-            exit: Some(*exit),
-            restarts: 0,
-            request_id: None,
-        };
-        Ok(exit.map(ended).into_iter().collect())
+        let taken_up = self.taken_up.lock().unwrap().get(id).copied();
+        Ok(told(self.machine(id).await?.exit, taken_up))
     }
 
     async fn lease(&self, id: &MachineId) -> Result<Option<Lease>, Refusal> {
@@ -346,7 +345,8 @@ impl HostApi for SmallHost {
         let (sender, lines) = mpsc::channel(4);
         let machine = query.machine.unwrap_or_else(|| MachineId::from_random([0; 7]));
         let app = query.app.unwrap_or_else(|| "web".parse().unwrap());
-        let said = self.said.lock().unwrap().clone();
+        let mut said = self.said.lock().unwrap().clone();
+        said.retain(|(at_ms, _)| query.since_ms.is_none_or(|since_ms| *at_ms >= since_ms));
         tokio::spawn(async move {
             for (at_ms, line) in said {
                 let (app, machine, stream) = (app.clone(), machine.clone(), "stderr".into());
