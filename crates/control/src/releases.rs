@@ -10,8 +10,8 @@ use dunlin_api::ErrorCode;
 use dunlin_api::wire::CreateRelease;
 use dunlin_model::config::AppConfig;
 use crate::reconcile::lacking;
-use dunlin_model::desired::{AppRow, MachineRow, ReleaseRow, ReleaseStatus};
-use dunlin_model::{AppName, ImageRef};
+use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow, ReleaseStatus};
+use dunlin_model::{AppName, CpuKind, HostId, ImageRef};
 use dunlin_planner::{Ended, MAX_MACHINES_PER_APP, Plan, Progress, Purpose};
 use std::collections::BTreeMap;
 
@@ -153,11 +153,14 @@ pub(crate) async fn deploy(ctx: &Ctx, name: &AppName, body: CreateRelease) -> Re
     for mount in body.config.mounts.iter().filter(|mount| mount.encrypted == Some(true)) {
         volumes::encrypted_somewhere(ctx, mount.encrypted).await?;
     }
+    let hosts = sizes_of_hosts(ctx).await?;
     let image = crate::images::resolve(ctx, name, &body.image).await?;
     let found = registry::made_here(&ctx.content, ctx.base_images, &body.image);
     let is_made_here = found.ok().flatten().is_some_and(|(_, digest)| digest.as_str() == image.digest);
     let made = create(ctx, name, |base| {
-        within_limits(&spec::counts(&body.config, &base.app.scale))?;
+        let counts = spec::counts(&body.config, &base.app.scale);
+        within_limits(&counts)?;
+        fits_a_host(&body.config, &counts, &hosts)?;
         Ok(Some(Intent {
             image: image.clone(),
             config: body.config.clone(),
@@ -198,6 +201,44 @@ pub(crate) fn within_limits(counts: &BTreeMap<String, u32>) -> Result<(), Failur
         return Ok(());
     }
     Err(Failure::invalid(format!("{wanted} machines are more than the {MAX_MACHINES_PER_APP} of one app")))
+}
+
+/// What a host could hold if nothing else were on it.
+struct HostSize {
+    id: HostId,
+    memory_mb: u32,
+    cpus: u32,
+}
+
+/// As they say themselves; of those that say nothing, as they joined.
+async fn sizes_of_hosts(ctx: &Ctx) -> Result<Vec<HostSize>, Failure> {
+    let view = ctx.view.current();
+    let rows = ctx.state.list::<HostRow>("hosts/").await?;
+    let size = |row: HostRow| match view.hosts.get(&row.id) {
+        Some(fact) => HostSize { id: row.id, memory_mb: fact.memory_mb, cpus: fact.cpus },
+        None => HostSize { id: row.id, memory_mb: row.memory_mb, cpus: row.cpus },
+    };
+    Ok(rows.into_iter().map(|row| size(row.value)).collect())
+}
+
+/// A machine that no host could hold even if it were empty is refused before anything is written: waiting and making
+/// room would not help. Whether there is room now, the plan finds.
+fn fits_a_host(config: &AppConfig, counts: &BTreeMap<String, u32>, hosts: &[HostSize]) -> Result<(), Failure> {
+    let Some(largest) = hosts.iter().max_by_key(|host| (host.memory_mb, host.cpus)) else { return Ok(()) };
+    for (group, _) in counts.iter().filter(|(_, count)| **count > 0) {
+        let guest = config.guest_for(group);
+        let cores = if guest.cpu_kind == CpuKind::Performance { guest.cpus } else { 0 };
+        if hosts.iter().any(|host| guest.memory_mb <= host.memory_mb && cores <= host.cpus) {
+            continue;
+        }
+        let cores = if cores == 0 { String::new() } else { format!(" and {cores} performance cpus") };
+        return Err(Failure::invalid(format!(
+            "no host could ever hold a machine of {group}: it is to have {} MB{cores}, and the largest host, {}, has {} MB and {} cpus",
+            guest.memory_mb, largest.id, largest.memory_mb, largest.cpus
+        ))
+        .hint("make it smaller under [[vm]] in dunlin.toml, or add a larger host; nothing was changed"));
+    }
+    Ok(())
 }
 
 /// A new release with the image, the configuration and the secrets of an earlier one.

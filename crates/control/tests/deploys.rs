@@ -75,6 +75,25 @@ async fn a_second_release_rolls_one_machine_at_a_time() {
     world.control.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_host_could_ever_hold_makes_no_release() {
+    let data = tempfile::tempdir().unwrap();
+    let world = World::start(data.path()).await;
+    world.create_app("web").await;
+    for (vm, says) in [
+        (json!({ "memory_mb": 921_600 }), "it is to have 921600 MB, and the largest host, h1, has 4096 MB and 2 cpus"),
+        (json!({ "cpu_kind": "performance", "cpus": 16, "memory_mb": 4096 }), "4096 MB and 16 performance cpus, and the largest host"),
+    ] {
+        let mut body = world::release_body("web", 'a', "good");
+        body["config"]["vm"] = json!([vm]);
+        let answer = world.post("/v1/apps/web/releases", body).await;
+        assert_eq!(answer.status, 422, "{}", answer.text);
+        assert!(answer.json()["error"].as_str().unwrap().contains(says), "{}", answer.text);
+    }
+    assert_eq!(world.get("/v1/apps/web/releases").await.json(), json!([]));
+    world.control.shutdown().await;
+}
+
 /// Deploys what behaves badly over what is good; the closing event.
 async fn check_return(behave: &str) -> dunlin_api::wire::DeployEvent {
     let data = tempfile::tempdir().unwrap();
