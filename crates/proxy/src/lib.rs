@@ -24,6 +24,7 @@ mod access;
 mod answer;
 mod buffer;
 mod choose;
+mod doors;
 mod downstream;
 mod exchange;
 mod fields;

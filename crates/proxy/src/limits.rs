@@ -6,6 +6,10 @@ use std::time::Duration;
 pub struct Limits {
     /// Open client connections over all cores; beyond, a connection is answered with 503 and closed.
     pub max_connections: usize,
+    /// Beside them, connections of other edges, to which this one is the last hop: no flood of clients takes these.
+    pub max_hop_connections: usize,
+    /// Of those that have not shown yet that they are another edge's.
+    pub max_hop_handshakes: usize,
     /// From accept to the end of the TLS handshake.
     pub handshake_timeout: Duration,
     /// For a whole request head, from its first byte on; of a new connection from its beginning on.
@@ -52,10 +56,16 @@ const DESCRIPTORS_EACH: u64 = 2;
 impl Limits {
     /// No more connections than the process may have descriptors for: it is better to say so to a client than
     /// to fail in the middle of its request.
-    pub(crate) fn within_descriptors(mut self, descriptors: Option<u64>) -> Self {
+    pub(crate) fn within_descriptors(mut self, descriptors: Option<u64>, has_fleet: bool) -> Self {
+        if !has_fleet {
+            (self.max_hop_connections, self.max_hop_handshakes) = (0, 0);
+        }
         let Some(descriptors) = descriptors else { return self };
         let fits = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_EACH).max(1);
         let fits = usize::try_from(fits).unwrap_or(usize::MAX);
+        self.max_hop_connections = self.max_hop_connections.min(fits.div_ceil(4));
+        self.max_hop_handshakes = self.max_hop_handshakes.min(self.max_hop_connections);
+        let fits = (fits - self.max_hop_connections).max(1);
         if fits < self.max_connections {
             tracing::info!(
                 descriptors, wanted = self.max_connections, connections = fits,
@@ -71,6 +81,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_connections: 16_384,
+            max_hop_connections: 4_096,
+            max_hop_handshakes: 1_024,
             handshake_timeout: Duration::from_secs(10),
             header_timeout: Duration::from_secs(30),
             body_idle_timeout: Duration::from_secs(60),
@@ -102,7 +114,20 @@ mod tests {
         for (descriptors, connections) in
             [(None, 16_384), (Some(1_048_576), 16_384), (Some(1_024), 256), (Some(20_000), 9_744), (Some(100), 1)]
         {
-            assert_eq!(Limits::default().within_descriptors(descriptors).max_connections, connections, "{descriptors:?}");
+            assert_eq!(Limits::default().within_descriptors(descriptors, false).max_connections, connections, "{descriptors:?}");
         }
+    }
+
+    #[test]
+    fn a_part_of_them_is_other_edges() {
+        let both = |descriptors| {
+            let limits = Limits::default().within_descriptors(descriptors, true);
+            (limits.max_connections, limits.max_hop_connections, limits.max_hop_handshakes)
+        };
+        assert_eq!(both(None), (16_384, 4_096, 1_024));
+        assert_eq!(both(Some(1_048_576)), (16_384, 4_096, 1_024));
+        assert_eq!(both(Some(20_000)), (7_308, 2_436, 1_024));
+        assert_eq!(both(Some(1_024)), (192, 64, 64));
+        assert_eq!(both(Some(100)), (1, 1, 1));
     }
 }

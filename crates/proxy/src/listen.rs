@@ -1,6 +1,7 @@
 //! Worker threads: accept, TLS, and the life of a connection.
 
 use crate::buffer::Buffers;
+use crate::doors::{Door, Handshake, Handshakes, Slot};
 use crate::hop::Fleet;
 use crate::limits::Limits;
 use crate::log::{self, AccessLog, Lines, LogHandle};
@@ -28,7 +29,6 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -103,6 +103,7 @@ pub(crate) struct Edge {
     waking: Mutex<HashSet<MachineId>>,
     pub queues: Queues,
     pub fleet: Option<Arc<Fleet>>,
+    handshakes: Arc<Handshakes>,
     tls: Arc<rustls::ServerConfig>,
     drain: CancellationToken,
     /// Ends what is still open.
@@ -175,14 +176,6 @@ pub(crate) struct Client {
     _slot: Slot,
 }
 
-/// Where a connection comes in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Door {
-    Http,
-    Https,
-    Hop,
-}
-
 /// What a connection speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Over {
@@ -230,23 +223,6 @@ impl Client {
     }
 }
 
-/// One of the connections that the limit counts.
-pub(crate) struct Slot(Arc<ProxyMetrics>);
-
-impl Slot {
-    fn take(edge: &Edge) -> Option<Self> {
-        let (counter, limit) = (&edge.metrics.connections, edge.limits.max_connections);
-        counter.fetch_update(Relaxed, Relaxed, |n| (n < limit).then(|| n + 1)).ok()?;
-        Some(Self(edge.metrics.clone()))
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Relaxed);
-    }
-}
-
 /// The running edge. Dropping it without [`Proxy::drain`] cuts every connection.
 pub struct Proxy {
     edge: Arc<Edge>,
@@ -271,11 +247,13 @@ impl Proxy {
         let count = if config.threads == 0 { cores } else { config.threads };
         let internal = config.internal_hosts.into_iter();
         let fleet = config.fleet.map(Arc::new);
+        let limits = config.limits.within_descriptors(getrlimit(Resource::Nofile).current, fleet.is_some());
         let edge = Arc::new(Edge {
             metrics: Arc::new(ProxyMetrics::new(routes.clone(), count)),
             routes,
             last_hop,
-            limits: config.limits.within_descriptors(getrlimit(Resource::Nofile).current),
+            handshakes: Handshakes::new(limits.max_hop_handshakes),
+            limits,
             internal: internal.map(|host| (host.hostname.to_ascii_lowercase(), host.unix_socket.into())).collect(),
             http_port: config.http_port,
             https_port: config.https_port,
@@ -427,7 +405,9 @@ async fn accept(worker: Rc<Worker>, listener: tokio::net::TcpListener, door: Doo
             }
         };
         count(&worker.counters.accepted);
-        let Some(slot) = Slot::take(&edge) else {
+        let begun = if door == Door::Hop { edge.handshakes.take(address.ip()).map(Some) } else { Some(None) };
+        let taken = begun.and_then(|begun| Some((begun, Slot::take(&edge.metrics, &edge.limits, door)?)));
+        let Some((begun, slot)) = taken else {
             count(&worker.counters.refused);
             if door == Door::Http {
                 // A fresh socket takes these few bytes at once, or the client does without.
@@ -435,11 +415,11 @@ async fn accept(worker: Rc<Worker>, listener: tokio::net::TcpListener, door: Doo
             }
             continue;
         };
-        tokio::task::spawn_local(connection(worker.clone(), slot, address, door, stream));
+        tokio::task::spawn_local(connection(worker.clone(), (slot, begun), address, door, stream));
     }
 }
 
-async fn connection(worker: Rc<Worker>, slot: Slot, address: SocketAddr, door: Door, stream: TcpStream) {
+async fn connection(worker: Rc<Worker>, (slot, begun): (Slot, Option<Handshake>), address: SocketAddr, door: Door, stream: TcpStream) {
     if door == Door::Http {
         let client = Client::new(&worker, address, Over::Plain, slot);
         return http1::run(worker, client, Either::Left(stream)).await;
@@ -451,6 +431,7 @@ async fn connection(worker: Rc<Worker>, slot: Slot, address: SocketAddr, door: D
             return tracing::debug!(client = %address, %error, "TLS handshake failed");
         }
     };
+    drop(begun);
     if door == Door::Hop {
         // Whatever TLS was set up to ask for, `is_member` decides about each request.
         let shown = tls.get_ref().1.peer_certificates().unwrap_or_default().to_vec();

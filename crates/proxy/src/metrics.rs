@@ -67,6 +67,8 @@ pub struct ProxyMetrics {
     cores: Vec<Arc<Counters>>,
     // These are limits or levels of the whole edge.
     pub(crate) connections: AtomicUsize,
+    /// At the places that are other edges' only.
+    pub(crate) hop_connections: AtomicUsize,
     pub(crate) waiting: AtomicU32,
     pub(crate) tunnels: AtomicUsize,
     pub(crate) log_lines_lost: Arc<AtomicU64>,
@@ -78,6 +80,7 @@ impl ProxyMetrics {
             routes,
             cores: (0..cores).map(|_| Arc::default()).collect(),
             connections: AtomicUsize::default(),
+            hop_connections: AtomicUsize::default(),
             waiting: AtomicU32::default(),
             tunnels: AtomicUsize::default(),
             log_lines_lost: Arc::default(),
@@ -88,9 +91,9 @@ impl ProxyMetrics {
         self.cores[n].clone()
     }
 
-    /// Open client connections.
+    /// Open connections of clients and of other edges.
     pub fn open_connections(&self) -> usize {
-        self.connections.load(Relaxed)
+        self.connections.load(Relaxed) + self.hop_connections.load(Relaxed)
     }
 
     /// All answers of the apps that it serves now, and those of them that failed: cut off, or 5xx.
@@ -111,7 +114,7 @@ impl ProxyMetrics {
     /// Appends Prometheus text.
     pub fn render(&self, out: &mut String) {
         for (name, kind, help, value) in [
-            ("connections", "gauge", "open client connections", self.connections.load(Relaxed) as u64),
+            ("connections", "gauge", "open connections of clients and of other edges", self.open_connections() as u64),
             ("connections_total", "counter", "accepted client connections", self.sum(|c| &c.accepted)),
             ("connections_refused_total", "counter", "connections above the limit", self.sum(|c| &c.refused)),
             ("tls_failures_total", "counter", "failed TLS handshakes", self.sum(|c| &c.handshake_failures)),

@@ -170,6 +170,22 @@ async fn any_edge_reaches_the_machine_and_the_head_is_the_same() {
     assert_eq!(other.log.lines(1).await.len(), 1, "logged where it came in");
 }
 
+/// Clients of an edge at its limit must not close the way to the machines beside it.
+#[tokio::test]
+async fn a_full_edge_is_a_last_hop_still() {
+    let (address, _) = upstream(Does::Echo).await;
+    let members = Members::new();
+    let limits = Limits { max_connections: 1, ..Limits::default() };
+    let (one, other) = (members.edge("h1", "local", Limits::default()), members.edge("h2", "local", limits));
+    one.set(&[on_h2(address)]);
+    other.set(&[on_h2(address)]);
+    let _client = TcpStream::connect(other.http).await.unwrap();
+    eventually("it is full", || other.proxy.metrics().open_connections() == 1).await;
+    assert_eq!(get(other.http, "/").await.status, 503);
+    let answer = get(one.http, "/").await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+}
+
 #[tokio::test]
 async fn connections_to_a_host_carry_requests_for_all_its_machines() {
     let (first, first_heads) = upstream(Does::Echo).await;
