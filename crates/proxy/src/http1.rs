@@ -6,7 +6,7 @@ use crate::buffer::{BUFFER_BYTES, Buffers, Inbox};
 use crate::downstream::{BodyFault, Downstream};
 use crate::fields::{line, plain_trailers};
 use crate::framing::{Decoder, Framing, MAX_CHUNK, Piece, chunk_size};
-use crate::io::ClientIo;
+use crate::io::{ClientIo, has_ended};
 use crate::listen::{Client, Worker};
 use crate::reply::{Reply, room};
 use crate::request::{Message, Origin, Protocol, Request, Sender};
@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::AsyncWrite;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::either::Either;
 
 /// Up to this size an answer's bytes are gathered behind its head, for one write.
@@ -30,6 +30,9 @@ const GATHER_BYTES: usize = 16 * 1024;
 /// For this long and up to this size a client may go on sending after its connection's last answer.
 const LINGER: Duration = Duration::from_secs(5);
 const LINGER_BYTES: usize = 256 * 1024 * 1024;
+
+/// How often a client that waits, and has sent more than is kept for it, is looked at.
+const LOOK_AFTER: Duration = Duration::from_secs(1);
 
 /// The status for a client that sent nothing more.
 const TOO_LATE: u16 = 408;
@@ -43,6 +46,8 @@ pub(crate) struct Http1 {
     sent: usize,
     pub watchdog: Watchdog,
     pub has_moved: bool,
+    /// Until a client that has sent too much is looked at again.
+    look: Option<Pin<Box<Sleep>>>,
     served: u64,
     /// How much of an incomplete head was looked through for its end.
     scanned: usize,
@@ -91,6 +96,7 @@ pub(crate) async fn run(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) {
         sent: 0,
         watchdog: Watchdog::new(client.began + worker.edge.limits.header_timeout),
         has_moved: false,
+        look: None,
         served: 0,
         scanned: 0,
         now: Exchange::new(Framing::None),
@@ -293,14 +299,22 @@ impl Http1 {
         self.now.body.trailers()
     }
 
-    /// What the client sends meanwhile is kept for later, and beyond that it is not asked.
+    /// What the client sends meanwhile is kept for later: its end comes behind that. Where no more is kept, the kernel says
+    /// whether it has ended; a client could leave with its place held otherwise.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.inbox.is_empty() {
-            return Poll::Pending;
+        while !self.inbox.is_full() {
+            match ready!(self.inbox.poll_fill(&mut self.io, cx)) {
+                Ok(0) | Err(_) => return Poll::Ready(()),
+                Ok(_) => {}
+            }
         }
-        match self.inbox.poll_fill(&mut self.io, cx) {
-            Poll::Ready(Ok(0) | Err(_)) => Poll::Ready(()),
-            Poll::Ready(Ok(_)) | Poll::Pending => Poll::Pending,
+        loop {
+            if has_ended(&self.io) {
+                return Poll::Ready(());
+            }
+            // Nothing wakes for an end behind bytes that are not read.
+            ready!(self.look.get_or_insert_with(|| Box::pin(sleep(LOOK_AFTER))).as_mut().poll(cx));
+            self.look = None;
         }
     }
 

@@ -1,10 +1,10 @@
 //! Sockets to clients and to machines.
 
 use std::io::{self, IoSlice};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Sleep;
 use tokio_rustls::{client, server};
@@ -15,6 +15,17 @@ pub(crate) type ClientIo = Either<TcpStream, Box<server::TlsStream<TcpStream>>>;
 
 /// A machine's socket, that of a part of this server, or a last hop's.
 pub(crate) type UpstreamIo = Either<TcpStream, Either<UnixStream, Box<client::TlsStream<TcpStream>>>>;
+
+/// Whether the client has closed its side, as far as this core was told: also where bytes that it sent before are not read yet.
+pub(crate) fn has_ended(io: &ClientIo) -> bool {
+    let stream = match io {
+        Either::Left(stream) => stream,
+        Either::Right(tls) => tls.get_ref().0,
+    };
+    let mut ready = pin!(stream.ready(Interest::READABLE));
+    let found = ready.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    matches!(found, Poll::Ready(Ok(ready)) if ready.is_read_closed())
+}
 
 /// Looks without waiting whether the other side closed it, or sent what nobody asked for.
 pub(crate) fn is_quiet(io: &mut UpstreamIo) -> bool {

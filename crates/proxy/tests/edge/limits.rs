@@ -54,6 +54,32 @@ async fn a_client_that_leaves_frees_its_place_on_the_machine() {
     }
 }
 
+/// Bytes behind its request hid that it had gone: some hundred such clients filled an app's queue.
+#[tokio::test]
+async fn a_client_that_leaves_behind_other_bytes_leaves_the_queue() {
+    let (address, _) = upstream(Does::Hang).await;
+    let edge = Edge::start(&[Machine { hard: Some(1), ..machine(address) }]);
+    let held = tokio::spawn(get(edge.http, "/"));
+    edge.admitted(1).await;
+    let waiting = || {
+        let mut text = String::new();
+        edge.proxy.metrics().render(&mut text);
+        let line = text.lines().find_map(|line| line.strip_prefix("dunlin_proxy_waiting ")).unwrap();
+        line.parse::<u32>().unwrap()
+    };
+    // The last is more than the edge keeps.
+    for more in [1, 40_000, 90_000] {
+        let mut client = TcpStream::connect(edge.http).await.unwrap();
+        client.write_all(format!("GET / HTTP/1.1\r\nhost: {HOST}\r\n\r\n").as_bytes()).await.unwrap();
+        eventually("it waits", || waiting() == 1).await;
+        let _ = tokio::time::timeout(Duration::from_millis(500), client.write_all(&vec![b'G'; more])).await;
+        client.shutdown().await.unwrap();
+        eventually("its place is free", || waiting() == 0).await;
+    }
+    held.abort();
+    edge.admitted(0).await;
+}
+
 #[tokio::test]
 async fn connections_above_the_limit_are_told_so() {
     let limits = Limits { max_connections: 1, ..Limits::default() };
