@@ -14,6 +14,7 @@ mod accept;
 mod dial;
 mod hello;
 mod reset;
+mod shares;
 
 use crate::authority::log_name;
 use crate::stream::{CANCELLED, Service, Stream};
@@ -23,6 +24,7 @@ use dunlin_gossip::{MAX_CHUNK_BYTES, OriginId};
 use dunlin_model::HostId;
 use futures_util::future::BoxFuture;
 use hello::Hello;
+use shares::Shares;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{AckFrequencyConfig, ClientConfig, Connection, Endpoint, IdleTimeout, TransportConfig, VarInt};
 use std::collections::{BTreeMap, HashMap};
@@ -33,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -156,8 +158,10 @@ struct Inner {
     at: Runs,
     stop: CancellationToken,
     counters: LinkCounters,
-    handshakes: Arc<Semaphore>,
-    joiners: Arc<Semaphore>,
+    /// Handshakes, with and without proof of where the other is.
+    proven: Arc<Shares>,
+    unproven: Arc<Shares>,
+    joiners: Arc<Shares>,
 }
 
 /// Where tasks run.
@@ -206,8 +210,9 @@ impl Links {
             at,
             stop: CancellationToken::new(),
             counters: LinkCounters::default(),
-            handshakes: Arc::new(Semaphore::new(accept::MAX_HANDSHAKES)),
-            joiners: Arc::new(Semaphore::new(accept::MAX_JOINERS)),
+            proven: Shares::new(accept::MAX_PROVEN, accept::MAX_PROVEN_EACH),
+            unproven: Shares::new(accept::MAX_UNPROVEN, accept::MAX_UNPROVEN),
+            joiners: Shares::new(accept::MAX_JOINERS, accept::MAX_JOINERS_EACH),
         };
         let links = Self { inner: Arc::new(inner) };
         links.spawn(links.clone().accept());

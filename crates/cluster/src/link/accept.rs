@@ -10,10 +10,15 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Handshakes at once; who is beyond has to prove its address before it costs anything.
-pub(super) const MAX_HANDSHAKES: usize = 256;
-/// Connections without a certificate at once.
+/// Handshakes at once with whoever has not shown yet that its address is its own. All beyond are asked to: a forged address
+/// costs one small packet, and takes no place from those that come back.
+pub(super) const MAX_UNPROVEN: usize = 64;
+/// Handshakes at once with those that have, and with one address: many hosts may have one address outside.
+pub(super) const MAX_PROVEN: usize = 192;
+pub(super) const MAX_PROVEN_EACH: usize = 64;
+/// Connections without a certificate at once, and of one address.
 pub(super) const MAX_JOINERS: usize = 64;
+pub(super) const MAX_JOINERS_EACH: usize = 32;
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// A relay asks control, which writes the store.
 const JOIN_DEADLINE: Duration = Duration::from_secs(60);
@@ -37,9 +42,9 @@ impl Links {
                 () = self.inner.stop.cancelled() => return,
             };
             let Some(incoming) = incoming else { return };
-            let Ok(permit) = self.inner.handshakes.clone().try_acquire_owned() else {
+            let places = if incoming.remote_address_validated() { &self.inner.proven } else { &self.inner.unproven };
+            let Some(place) = places.take(incoming.remote_address().ip()) else {
                 count(&self.inner.counters.refused);
-                // A forged address costs one small packet.
                 if incoming.may_retry() { drop(incoming.retry()) } else { incoming.refuse() }
                 continue;
             };
@@ -49,7 +54,7 @@ impl Links {
                     greeted = tokio::time::timeout(HANDSHAKE_DEADLINE, links.greet(incoming)) => greeted,
                     () = links.inner.stop.cancelled() => return,
                 };
-                drop(permit);
+                drop(place);
                 match greeted {
                     Ok(Ok(None)) => count(&links.inner.counters.accepted),
                     Ok(Ok(Some(joiner))) => {
@@ -95,7 +100,7 @@ impl Links {
     /// One stream, to join; nothing else is read of it, and it gets no more.
     async fn serve_joiner(&self, connection: Connection) {
         count(&self.inner.counters.joiners);
-        let Ok(_permit) = self.inner.joiners.try_acquire() else {
+        let Some(_place) = self.inner.joiners.take(connection.remote_address().ip()) else {
             return connection.close(BUSY, b"too many hosts join at once: try again");
         };
         let serve = async {

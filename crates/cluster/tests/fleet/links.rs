@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 fn fingerprint(authority: &Authority) -> [u8; 32] {
     Sha256::digest(CertificateDer::from_pem_slice(authority.ca_pem().as_bytes()).unwrap()).into()
@@ -66,6 +66,48 @@ async fn streams_carry_bytes_both_ways_and_end_when_they_are_dropped() {
     assert!(hosts[1].cluster.rtt(&id("h1")).is_some());
     let error = hosts[1].cluster.open(&id("h9"), Service::Host).await.err().unwrap();
     assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
+}
+
+/// Packets from addresses that are not their sender's held every handshake there may be: whoever came back with proof of its
+/// address found none left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forged_addresses_do_not_keep_a_member_out() {
+    const FORGED: usize = 320;
+    let world = World::new();
+    let first = world.start(world.member("h1", &[]), free_addr()).await;
+    let addr = first.cluster.advertised();
+    // What those say first that never hear an answer: as if their addresses were not theirs.
+    let (heard, forger) = (UdpSocket::bind("127.0.0.1:0").await.unwrap(), UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let deaf = heard.local_addr().unwrap();
+    let mut asking = tokio::task::JoinSet::new();
+    (0..FORGED).for_each(|_| drop(asking.spawn(async move { join(deaf, [0; 32], b"").await.is_ok() })));
+    let mut packets = std::collections::BTreeMap::<Vec<u8>, Vec<Vec<u8>>>::new();
+    let mut buffer = [0; 2048];
+    while packets.len() < FORGED {
+        let size = tokio::time::timeout(Duration::from_secs(60), heard.recv(&mut buffer)).await.unwrap().unwrap();
+        let packet = buffer[..size].to_vec();
+        let to = packet[6..6 + usize::from(packet[5])].to_vec();
+        packets.entry(to).or_default().push(packet);
+    }
+    drop(asking);
+    let flood = async {
+        loop {
+            for packet in packets.values().flatten() {
+                forger.send_to(packet, addr).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let enter = async {
+        until("all handshakes that anybody may have are begun", || first.cluster.status().transport.refused > 0).await;
+        let second = world.start(world.member("h2", &[("h1", addr)]), "127.0.0.1:0".parse().unwrap()).await;
+        all_see_each_other(&[first, second]).await;
+    };
+    tokio::select! {
+        () = flood => {}
+        () = enter => {}
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
