@@ -131,7 +131,7 @@ async fn answer(
         Does::Gone => unreachable!("it is not reached"),
     };
     let (mut near, far) = tokio::io::duplex(STREAM_BYTES);
-    tokio::spawn(serve(far, store));
+    tokio::spawn(serve(far, "asker".parse().unwrap(), store));
     near.write_u32_le(len).await.unwrap();
     near.write_all(&request).await.unwrap();
     let head = near.read_u32_le().await.unwrap();
@@ -420,7 +420,7 @@ async fn requests_are_bounded() {
     let world = World::new();
     let ask = async |len: u32, request: &str| {
         let (mut near, far) = tokio::io::duplex(STREAM_BYTES);
-        let served = tokio::spawn(serve(far, world.ours.clone()));
+        let served = tokio::spawn(serve(far, "stranger".parse().unwrap(), world.ours.clone()));
         near.write_u32_le(len).await.unwrap();
         near.write_all(request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
@@ -434,4 +434,79 @@ async fn requests_are_bounded() {
     let request = |v: u32| format!(r#"{{"v":{v},"digest":"{digest}","offset":0}}"#);
     assert_eq!(ask(request(1).len() as u32, &request(1)).await, format!(r#"{{"missing":"{digest}"}}"#));
     assert!(ask(request(2).len() as u32, &request(2)).await.contains("refused"));
+}
+
+/// Asks for the blob, and gives back the stream once the answer has begun, and its size.
+async fn begun(store: &ContentStore, peer: &str, digest: &Digest) -> (tokio::io::DuplexStream, u64) {
+    let (mut near, far) = tokio::io::duplex(STREAM_BYTES);
+    tokio::spawn(serve(far, peer.parse().unwrap(), store.clone()));
+    let request = format!(r#"{{"v":1,"digest":"{digest}","offset":0}}"#);
+    near.write_u32_le(request.len() as u32).await.unwrap();
+    near.write_all(request.as_bytes()).await.unwrap();
+    let mut head = vec![0; near.read_u32_le().await.unwrap() as usize];
+    near.read_exact(&mut head).await.unwrap();
+    let head: serde_json::Value = serde_json::from_slice(&head).unwrap();
+    (near, head["size"].as_u64().unwrap())
+}
+
+/// The largest blob of an image: more than a stream holds.
+fn large_blob(world: &World) -> Digest {
+    let (digest, _, _) = large_image(&world.ours);
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(world.blob_path("ours", &digest)).unwrap()).unwrap();
+    manifest["layers"][0]["digest"].as_str().unwrap().parse().unwrap()
+}
+
+/// One that takes nothing of all that it asks for kept every other from being served.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_host_does_not_hold_every_turn() {
+    let world = World::new();
+    let digest = large_blob(&world);
+    let mut held = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let (store, digest) = (world.ours.clone(), digest.clone());
+        held.spawn(async move {
+            let begun = begun(&store, "greedy", &digest).await;
+            std::future::pending::<()>().await;
+            drop(begun);
+        });
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await; // all of them have asked
+    for _ in 0..4 {
+        let (stream, size) = tokio::time::timeout(Duration::from_secs(15), begun(&world.ours, "other", &digest)).await.unwrap();
+        let mut got = Vec::new();
+        stream.take(size).read_to_end(&mut got).await.unwrap();
+        assert_eq!((got.len() as u64, Digest::of(&got)), (size, digest.clone()));
+    }
+}
+
+/// Takes 9 kB each second, and says how much came until the end.
+async fn trickle((mut stream, _): (tokio::io::DuplexStream, u64)) -> u64 {
+    let (mut bytes, mut all) = (vec![0; 9_000], 0);
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        match stream.read(&mut bytes).await {
+            Ok(0) | Err(_) => return all,
+            Ok(count) => all += count as u64,
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_taker_loses_its_turn_only_while_others_wait() {
+    let world = World::new();
+    let digest = large_blob(&world);
+    let alone = begun(&world.ours, "a", &digest).await;
+    let size = alone.1;
+    assert_eq!(trickle(alone).await, size, "nobody waits: it is served to the end");
+    let mut slow = tokio::task::JoinSet::new();
+    for n in 0..16 {
+        let begun = begun(&world.ours, ["a", "b", "c", "d"][n / 4], &digest).await;
+        slow.spawn(trickle(begun));
+    }
+    let (stream, size) = tokio::time::timeout(Duration::from_secs(20), begun(&world.ours, "e", &digest)).await.expect("a head in time");
+    let mut got = Vec::new();
+    stream.take(size).read_to_end(&mut got).await.unwrap();
+    assert_eq!(Digest::of(&got), digest);
+    let ended = slow.join_next().await.unwrap().unwrap();
+    assert!(ended < size, "{ended} of {size}");
 }

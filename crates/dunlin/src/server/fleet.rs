@@ -138,11 +138,11 @@ impl Fleet {
             Box::pin(remote::serve(stream, host.clone(), asker))
         });
         self.cluster.serve(Service::Host, commands);
-        self.of_members(Service::Blob, move |stream| peer::serve(stream, content.clone()));
+        self.of_members(Service::Blob, move |peer, stream| peer::serve(stream, peer, content.clone()));
         if self.runs_control() {
             for (service, front) in [(Service::Api, api), (Service::Registry, registry)] {
                 let front = front.clone();
-                self.of_members(service, move |stream| relay::answer(front.clone(), stream));
+                self.of_members(service, move |_, stream| relay::answer(front.clone(), stream));
             }
         }
     }
@@ -156,12 +156,12 @@ impl Fleet {
         self.view.current().config.platform.as_ref().map_or_else(|| self.member.control.clone(), |platform| platform.control.clone())
     }
 
-    fn of_members<F>(&self, service: Service, serve: impl Fn(dunlin_cluster::Stream) -> F + Send + Sync + 'static)
+    fn of_members<F>(&self, service: Service, serve: impl Fn(HostId, dunlin_cluster::Stream) -> F + Send + Sync + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let handler: Handler = Arc::new(move |peer, stream| match peer {
-            Some(_) => Box::pin(serve(stream)),
+            Some(peer) => Box::pin(serve(peer, stream)),
             None => Box::pin(std::future::ready(())), // whoever is no member is told nothing
         });
         self.cluster.serve(service, handler);

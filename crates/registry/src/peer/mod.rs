@@ -10,15 +10,16 @@
 //! no tenant sees it through this host's registry either.
 //!
 //! A peer is authenticated, not believed: every byte is checked against the digest, and nothing longer than announced is read. Nor
-//! does a slow one hold a blob for long that others may have.
+//! does a slow one hold a blob for long that others may have, or a turn to be served that others wait for.
 
 mod fetch;
 mod pace;
 mod serve;
+mod turns;
 
 pub use fetch::{Dial, FetchError, Peers};
 pub use serve::serve;
-pub(crate) use serve::MAX_SERVED;
+pub(crate) use turns::Turns;
 
 use crate::digest::Digest;
 use serde::de::DeserializeOwned;

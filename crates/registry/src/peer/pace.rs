@@ -1,4 +1,5 @@
-//! How fast a host gives: who is slower than others could be is left, and who hardly gives anything is given up.
+//! How fast a host gives: who is slower than others could be is left, and who hardly gives anything is given up. The same
+//! holds for a host that takes while others wait.
 
 use dunlin_model::HostId;
 use std::collections::BTreeMap;

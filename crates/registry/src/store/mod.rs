@@ -22,7 +22,7 @@ pub(crate) use uploads::{UploadError, Uploads};
 
 use crate::digest::{Digest, InvalidName, Repo, is_tag};
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest, is_known_media_type};
-use crate::peer::MAX_SERVED;
+use crate::peer::Turns;
 use bytes::Bytes;
 use files::{hold_lock, list, path_exists, read_small, remove_if_there, write_durably};
 use std::fs::{self, File};
@@ -30,7 +30,6 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime};
-use tokio::sync::Semaphore;
 
 /// What somebody asked about lately is not collected: a client that saw a blob here is about to name it.
 pub(crate) const GC_GRACE: Duration = Duration::from_secs(3600);
@@ -77,7 +76,7 @@ struct Inner {
     links: RwLock<()>,
     uploads: Uploads,
     /// Blobs that are read for other hosts.
-    serving: Semaphore,
+    serving: Turns,
     /// Held for life: only a process that is alone removes what others left unfinished.
     _lock: File,
 }
@@ -98,7 +97,7 @@ impl ContentStore {
             clean(&dir.join("partial"), PARTIAL_KEPT).map_err(io("remove unfinished pulls"))?;
             clean(&dir.join("damaged"), DAMAGED_KEPT).map_err(io("remove damaged content"))?;
         }
-        let serving = Semaphore::new(MAX_SERVED);
+        let serving = Turns::new();
         Ok(Self { inner: Arc::new(Inner { dir, links: RwLock::new(()), uploads: Uploads::default(), serving, _lock: lock }) })
     }
 
@@ -110,7 +109,7 @@ impl ContentStore {
         &self.inner.uploads
     }
 
-    pub(crate) fn serving(&self) -> &Semaphore {
+    pub(crate) fn serving(&self) -> &Turns {
         &self.inner.serving
     }
 
