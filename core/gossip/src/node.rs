@@ -164,7 +164,9 @@ pub struct Node {
     pub(crate) rng: Rng,
     pub(crate) now_ms: u64,
     clock: Clock,
+    /// What this host signs with; see [`Self::receipt`].
     pub(crate) clock_ms: u64,
+    wall_ms: u64,
     pub(crate) catalogue: Catalogue,
     pub(crate) writers: BTreeMap<OriginId, Writer>,
     pub(crate) members: Members,
@@ -221,6 +223,7 @@ impl Node {
             now_ms: now.ms,
             clock,
             clock_ms,
+            wall_ms: now.wall_ms,
             catalogue: snapshot.catalogue,
             writers: BTreeMap::new(),
             members,
@@ -243,6 +246,7 @@ impl Node {
     pub fn handle(&mut self, input: Input, now: Now) -> Vec<Output> {
         self.now_ms = now.ms.max(self.now_ms);
         self.clock_ms = self.clock.read(now);
+        self.wall_ms = now.wall_ms;
         match input {
             Input::Datagram { from, bytes } | Input::Stream { from, bytes } => self.receive(from, &bytes),
             Input::Tick => {}
@@ -449,8 +453,10 @@ impl Node {
         }
     }
 
+    /// What this host signs never goes back; others are judged by the system's clock, so that one that was far ahead for a
+    /// while, and is right again, leaves the host deaf to nobody.
     pub(crate) fn receipt(&self, fetched: bool) -> Receipt {
-        Receipt { now_ms: self.now_ms, clock_ms: self.clock_ms, fetched: fetched && !crate::planted::planted!(FetchedIsFresh) }
+        Receipt { now_ms: self.now_ms, clock_ms: self.clock_ms.min(self.wall_ms), fetched: fetched && !crate::planted::planted!(FetchedIsFresh) }
     }
 
     pub(crate) fn output(&mut self, output: Output) {

@@ -109,17 +109,17 @@ impl Snapshot {
         {
             return Err(Refused::OlderFact { machine: fact.id.clone(), offered: fact.sequence, held: held.sequence });
         }
-        if let Some(assignment) = self.config.machines.get(&fact.id)
-            && assignment.host != fact.host
-            && fact.placement <= assignment.placement
-        {
-            return Err(Refused::NotOwner {
+        // What others say of it counts for nothing, whatever placement they claim: a machine stays where it was made. As long as
+        // desired state does not name its host here, whoever spoke first has it.
+        let assigned = self.config.machines.get(&fact.id).map(|assignment| &assignment.host);
+        match assigned.or_else(|| self.machines.get(&fact.id).map(|held| &held.host)) {
+            Some(owner) if *owner != fact.host => Err(Refused::NotOwner {
                 host: fact.host.clone(),
                 machine: fact.id.clone(),
-                owner: assignment.host.clone(),
-            });
+                owner: owner.clone(),
+            }),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// The view without a machine that its host has destroyed.
@@ -187,7 +187,8 @@ fn remove_if<K: Ord + Clone, V: Clone>(map: &mut OrdMap<K, V>, goes: impl Fn(&K,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dunlin_model::{MachineState, MachineVersion};
+    use crate::MachineAssignment;
+    use dunlin_model::{ImageRef, MachineSpec, MachineState, MachineVersion};
 
     fn fact(sequence: u64) -> Arc<MachineFact> {
         Arc::new(MachineFact {
@@ -221,6 +222,37 @@ mod tests {
         assert!(matches!(view.with_machine(fact(1)), Err(Refused::OlderFact { .. })));
         assert!(matches!(view.with_machine(fact(2)), Err(Refused::OlderFact { .. })));
         assert_eq!(view.with_machine(fact(3)).unwrap().machines.values().next().unwrap().sequence, 3);
+    }
+
+    #[test]
+    fn nobody_speaks_for_anothers_machine() {
+        let of = |host: &str, sequence: u64| {
+            let placement = Generation { incarnation: u64::MAX, revision: u64::MAX };
+            Arc::new(MachineFact { host: host.parse().unwrap(), placement, ..(*fact(sequence)).clone() })
+        };
+        let assigned = |host: &str| {
+            let fact = fact(1);
+            let image = ImageRef { repository: "web".into(), digest: format!("sha256:{}", "0".repeat(64)), tag: None };
+            let assignment = MachineAssignment {
+                id: fact.id.clone(),
+                name: "web".into(),
+                host: host.parse().unwrap(),
+                region: "fra".parse().unwrap(),
+                address: fact.address,
+                placement: Generation::default(),
+                created_at_ms: 0,
+                spec: MachineSpec::of(fact.version.clone(), "personal".parse().unwrap(), "web".parse().unwrap(), image),
+            };
+            Arc::new(ConfigState { machines: [(fact.id.clone(), assignment)].into_iter().collect(), ..Default::default() })
+        };
+        let view = Snapshot::default().with_config(assigned("h1"), 0).unwrap().with_machine(fact(1)).unwrap();
+        assert!(matches!(view.with_machine(of("h2", 9)), Err(Refused::NotOwner { .. })));
+        assert!(view.with_machine(fact(2)).is_ok());
+        // Not known yet whose it is: whoever speaks first, until it is known.
+        let early = Snapshot::default().with_machine(of("h2", 9)).unwrap();
+        assert!(matches!(early.with_machine(fact(1)), Err(Refused::NotOwner { .. })));
+        let known = early.with_config(assigned("h1"), 0).unwrap();
+        assert_eq!(known.with_machine(fact(1)).unwrap().machines.values().next().unwrap().host.as_str(), "h1");
     }
 
     #[test]

@@ -39,6 +39,23 @@ fn what_was_only_fetched_is_unconfirmed_and_what_the_giver_has_heard_is_no_news(
 }
 
 #[test]
+fn a_clock_that_was_ahead_for_a_while_leaves_nobody_deaf() {
+    const HOUR_MS: u64 = 3_600_000;
+    let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
+    node.handle(Input::Tick, Now { ms: 1, wall_ms: 1_000 + HOUR_MS });
+    let hear = |node: &mut Node, seq: u64, now_ms: u64| {
+        let batch = said(&host, 1_000 + now_ms, &[row("a", seq, b"1")]);
+        node.handle(stream("a", &Message::Push(vec![batch])), at(now_ms));
+        age(node, &host)
+    };
+    assert_eq!(hear(&mut node, 1, 2), Some(0));
+    // What is kept on disk knows of that hour, too.
+    let kept = Snapshot::decode(cluster().verifying_key(), &node.snapshot()).unwrap();
+    let mut node = node_of(vec![], Some(kept));
+    assert_eq!(hear(&mut node, 2, 3), Some(0));
+}
+
+#[test]
 fn fetched_news_confirm_only_while_the_writer_goes_on() {
     let (host, mut node) = (writer("host/a", 1, ("fra", Scope::Region)), node());
     let fetch = |node: &mut Node, seq: u64, time_ms: u64, now_ms: u64| {

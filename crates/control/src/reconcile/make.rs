@@ -8,6 +8,7 @@ use dunlin_model::config::{PrimaryRegion, Strategy};
 use dunlin_model::desired::{AppRow, HostRow, MachineRow, ReleaseRow};
 use dunlin_model::{AppName, Guest, HostId, MachineId, MachineVersion, VolumeId};
 use dunlin_planner::{Ask, Capacity, Demand, Desired, NoCapacity, Observed, Plan, PlanError, Pool, Progress, Purpose, check, plan};
+use dunlin_view::MachineFact;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -179,13 +180,16 @@ pub(crate) async fn observe(ctx: &Ctx, app: &AppName) -> Result<Observed, Failur
     let rows = ctx.state.machines().await?;
     let dead = ctx.watched.dead();
     let of_app = || rows.iter().filter(|row| row.value.spec.app == *app);
+    let homes: BTreeMap<&MachineId, &HostId> = of_app().map(|row| (&row.value.id, &row.value.host)).collect();
+    // Nothing is judged by what another host says of a machine.
+    let is_its_hosts = |fact: &MachineFact| homes.get(&fact.id).is_none_or(|home| **home == fact.host);
     let mut assigned_memory_mb: BTreeMap<HostId, u64> = BTreeMap::new();
     for row in &rows {
         *assigned_memory_mb.entry(row.value.host.clone()).or_default() += u64::from(row.value.spec.guest.memory_mb);
     }
     Ok(Observed {
         assigned: of_app().map(|row| row.value.id.clone()).collect(),
-        machines: view.machines_of(app).map(|fact| (fact.id.clone(), Arc::clone(fact))).collect(),
+        machines: view.machines_of(app).filter(|fact| is_its_hosts(fact)).map(|fact| (fact.id.clone(), Arc::clone(fact))).collect(),
         hosts: view.hosts.iter().filter(|(id, _)| !dead.contains(*id) && ctx.room.believes(id, now_ms())).map(|(id, fact)| (id.clone(), Arc::clone(fact))).collect(),
         lost: of_app().filter(|row| dead.contains(&row.value.host)).map(|row| row.value.id.clone()).collect(),
         dead,

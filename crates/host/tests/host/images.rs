@@ -17,7 +17,7 @@ fn from_another_host() -> World {
         let others = others.clone();
         Box::pin(async move {
             let (near, far) = tokio::io::duplex(64 << 10);
-            tokio::spawn(serve(far, others));
+            tokio::spawn(serve(far, "h2".parse().unwrap(), others));
             Ok(Box::new(near) as Box<dyn Duplex>)
         })
     });
