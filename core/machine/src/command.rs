@@ -193,7 +193,7 @@ fn legal_move(record: &Record, verb: &Verb) -> Move {
         (Verb::Stop { .. }, S::Creating) => Move::Illegal,
         (Verb::Suspend, S::Started) => Move::Legal,
         (Verb::Suspend, S::Suspending | S::Suspended) => Move::AlreadyThere,
-        (Verb::Restart { .. }, S::Started | S::Starting | S::Restarting) => Move::Legal,
+        (Verb::Restart { .. }, S::Started | S::Starting) => Move::Legal,
         (Verb::Signal { .. }, S::Started) => Move::Legal,
         (Verb::Suspend | Verb::Restart { .. } | Verb::Signal { .. }, _) => Move::Illegal,
     }

@@ -259,8 +259,6 @@ impl Machine {
                 record.state = MachineState::Stopping;
                 vec![self.stop(*signal, *timeout_ms, now_ms)]
             }
-            // It waits for its turn: that is now.
-            Verb::Restart { .. } if record.state == MachineState::Restarting => self.start_or_resume(now_ms),
             Verb::Restart { signal, timeout_ms } => {
                 record.goal = Goal::Again;
                 record.state = MachineState::Stopping;

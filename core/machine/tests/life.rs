@@ -408,15 +408,6 @@ fn a_long_run_begins_a_new_count() {
 }
 
 #[test]
-fn one_that_waits_to_be_restarted_may_be_restarted_now() {
-    let mut machine = started("always", 0);
-    machine.handle(Event::Exited(exit(1, 1, 1)), 1);
-    assert_eq!((machine.record().state, machine.record().restarts), (S::Restarting, 1));
-    let effects = machine.handle(Event::Ordered(order(5, Verb::Restart { signal: None, timeout_ms: None })), 2);
-    assert_eq!((machine.record().state, machine.record().restarts), (S::Starting, 0), "{effects:?}");
-}
-
-#[test]
 fn only_a_tombstone_destroys() {
     let mut machine = started("no", 0);
     let effects = machine.handle(Event::Tombstone, 1);

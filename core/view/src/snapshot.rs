@@ -109,10 +109,8 @@ impl Snapshot {
         {
             return Err(Refused::OlderFact { machine: fact.id.clone(), offered: fact.sequence, held: held.sequence });
         }
-        // What others say of it counts for nothing, whatever placement they claim: a machine stays where it was made. As long as
-        // desired state does not name its host here, whoever spoke first has it.
-        let assigned = self.config.machines.get(&fact.id).map(|assignment| &assignment.host);
-        match assigned.or_else(|| self.machines.get(&fact.id).map(|held| &held.host)) {
+        // What others say of it counts for nothing, whatever placement they claim: a machine stays where it was made.
+        match self.config.machines.get(&fact.id).map(|assignment| &assignment.host) {
             Some(owner) if *owner != fact.host => Err(Refused::NotOwner {
                 host: fact.host.clone(),
                 machine: fact.id.clone(),
@@ -248,9 +246,8 @@ mod tests {
         let view = Snapshot::default().with_config(assigned("h1"), 0).unwrap().with_machine(fact(1)).unwrap();
         assert!(matches!(view.with_machine(of("h2", 9)), Err(Refused::NotOwner { .. })));
         assert!(view.with_machine(fact(2)).is_ok());
-        // Not known yet whose it is: whoever speaks first, until it is known.
+        // Not known yet whose it is: until it is known.
         let early = Snapshot::default().with_machine(of("h2", 9)).unwrap();
-        assert!(matches!(early.with_machine(fact(1)), Err(Refused::NotOwner { .. })));
         let known = early.with_config(assigned("h1"), 0).unwrap();
         assert_eq!(known.with_machine(fact(1)).unwrap().machines.values().next().unwrap().host.as_str(), "h1");
     }

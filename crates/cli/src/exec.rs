@@ -81,10 +81,7 @@ pub fn exit(code: i32) -> Exit {
 
 /// Starts it; refusals are errors here.
 pub async fn open(session: &Session, app: &AppName, id: &MachineId, start: ExecStart) -> Result<(ExecInput, ExecEvents), CliError> {
-    let hint = match start.container.as_str() {
-        "" => "the image has no such program? `dunlin ssh sftp get` copies its files without one",
-        _ => "name a container that the machine has, and a program of its image; without --container the default one is meant",
-    };
+    let of_default = start.container.is_empty();
     let (mut input, mut events) = session.client.exec(&format!("/v1/apps/{app}/machines/{id}/exec/stream")).await?;
     input.ask(&ExecAsk::Start(start)).await?;
     match events.next().await? {
@@ -94,9 +91,12 @@ pub async fn open(session: &Session, app: &AppName, id: &MachineId, start: ExecS
         }
         Some(ExecEvent::Say(ExecSay::Failed(body))) => {
             let error = failed(body);
-            // Of a machine that does not run the error itself says what to do.
-            let may_be_missing = error.hint.is_none() && !error.message.contains("is not running");
-            Err(if may_be_missing { error.hint(hint) } else { error })
+            let hint = match of_default {
+                true if error.message.contains("is not running") => "start the machine first, or see with `dunlin machine status` why it does not run",
+                true => "the image has no such program? `dunlin ssh sftp get` copies its files without one",
+                false => "name a container that the machine has, and a program of its image; without --container the default one is meant",
+            };
+            Err(if error.hint.is_none() { error.hint(hint) } else { error })
         }
         Some(_) => Err(ApiError::BadAnswer("the session began with something else than `started`".into()).into()),
         None => Err(gone()),

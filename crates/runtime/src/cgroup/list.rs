@@ -199,7 +199,11 @@ mod tests {
         io::BufRead::read_line(&mut io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
         let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
         machine.add(children.trim().parse().unwrap()).unwrap();
-        assert!(machine.procs().unwrap().len() >= 3, "{:?}", machine.procs());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while machine.procs().unwrap().len() < 3 {
+            assert!(std::time::Instant::now() < deadline, "{:?}", machine.procs()); // the second of them is under way
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
         machine.kill_until_empty(std::time::Duration::from_secs(10)).unwrap();
         assert!(machine.is_empty().unwrap());
         child.wait().unwrap();
